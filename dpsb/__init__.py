@@ -1,0 +1,46 @@
+"""Differentially private fine-tuning of language models with LoRA-SB adapters.
+
+Names are loaded when they are first used, so that ``dpsb --help`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+_HOME = {
+    "adapter": ("Adapter", "Factors", "attach", "detach", "merge", "set_gradient"),
+    "basis": ("Basis", "Provenance"),
+    "capture": ("per_example_gradients",),
+    "config": ("RunConfig",),
+    "losses": ("causal_lm_loss", "classification_loss"),
+    "mechanism": ("Mechanism", "clip_and_sum"),
+    "plan": ("make_plan",),
+    "probe": ("ProbeError", "probe"),
+    "randomness": ("SeededRandomness", "SystemRandomness"),
+    "run": ("Run", "train"),
+    "sampling": ("microbatches", "poisson_draw"),
+    "train": ("Knobs", "Progress", "fit"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+_NEEDS_NO_TORCH = ("plan", "config")
+
+__version__ = "0.1.0"
+__all__ = [*sorted(_MODULE_OF), "__version__"]  # noqa: PLE0604 - built from the table above
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'dpsb' has no attribute {name!r}")
+    return getattr(import_module(f"dpsb.{module}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if find_spec("torch") is None:
+    raise ImportError("dpsb trains with torch, which is not installed: pip install 'dpsb[train]'. "
+                      "(The auditor's package, dpsb_accounting, works without it.)")

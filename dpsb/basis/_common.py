@@ -1,0 +1,91 @@
+"""What every basis is made of: factors with provenance, and a truncated SVD that owns its randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+
+from dpsb.adapter import Factors
+
+Access = Literal["data_free", "public", "released", "non_private"]
+
+_EXACT_UP_TO = 1024
+_OVERSAMPLING = 16
+_POWER_ITERATIONS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a basis came from; it goes into the plan, the ledger and the report.
+
+    Args:
+      kind: Name of the method, e.g. ``"weight_svd"``.
+      access: ``"data_free"``, ``"public"``, ``"released"`` (a private release that the ledger charged) or
+        ``"non_private"`` (raw private gradients: every epsilon of such a run is infinite).
+      detail: Further public facts, e.g. the file name of the public data.
+    """
+
+    kind: str
+    access: Access
+    detail: Mapping[str, str | int | float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, object]:
+        return {"kind": self.kind, "access": self.access, **self.detail}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Basis:
+    """Factors for every target weight, and where they came from."""
+
+    factors: Mapping[str, Factors]
+    provenance: Provenance
+
+
+def base_weight(layer: LoraLayer) -> torch.Tensor:
+    """The frozen weight of a LoRA layer as (out, in) in fp32, dequantized if need be. Public."""
+    weight = dequantize_module_weight(layer.get_base_layer()).detach().to(torch.float32)
+    return weight.T if getattr(layer, "fan_in_fan_out", False) else weight
+
+
+def truncated_svd(
+    matrix: torch.Tensor, rank: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The leading singular triples: U (out, r), S (r,), Vh (r, in), fp32, orthonormal to fp32 rounding.
+
+    Exact up to 1,024 rows or columns; beyond that randomized subspace iteration with 16 extra directions and 4
+    rounds, each re-orthonormalized by QR.
+
+    Args:
+      matrix: Shape ``(out, in)``.
+      rank: r, at most ``min(out, in)``.
+      generator: Source of the random start. Torch's global generator is not touched.
+
+    Raises:
+      ValueError: If ``rank`` is not between 1 and ``min(out, in)``.
+
+    References:
+      Halko, Martinsson and Tropp (2011), arXiv:0909.4061, Algorithm 4.4.
+    """
+    if not 1 <= rank <= min(matrix.shape):
+        raise ValueError(f"Expected rank={rank!r} between 1 and {min(matrix.shape)} for a {tuple(matrix.shape)} weight.")
+    exact = matrix.to(torch.float32)
+    if min(matrix.shape) <= _EXACT_UP_TO:
+        U, S, Vh = torch.linalg.svd(exact, full_matrices=False)
+        return U[:, :rank].contiguous(), S[:rank], Vh[:rank].contiguous()
+    width = min(rank + _OVERSAMPLING, min(matrix.shape))
+    start = torch.randn(matrix.shape[1], width, generator=generator).to(exact.device)
+    Q = torch.linalg.qr(exact @ start).Q
+    for _ in range(_POWER_ITERATIONS):
+        Q = torch.linalg.qr(exact @ torch.linalg.qr(exact.T @ Q).Q).Q
+    U, S, Vh = torch.linalg.svd(Q.T @ exact, full_matrices=False)
+    return (Q @ U)[:, :rank].contiguous(), S[:rank], Vh[:rank].contiguous()
+
+
+def public_generator() -> torch.Generator:
+    """A fixed generator for *public* choices (a random basis, the start of an SVD); it never touches noise."""
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,134 @@
+"""Saving and resuming, such that the ledger always wins.
+
+A checkpoint is a folder with theta and the optimizer's state (safetensors) and a JSON file that says how long the
+ledger was and what its last hash was. Both tensors saw released gradients only. No random state is saved: a resumed
+run draws new noise for new charges.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dpsb.adapter import Adapter
+from dpsb_accounting import Ledger, LedgerError
+
+_SCHEMA = "dpsb-checkpoint/1"
+_CURRENT, _OLD = "checkpoint", "checkpoint.old"
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yields an empty sibling folder that takes the place of ``folder`` when the block ends well.
+
+    Files are flushed to disk before the swap. A crash leaves the old folder, the new one, or for an instant the old
+    one under ``NAME.old``; never a half-written one.
+    """
+    new, old = folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        for path in [*new.rglob("*"), new]:
+            _flush(path)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    _flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(run_dir: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, ledger: Ledger) -> None:
+    """Writes theta, the optimizer and the ledger's position to ``run_dir/checkpoint``, atomically."""
+    tensors, structure = _flatten(optimizer.state_dict())
+    with replacing(run_dir / _CURRENT) as folder:
+        save_file(adapter.state(), folder / "theta.safetensors")
+        save_file(tensors, folder / "optimizer.safetensors")
+        facts = {
+            "schema": _SCHEMA,
+            "run_id": ledger.run_id,
+            "ledger_length": ledger.length,
+            "ledger_head": ledger.head,
+            "optimizer": structure,
+        }
+        (folder / "checkpoint.json").write_text(json.dumps(facts, indent=1))
+
+
+def load_checkpoint(run_dir: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, ledger: Ledger) -> bool:
+    """Puts the last checkpoint of ``run_dir`` into ``adapter`` and ``optimizer``. Returns False if there is none.
+
+    Steps that the ledger holds beyond the checkpoint are spent and their updates lost.
+
+    Raises:
+      LedgerError: If the ledger is of another run, or is shorter than when the checkpoint was written: somebody put
+        an old ledger back.
+    """
+    folder = next((run_dir / name for name in (_CURRENT, _OLD) if (run_dir / name).is_dir()), None)
+    if folder is None:
+        return False
+    facts = json.loads((folder / "checkpoint.json").read_text())
+    if facts.get("schema") != _SCHEMA or facts.get("run_id") != ledger.run_id:
+        raise LedgerError(f"{folder} does not belong to the ledger beside it; start a new run in another folder.")
+    ledger.check_not_behind(facts["ledger_length"], facts["ledger_head"])
+    adapter.load_state(load_file(folder / "theta.safetensors"))
+    optimizer.load_state_dict(_unflatten(load_file(folder / "optimizer.safetensors"), facts["optimizer"]))
+    return True
+
+
+def remove_checkpoint(run_dir: Path) -> None:
+    """Deletes what only a resume needs, once the run's results are on disk."""
+    for name in (_CURRENT, _OLD, f"{_CURRENT}.new"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+
+
+def _flatten(value: Any, path: str = "") -> tuple[dict[str, torch.Tensor], Any]:
+    """Splits an optimizer's ``state_dict`` into named tensors and plain JSON that refers to them."""
+    if isinstance(value, torch.Tensor):
+        return {path: value.detach().clone().contiguous()}, {"tensor": path}
+    tensors: dict[str, torch.Tensor] = {}
+    if isinstance(value, dict):
+        pairs = []
+        for key, item in value.items():
+            inner, plain = _flatten(item, f"{path}/{key}")
+            tensors |= inner
+            pairs.append([key, plain])
+        return tensors, {"dict": pairs}
+    if isinstance(value, (list, tuple)):
+        items = []
+        for index, item in enumerate(value):
+            inner, plain = _flatten(item, f"{path}/{index}")
+            tensors |= inner
+            items.append(plain)
+        return tensors, {"list": items}
+    return {}, {"value": value}
+
+
+def _unflatten(tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> Any:
+    (kind, content), = plain.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _unflatten(tensors, item) for key, item in content}
+    if kind == "list":
+        return [_unflatten(tensors, item) for item in content]
+    return content

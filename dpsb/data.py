@@ -1,0 +1,282 @@
+"""From files to tokenized examples. No text of a row ever reaches an error message or a second file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dpsb.losses import IGNORED
+
+Task = Literal["classification", "causal-lm"]
+
+_TEXT = ("text", "text_a", "sentence", "sentence1", "premise", "question", "content", "body", "message", "document")
+_PAIR = ("text_b", "text_pair", "sentence2", "hypothesis", "answer", "context")
+_LABEL = ("label", "labels", "category", "class", "intent", "target")
+_PROMPT = ("prompt", "instruction", "source", "input")
+_COMPLETION = ("completion", "response", "output", "target")
+
+
+class DataError(ValueError):
+    """A file or column that cannot be used; the message names it and shows no row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Names of the columns to use; ``None`` means: find it by its usual name. Public."""
+
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of equal length, and the names of a label column's classes where the file itself declares them."""
+
+    source: str
+    columns: dict[str, list[Any]]
+    class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), []))
+
+    def column(self, name: str) -> list[Any]:
+        """The values of a column.
+
+        Raises:
+          DataError: If there is no such column; the message lists those that exist.
+        """
+        if name not in self.columns:
+            raise DataError(f"{self.source} has no column {name!r}; it has {', '.join(map(repr, self.columns))}.")
+        return self.columns[name]
+
+    def pick(self, given: str | None, usual: Sequence[str]) -> str | None:
+        """The column the user gave, or the first of the usual names that exists."""
+        if given is not None:
+            self.column(given)
+            return given
+        return next((name for name in usual if name in self.columns), None)
+
+
+def read_table(source: str | Path) -> Table:
+    """Reads a Parquet, JSON-lines or CSV file, a data set saved by Hugging Face ``datasets``, or a Hub id.
+
+    Local files are read straight into memory: nothing is copied to a cache folder.
+
+    Args:
+      source: A path; or ``NAME`` or ``NAME:SPLIT`` on the Hub, where there is a network.
+
+    Raises:
+      DataError: If the file is missing or cannot be parsed. The parser's own message is withheld, because parsers
+        quote the rows they stumble over.
+    """
+    path, name = Path(source), str(source)
+    if not path.exists():
+        if path.suffix or name.count("/") > 1 or name.startswith((".", "/", "~")):
+            raise DataError(f"{name} does not exist.")
+        return _from_hub(name)
+    readers = {".parquet": _read_parquet, ".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv}
+    reader = _read_saved if path.is_dir() else readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{name} is of an unknown kind; use .parquet, .jsonl, .csv or a folder saved by `datasets`.")
+    try:
+        table = reader(path)
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever the parser says may quote a row
+        raise DataError(f"{name} cannot be read as {path.suffix or 'a data set folder'} ({type(error).__name__}).") from None
+    if not table.columns:
+        raise DataError(f"{name} has no columns.")
+    return table
+
+
+def _read_parquet(path: Path) -> Table:
+    import pyarrow.parquet
+
+    return Table(str(path), pyarrow.parquet.read_table(path).to_pydict())
+
+
+def _read_json(path: Path) -> Table:
+    import pyarrow.json
+
+    return Table(str(path), pyarrow.json.read_json(path).to_pydict())
+
+
+def _read_csv(path: Path) -> Table:
+    import pyarrow.csv
+
+    options = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    return Table(str(path), pyarrow.csv.read_csv(path, parse_options=options).to_pydict())
+
+
+def _read_saved(path: Path) -> Table:
+    import datasets
+
+    loaded = datasets.load_from_disk(str(path))
+    if isinstance(loaded, datasets.DatasetDict):
+        raise DataError(f"{path} holds several splits; give the folder of one: {', '.join(loaded)}.")
+    return _from_dataset(str(path), loaded)
+
+
+def _from_hub(name: str) -> Table:
+    import datasets
+
+    repository, _, split = name.partition(":")
+    try:
+        return _from_dataset(name, datasets.load_dataset(repository, split=split or "train"))
+    except Exception as error:  # noqa: BLE001
+        raise DataError(
+            f"{name} is no file here and could not be loaded as a data set from the Hub ({type(error).__name__})."
+        ) from None
+
+
+def _from_dataset(source: str, dataset: Any) -> Table:
+    names = {
+        column: tuple(feature.names) for column, feature in dataset.features.items() if hasattr(feature, "names")
+    }
+    return Table(source, {column: list(dataset[column]) for column in dataset.column_names}, names)
+
+
+def declared_labels(
+    spec: str | None, table: Table, columns: Columns, model_labels: Sequence[str] | None
+) -> tuple[tuple[str, ...], str]:
+    """The public label set and where it was declared.
+
+    Args:
+      spec: ``"ham,spam"``; ``"from-data"``, by which the user states that the set of labels in the file is public; or
+        ``None`` for the classes that the file's schema or the model's config declares.
+
+    Raises:
+      DataError: If nothing declares the labels, or fewer than two are.
+    """
+    column = table.pick(columns.label, _LABEL)
+    if spec == "from-data":
+        if column is None:
+            raise DataError(f"{table.source} has no label column; name it with --label-column.")
+        labels, origin = tuple(sorted({_text(v) for v in table.column(column) if v is not None})), "from-data"
+        if column in table.class_names:
+            labels = table.class_names[column]
+    elif spec is not None:
+        labels, origin = tuple(part.strip() for part in spec.split(",") if part.strip()), "declared"
+    elif column in table.class_names:
+        labels, origin = table.class_names[column], "data set schema"
+    elif model_labels:
+        labels, origin = tuple(model_labels), "model config"
+    else:
+        raise DataError(
+            "The set of labels must be public: declare it (--labels ham,spam), or state that what the file holds is "
+            "public (--labels from-data)."
+        )
+    if len(labels) < 2 or len(set(labels)) != len(labels):
+        raise DataError(f"Expected at least two different labels, got {len(labels)} ({origin}).")
+    return labels, origin
+
+
+def tokenize_classification(
+    table: Table, columns: Columns, tokenizer: Any, labels: Sequence[str], max_length: int
+) -> list[dict[str, Any]]:
+    """Tokenized examples with ``labels`` as class index. A row with a label outside the set gets ``IGNORED``.
+
+    Texts are cut at ``max_length`` tokens; a missing text is an empty one. Sensitive.
+    """
+    text = table.pick(columns.text, _TEXT)
+    if text is None:
+        raise DataError(f"{table.source} has no text column; name it with --text-column ({', '.join(table.columns)}).")
+    label = table.pick(columns.label, _LABEL)
+    if label is None:
+        raise DataError(f"{table.source} has no label column; name it with --label-column ({', '.join(table.columns)}).")
+    pair = table.pick(columns.text_pair, _PAIR)
+    texts = [_text(value) for value in table.column(text)]
+    pairs = None if pair is None else [_text(value) for value in table.column(pair)]
+    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length) if texts else {}
+    index = {name: i for i, name in enumerate(labels)}
+    names = table.class_names.get(label)
+    targets = [index.get(names[v] if names and isinstance(v, int) and 0 <= v < len(names) else _text(v), IGNORED)
+               for v in table.column(label)]
+    keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
+    return [{**{key: encoded[key][i] for key in keys}, "labels": target} for i, target in enumerate(targets)]
+
+
+def tokenize_causal(table: Table, columns: Columns, tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
+    """Tokenized examples with one label per token: the completion's tokens, or all of a plain text's. Sensitive."""
+    prompt, completion = table.pick(columns.prompt, _PROMPT), table.pick(columns.completion, _COMPLETION)
+    if completion is not None and (prompt is not None or columns.completion is not None):
+        sources = table.column(prompt) if prompt else [""] * len(table)
+        targets = table.column(completion)
+    else:
+        text = table.pick(columns.text, _TEXT)
+        if text is None:
+            raise DataError(
+                f"{table.source} has neither a text column nor prompt and completion; name them with --text-column, or "
+                f"--prompt-column and --completion-column ({', '.join(table.columns)})."
+            )
+        sources, targets = [""] * len(table), table.column(text)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    examples = []
+    for source, target in zip(sources, targets, strict=True):
+        head = tokenizer(_text(source), add_special_tokens=True)["input_ids"] if _text(source) else _start(tokenizer)
+        tail = tokenizer(_text(target), add_special_tokens=False)["input_ids"] + end
+        ids = (head + tail)[:max_length] or [tokenizer.eos_token_id or 0]
+        marks = ([IGNORED] * len(head) + tail)[: len(ids)]
+        examples.append({"input_ids": ids, "labels": marks + [IGNORED] * (len(ids) - len(marks))})
+    return examples
+
+
+def _start(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads examples to one public length, so that an example's shape never depends on its neighbours.
+
+    Args:
+      pad_token_id: Token to pad with.
+      device: Where the tensors go.
+    """
+
+    pad_token_id: int
+    device: torch.device = torch.device("cpu")
+
+    def __call__(self, examples: Iterable[Any], padded_length: int) -> dict[str, torch.Tensor]:
+        """Model inputs of shape ``(n, padded_length)``, and ``labels`` of shape ``(n,)`` or ``(n, padded_length)``."""
+        rows = list(examples)
+        batch = {
+            "input_ids": [self._pad(e["input_ids"], self.pad_token_id, padded_length) for e in rows],
+            "attention_mask": [self._pad([1] * len(e["input_ids"]), 0, padded_length) for e in rows],
+            "labels": [
+                e["labels"] if isinstance(e["labels"], int) else self._pad(e["labels"], IGNORED, padded_length)
+                for e in rows
+            ],
+        }
+        if rows and "token_type_ids" in rows[0]:
+            batch["token_type_ids"] = [self._pad(e["token_type_ids"], 0, padded_length) for e in rows]
+        return {name: torch.tensor(values, dtype=torch.long, device=self.device) for name, values in batch.items()}
+
+    @staticmethod
+    def _pad(values: Sequence[int], filler: int, length: int) -> list[int]:
+        return [*values, *[filler] * (length - len(values))]
+
+
+def synthetic_examples(task: Task, vocab_size: int, num_labels: int, max_length: int, token_types: bool = False) -> list[dict[str, Any]]:
+    """Six examples of random tokens and different lengths, for the probe. Public."""
+    generator = torch.Generator().manual_seed(0)
+    examples = []
+    for index, wanted in enumerate((9, 5, 14, 12, 7, 11)):
+        length = max(2, min(wanted, max_length))
+        ids = torch.randint(0, vocab_size, (length,), generator=generator).tolist()
+        labels = index % num_labels if task == "classification" else [IGNORED, *ids[1:]]
+        examples.append({"input_ids": ids, "labels": labels})
+        if token_types:
+            examples[-1]["token_type_ids"] = [0] * length
+    return examples

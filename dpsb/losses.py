@@ -1,0 +1,108 @@
+"""Per-example losses: functions from (model, batch) to one number per example, each of that example alone.
+
+Any function of that kind can be given to ``dpsb.fit``. These two are what the command line uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100
+"""Label of what is not part of the loss: a padding or prompt token, or a whole example with an undeclared label."""
+
+LossFn = Callable[[nn.Module, Mapping[str, torch.Tensor]], torch.Tensor]
+
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+_CHUNK_LOGITS = 1 << 22
+
+
+def classification_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Cross-entropy of each example's label.
+
+    Guarantees:
+      * Entry i depends on example i alone; an example labelled ``IGNORED`` has loss and gradient zero.
+
+    Args:
+      model: Returns an object with ``logits`` of shape ``(n, K)``.
+      batch: Model inputs and ``labels`` of shape ``(n,)``. Sensitive.
+
+    Returns:
+      Losses, shape ``(n,)``, fp32. Sensitive.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**inputs).logits
+    return F.cross_entropy(logits.float(), batch["labels"], ignore_index=IGNORED, reduction="none")
+
+
+def causal_lm_loss(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], *, tokens_per_example: int | None = None
+) -> torch.Tensor:
+    r"""Next-token cross-entropy of each example, averaged over *its own* labelled tokens.
+
+    :math:`\ell_i = \frac{1}{m_i}\sum_{t} -\log p(y_{it}\mid y_{i,<t})` over the :math:`m_i` tokens whose label is not
+    ``IGNORED``; with ``tokens_per_example`` = K, the sum divided by the constant K. Never the mean over the batch's
+    tokens, which would let one example rescale the gradients of the others.
+
+    Guarantees:
+      * Entry i depends on example i alone; an example without labelled tokens has loss and gradient zero.
+      * The logits of the whole batch never exist at once: vocabulary scores are made, used and made again in the
+        backward pass for a few tokens at a time.
+
+    Args:
+      model: A causal language model of transformers, PEFT-wrapped or not.
+      batch: ``input_ids``, ``attention_mask``, ``labels``, each ``(n, t)``. Sensitive.
+      tokens_per_example: Divide by this public constant instead of by the example's own number of labelled tokens.
+
+    Returns:
+      Losses, shape ``(n,)``, fp32. Sensitive.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    token_losses = _token_losses(model, inputs, labels)
+    if tokens_per_example is not None:
+        return token_losses.sum(dim=1) / tokens_per_example
+    return token_losses.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)
+
+
+def _token_losses(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of every position, zero where ignored, shape ``(n, t)``."""
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = causal_lm.get_output_embeddings()
+    backbone = getattr(causal_lm, causal_lm.base_model_prefix, None)
+    transformed = any(getattr(causal_lm.config, name, None) for name in _LOGIT_TRANSFORMS)
+    if head is None or backbone is None or transformed:
+        return _scored(nn.Identity(), model(**inputs).logits, labels)
+    hidden = backbone(**inputs, use_cache=False).last_hidden_state
+    tokens = max(1, _CHUNK_LOGITS // (hidden.shape[0] * head.weight.shape[0]))
+    score = partial(_scored, head)
+    chunks = zip(hidden.split(tokens, dim=1), labels.split(tokens, dim=1), strict=True)
+    return torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in chunks], dim=1)
+
+
+def _scored(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = head(hidden).float()
+    flat = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return flat.view_as(labels)
+
+
+def check_losses(losses: torch.Tensor, num_examples: int) -> torch.Tensor:
+    """Returns ``losses`` if it holds one number per example.
+
+    Raises:
+      ValueError: If the shape is not ``(num_examples,)``. A scalar is what Hugging Face models return as ``.loss``:
+        a mean over the batch, with which the clipping bounds nothing.
+    """
+    if losses.shape != (num_examples,):
+        raise ValueError(
+            f"Expected loss_fn to return one loss per example, shape ({num_examples},); got {tuple(losses.shape)}. "
+            "A scalar `.loss` of a Hugging Face model is a mean over the batch, and [n, 1] broadcasts: return a "
+            "vector, e.g. cross_entropy(logits, labels, reduction='none')."
+        )
+    return losses

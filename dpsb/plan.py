@@ -1,0 +1,108 @@
+"""From what a user asks for to the frozen plan of a run. Reads no data and needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpsb_accounting import NonPrivate, Phase, Plan, PoissonGaussian, noise_multiplier_for
+
+DEFAULT_BASIS = {"kind": "weight_svd", "access": "data_free"}
+
+
+def make_plan(
+    *,
+    epsilon: float,
+    delta: float,
+    num_examples: int,
+    expected_batch_size: int,
+    steps: int | None = None,
+    epochs: float | None = None,
+    num_examples_declared: bool = True,
+    neighboring: str | None = None,
+    l2_clip_norm: float = 1.0,
+    clipping: str = "flat",
+    basis: Mapping[str, Any] = DEFAULT_BASIS,
+    released_before: Sequence[Phase] = (),
+    noise_multiplier: float | None = None,
+    details: Mapping[str, Any] | None = None,
+) -> Plan:
+    r"""The plan of a private run: sampler, clip norm, noise and accounting events in one frozen object.
+
+    q = ``expected_batch_size / num_examples``; T = ``steps``, or ``ceil(epochs / q)``; the noise multiplier is the
+    smallest (to 0.1 %) for which the upper bound of epsilon at ``delta`` over T Poisson-subsampled Gaussian releases
+    and everything in ``released_before`` does not exceed ``epsilon``.
+
+    Args:
+      epsilon: Target, > 0; ``math.inf`` makes a run without clipping and noise that claims nothing.
+      delta: Probability parameter, below ``1 / num_examples``.
+      num_examples: N. Declared: a public number, never compared with the data. Otherwise: the true number of
+        examples, which then counts as public.
+      expected_batch_size: Public; the divisor of the noisy sum, and q * N.
+      steps: T. Give this or ``epochs``.
+      epochs: Expected passes over the data.
+      num_examples_declared: Whether N was declared.
+      neighboring: ``"add_or_remove_one"`` (default if N is declared), ``"zero_out"`` (default otherwise) or
+        ``"replace_one"``.
+      l2_clip_norm: C.
+      clipping: ``"flat"`` or ``"automatic"`` (AUTO-S).
+      basis: Provenance of the basis.
+      released_before: Charged releases that come before training, such as a private basis.
+      noise_multiplier: Use this instead of calibrating; the plan's epsilon is then whatever it comes to, and
+        ``epsilon`` must be at least that.
+      details: Further public facts for the ledger.
+
+    Raises:
+      ValueError: If an argument is out of range; the message names it and shows the value.
+      CalibrationInfeasible: If no noise multiplier reaches the target.
+
+    Example:
+      >>> plan = make_plan(epsilon=3, delta=1e-5, num_examples=4000, expected_batch_size=256, epochs=5)
+      >>> plan.steps, plan.sampling_prob, round(plan.noise_multiplier, 2)
+      (79, 0.064, 0.9...)
+    """
+    if (steps is None) == (epochs is None):
+        raise ValueError(f"Expected exactly one of steps={steps!r} and epochs={epochs!r}.")
+    if not 1 <= expected_batch_size <= num_examples:
+        raise ValueError(
+            f"Expected expected_batch_size={expected_batch_size!r} between 1 and num_examples={num_examples!r}."
+        )
+    if epochs is not None:
+        if not epochs > 0:
+            raise ValueError(f"Expected epochs={epochs!r} > 0.")
+        steps = math.ceil(epochs * num_examples / expected_batch_size - 1e-9)
+    total_steps = steps if steps is not None else 0
+    if total_steps < 1:
+        raise ValueError(f"Expected steps={steps!r} of at least 1.")
+    relation = neighboring or ("add_or_remove_one" if num_examples_declared else "zero_out")
+    sampling_prob = expected_batch_size / num_examples
+    if math.isinf(epsilon):
+        event: NonPrivate | PoissonGaussian = NonPrivate(reason="trained without clipping and noise (epsilon=inf)")
+        l2_clip_norm, clipping = math.inf, "none"
+    else:
+        if noise_multiplier is None:
+            noise_multiplier = noise_multiplier_for(
+                target_epsilon=epsilon,
+                delta=delta,
+                sampling_prob=sampling_prob,
+                steps=total_steps,
+                neighboring=relation,
+                before=released_before,
+            )
+        event = PoissonGaussian(noise_multiplier=noise_multiplier, sampling_prob=sampling_prob)
+    return Plan(
+        phases=(*released_before, Phase("train", event, total_steps)),
+        delta=delta,
+        target_epsilon=epsilon,
+        neighboring=relation,
+        unit="example",
+        num_examples=num_examples,
+        num_examples_declared=num_examples_declared,
+        expected_batch_size=expected_batch_size,
+        sampling_prob=sampling_prob,
+        l2_clip_norm=l2_clip_norm,
+        clipping=clipping,
+        basis=dict(basis),
+        details=dict(details or {}),
+    )

@@ -1,0 +1,199 @@
+"""``fit``: private training from a frozen plan. The loop is meant to be read from top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dpsb.adapter import Adapter, set_gradient
+from dpsb.capture import adapter_train_mode, per_example_gradients
+from dpsb.checkpoint import load_checkpoint, save_checkpoint
+from dpsb.losses import LossFn, check_losses
+from dpsb.mechanism import Mechanism
+from dpsb.probe import Collate, Example, check_step_moves_model, probe, without_dropout
+from dpsb.randomness import Randomness, SystemRandomness
+from dpsb.sampling import bucket_of, length_buckets, microbatches, poisson_draw
+from dpsb_accounting import Ledger
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback learns after a step: public numbers only."""
+
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knobs:
+    """Settings that change memory and speed, never the mechanism.
+
+    Args:
+      token_budget: Tokens per microbatch, padding included.
+      checkpoint_every: Steps between checkpoints; 0 writes none.
+    """
+
+    token_budget: int = 8192
+    checkpoint_every: int = 25
+
+
+def fit(
+    adapter: Adapter,
+    dataset: Sequence[Example],
+    *,
+    ledger: Ledger,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: LossFn,
+    collate: Collate,
+    synthetic: Sequence[Example],
+    max_length: int,
+    schedule: Callable[[float], float] = lambda _done: 1.0,
+    knobs: Knobs = Knobs(),  # noqa: B008 - frozen
+    randomness: Randomness | None = None,
+    allow_dropout: bool = False,
+    on_step: Callable[[Progress], None] = lambda _progress: None,
+) -> None:
+    r"""Trains theta under the ledger's plan; every step is on disk before its data is drawn.
+
+    One step: charge; Poisson draw; per-example gradients in microbatches; clip and sum; one noise draw; division by
+    the public ``expected_batch_size``; ``optimizer.step()``.
+
+    Guarantees:
+      * The trained tensors are a function of at most ``plan.steps`` releases of the plan's mechanism; what stopped
+        the run, and how often it was resumed, does not change that. Steps that the ledger already holds are spent.
+      * Raw gradients, losses, drawn sizes and example texts reach no file, log, error or return value.
+      * An out-of-memory error makes a microbatch smaller and changes nothing else.
+
+    Args:
+      adapter: What is trained, from :func:`dpsb.attach`.
+      dataset: Examples with ``input_ids`` of at most ``max_length`` tokens. Sensitive, its length included unless the
+        plan says otherwise.
+      ledger: Open for writing; holds the plan. Checkpoints are written beside it.
+      optimizer: Any torch optimizer over ``adapter.parameters()``.
+      loss_fn: ``(model, batch) -> (n,)``: one loss per example, each of that example alone.
+      collate: ``(examples, padded_length) -> batch``: model inputs padded to exactly that many tokens.
+      synthetic: At least 5 synthetic or public examples of different lengths that share a length bucket, to probe with.
+      max_length: Largest number of tokens; fixes the public length buckets.
+      schedule: Factor on every learning rate, as a function of the share of the plan's steps already charged.
+      knobs: Memory and speed.
+      randomness: Source of draws and noise, by default the operating system; a seeded one taints the run.
+      allow_dropout: Leave dropout on while training (an example's gradient is then that of a thinned model).
+      on_step: Called after every step with public numbers.
+
+    Raises:
+      ProbeError: If the model, collator or loss would couple examples or train nothing. Nothing has been charged.
+      LedgerError: If the ledger cannot be written or does not match the checkpoint; training stops before the draw.
+      ValueError: If the optimizer does not hold the live tensors of the adapter, or something else is trainable.
+      MemoryError: If one example alone does not fit into memory.
+    """
+    plan, run_dir = ledger.plan, ledger.path.parent
+    mechanism = Mechanism.from_plan(plan)
+    randomness = randomness or SystemRandomness()
+    buckets = length_buckets(max_length)
+    padded_lengths = np.array([bucket_of(len(e["input_ids"]), buckets) for e in dataset], dtype=np.int64)
+    probe_length = bucket_of(max(len(e["input_ids"]) for e in synthetic), buckets)
+    probe_batch = collate(synthetic[:3], probe_length)
+    adapter.check_nothing_else_is_trained()
+    base_rates = [float(group["lr"]) for group in optimizer.param_groups]
+    if ledger.charged("train"):
+        load_checkpoint(run_dir, adapter, optimizer, ledger)
+
+    with _training_mode(adapter):
+        with without_dropout(adapter.model):
+            probe(adapter, loss_fn, lambda examples: collate(examples, probe_length), synthetic)
+        if randomness.tainted:
+            ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
+        with nullcontext() if allow_dropout else without_dropout(adapter.model):
+            for first in _first_then_others(ledger.remaining("train")):
+                number = ledger.charge("train")
+                draw = poisson_draw(len(dataset), plan.sampling_prob, randomness)
+                total = torch.zeros(adapter.dimension, dtype=torch.float64, device=_device(adapter))
+                for indices, length in microbatches(draw, padded_lengths, knobs.token_budget):
+                    examples = [dataset[int(i)] for i in indices]
+                    total += _clipped_sum(adapter, mechanism, loss_fn, collate, examples, length)
+                released = mechanism.release(total, randomness)
+                before = adapter.state() if first else {}
+                set_gradient(adapter, released / plan.expected_batch_size)
+                _step(optimizer, adapter, base_rates, schedule(number / plan.steps))
+                if first:
+                    check_step_moves_model(adapter, before, loss_fn, probe_batch)
+                if knobs.checkpoint_every and (number + 1) % knobs.checkpoint_every == 0:
+                    save_checkpoint(run_dir, adapter, optimizer, ledger)
+                on_step(Progress(number + 1, plan.steps))
+    save_checkpoint(run_dir, adapter, optimizer, ledger)
+
+
+def _clipped_sum(
+    adapter: Adapter,
+    mechanism: Mechanism,
+    loss_fn: LossFn,
+    collate: Collate,
+    examples: Sequence[Example],
+    padded_length: int,
+) -> torch.Tensor:
+    """The clipped sum of one microbatch, shape ``(d,)``, float64; halves the microbatch while memory runs out."""
+    try:
+        with per_example_gradients(adapter, len(examples)) as rows:
+            check_losses(loss_fn(adapter.model, collate(examples, padded_length)), len(examples)).sum().backward()
+            return mechanism.clip_and_sum(rows.get())
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        if len(examples) == 1:
+            raise MemoryError(
+                "Out of memory on a single example. The step is charged. Lower max_length, or resume on a machine "
+                "with more memory."
+            ) from None
+    half = len(examples) // 2
+    parts = (examples[:half], examples[half:])
+    return sum(
+        (_clipped_sum(adapter, mechanism, loss_fn, collate, part, padded_length) for part in parts),
+        start=torch.zeros(adapter.dimension, dtype=torch.float64, device=_device(adapter)),
+    )
+
+
+def _step(
+    optimizer: torch.optim.Optimizer, adapter: Adapter, base_rates: Sequence[float], factor: float
+) -> None:
+    """One optimizer step on the live tensors; anything the optimizer holds besides has no gradient and stays."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in adapter.named_parameters():
+        if id(parameter) not in held:
+            raise ValueError(
+                f"The optimizer does not hold {name} as it is now (something replaced the tensor after the optimizer "
+                "was made); make the optimizer from adapter.parameters() after attach()."
+            )
+    for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+        group["lr"] = rate * factor
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _training_mode(adapter: Adapter) -> Iterator[None]:
+    """Train mode for the model (checkpointing needs it) and for the cores (Opacus needs it); undone afterwards."""
+    modes = {module: module.training for module in adapter.model.modules()}
+    adapter.model.train()
+    adapter_train_mode(adapter)
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _first_then_others(count: int) -> Iterator[bool]:
+    return (index == 0 for index in range(count))
+
+
+def _device(adapter: Adapter) -> torch.device:
+    return adapter.parameters()[0].device
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    marks = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(mark in str(error) for mark in marks)
