@@ -63,7 +63,14 @@ def build_base(kind, dtype=torch.float32, seed=0, **overrides):
         ),
     }  # fmt: skip
     model_name, config_name, settings = configs[kind]
-    settings = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **settings, **overrides}
+    settings = {
+        "vocab_size": VOCAB,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **settings,
+        **overrides,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, model_name)(getattr(transformers, config_name)(**settings))

@@ -13,7 +13,10 @@ CHECKPOINTING = (None, False, True)  # off, non-reentrant, reentrant
 def one_by_one(tiny, adapter, loss_fn, batch):
     n = len(batch["labels"])
     return torch.stack(
-        [tiny.autograd_row(adapter, loss_fn(adapter.model, tiny.take(batch, slice(i, i + 1))).sum()) for i in range(n)]
+        [
+            tiny.autograd_row(adapter, loss_fn(adapter.model, tiny.take(batch, slice(i, i + 1))).sum())
+            for i in range(n)
+        ]
     )
 
 
@@ -171,9 +174,17 @@ def left_behind(model):
     found = []
     for name, module in model.named_modules():
         found += [f"{name}: hook" for _ in (*module._forward_hooks, *module._backward_hooks)]
-        found += [f"{name}.{a}" for a in ("activations", "max_batch_len", "autograd_grad_sample_hooks") if hasattr(module, a)]
+        found += [
+            f"{name}.{a}"
+            for a in ("activations", "max_batch_len", "autograd_grad_sample_hooks")
+            if hasattr(module, a)
+        ]
     for name, parameter in model.named_parameters():
-        found += [f"{name}.{a}" for a in ("grad_sample", "_current_grad_sample", "_forward_counter") if hasattr(parameter, a)]
+        found += [
+            f"{name}.{a}"
+            for a in ("grad_sample", "_current_grad_sample", "_forward_counter")
+            if hasattr(parameter, a)
+        ]
         found += [f"{name}.grad"] if parameter.grad is not None else []
     return found
 
@@ -212,7 +223,9 @@ def test_hooks_silently_detached(tiny):
         core.up.core._forward_hooks.clear()
         core.up.core._backward_hooks.clear()
         tiny.loss["bert"](adapter.model, batch).sum().backward()
-        with pytest.raises(RuntimeError, match=core.name.replace(".", r"\.") + r"\.R got no per-example gradient"):
+        with pytest.raises(
+            RuntimeError, match=core.name.replace(".", r"\.") + r"\.R got no per-example gradient"
+        ):
             rows.get()
 
 
@@ -242,7 +255,11 @@ def saved_tensors(model, run):
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (tuple(tensor.shape), storage.nbytes(), tensor)  # alive, so pointers are unique
+            kept[storage.data_ptr()] = (
+                tuple(tensor.shape),
+                storage.nbytes(),
+                tensor,
+            )  # alive, so pointers are unique
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
