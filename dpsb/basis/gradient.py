@@ -57,6 +57,10 @@ def mean_gradients(
 def _accumulate_into(total: torch.Tensor):  # type: ignore[no-untyped-def]
     def forward_hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         x = inputs[0].detach().flatten(0, -2).float()
-        output.register_hook(lambda g: total.add_(g.flatten(0, -2).float().T @ x) and None)
+
+        def backward_hook(g: torch.Tensor) -> None:
+            total.add_(g.flatten(0, -2).float().T @ x)
+
+        output.register_hook(backward_hook)
 
     return forward_hook
