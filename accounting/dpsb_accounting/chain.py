@@ -1,0 +1,249 @@
+"""The lines of a ledger: their exact bytes, their hash chain, and the rules that every next line must obey.
+
+A ledger is a text file of JSON lines. Each line is canonical JSON (keys sorted, no spaces, ASCII) and holds
+`index` (its number), `kind`, `prev` (the hash of the line before; 64 zeros in the first) and `hash` (SHA-256 of
+the canonical JSON of the line without `hash`). Kinds:
+
+* "plan": the first line and only there: `schema`, `run_id`, `created_utc`, `software`, `plan`.
+* "charge": one step, written before its data is drawn: `phase`, `number` (from 0 within the phase), `event`.
+* "taint": `name` and `reason` of something that voids the claim.
+* "repair": the writer that opened the file after a crash dropped `dropped_bytes` of an unfinished line.
+
+The chain shows that the lines are consistent with each other, not that an honest program wrote them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from dpsb_accounting import _checks
+from dpsb_accounting.events import event_to_json, refuse_other_fields
+from dpsb_accounting.plan import Phase, Plan
+
+SCHEMA = "dpsb-ledger/1"
+NO_HASH = "0" * 64
+_COMMON = {"index", "kind", "prev", "hash"}
+_FIELDS = {
+    "plan": {"schema", "run_id", "created_utc", "software", "plan"},
+    "charge": {"phase", "number", "event"},
+    "taint": {"name", "reason"},
+    "repair": {"dropped_bytes"},
+}
+
+
+class LedgerError(Exception):
+    """A ledger is damaged, edited, in use by another writer, or cannot be written."""
+
+
+class BudgetSpent(LedgerError):
+    """Every charge that the plan allows in this phase has been made."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Taint:
+    """Something that voids the claim of a run, such as a seeded source of randomness."""
+
+    name: str
+    reason: str
+
+
+def canonical(data: Mapping[str, object]) -> bytes:
+    """Returns the one JSON text of `data` that is hashed and stored: sorted keys, no spaces, ASCII."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def sealed_line(data: Mapping[str, object]) -> bytes:
+    """Returns the whole line of `data` (which has no hash yet), with its hash and the newline."""
+    digest = hashlib.sha256(canonical(data)).hexdigest()
+    return canonical({**data, "hash": digest}) + b"\n"
+
+
+class Chain:
+    """What the lines read so far say; `append` accepts only a line that may come next.
+
+    Memory is 32 bytes a line, so that a ledger of a million steps can be held.
+    """
+
+    def __init__(self) -> None:
+        self.plan: Plan
+        self.run_id = ""
+        self.created_utc = ""
+        self.software: dict[str, str] = {}
+        self.taints: list[Taint] = []
+        self.repairs = 0
+        self._counts: dict[str, int] = {}
+        self._phase = 0  # the phase charged last; an earlier one is closed
+        self._hashes = bytearray()
+
+    @property
+    def length(self) -> int:
+        """The number of lines."""
+        return len(self._hashes) // 32
+
+    @property
+    def head(self) -> str:
+        """The hash of the last line."""
+        return self.hash_at(self.length - 1)
+
+    def hash_at(self, index: int) -> str:
+        """Returns the hash of line `index`, counted from 0."""
+        if not 0 <= _checks.whole(at_least=0, index=index) < self.length:
+            raise LedgerError(f"the ledger has {self.length} lines, so there is no line {index}")
+        return bytes(self._hashes[32 * index : 32 * index + 32]).hex()
+
+    def charged(self, phase: str) -> int:
+        """Returns how many charges of the phase there are."""
+        return self._counts.get(self.plan.phase(phase).name, 0)
+
+    def next_line(self, kind: str, content: Mapping[str, object]) -> bytes:
+        """Returns the sealed line that would come next with this kind and content."""
+        prev = self.head if self.length else NO_HASH
+        return sealed_line({**content, "index": self.length, "kind": kind, "prev": prev})
+
+    def charge_line(self, phase: Phase) -> bytes:
+        """Returns the sealed line of the next charge of a phase; BudgetSpent if the plan allows none."""
+        self.require_budget(phase)
+        number = self._counts.get(phase.name, 0)
+        content = {"phase": phase.name, "number": number, "event": event_to_json(phase.event)}
+        return self.next_line("charge", content)
+
+    def require_budget(self, phase: Phase) -> None:
+        """Raises BudgetSpent unless one more charge of the phase keeps to the plan."""
+        if self._counts.get(phase.name, 0) >= phase.count:
+            raise BudgetSpent(f"all {phase.count} charges that the plan allows in phase {phase.name!r} are spent")
+        if self.plan.phases.index(phase) < self._phase:
+            later = self.plan.phases[self._phase].name
+            raise BudgetSpent(f"phase {phase.name!r} is closed, because phase {later!r} has begun")
+
+    def append(self, line: bytes) -> None:
+        """Checks a whole line, with its newline, against the chain and the plan, and takes it in.
+
+        Raises:
+            LedgerError: If the line may not come next; the message names it, counted from 1, and says why.
+        """
+        try:
+            data = self._parse(line)
+            content = {name: value for name, value in data.items() if name not in _COMMON}
+            getattr(self, f"_take_{data['kind']}")(content)
+        except (ValueError, RecursionError, LedgerError) as error:
+            raise LedgerError(f"line {self.length + 1} of the ledger is wrong: {error}") from None
+        self._hashes += bytes.fromhex(str(data["hash"]))
+
+    def _parse(self, line: bytes) -> dict[str, object]:
+        data = json.loads(line.decode("ascii"))
+        if not isinstance(data, dict):
+            raise ValueError("it is not a JSON object")
+        kind = _checks.one_of(choices=_FIELDS, kind=data.get("kind"))
+        if (kind == "plan") != (self.length == 0):
+            raise ValueError("the first line, and no other, must be the plan")
+        if kind == "plan" and data.get("schema") != SCHEMA:
+            raise ValueError(f"schema must be {SCHEMA!r}, not {data.get('schema')!r}")
+        refuse_other_fields(f"a {kind} line", data, _COMMON | _FIELDS[kind])
+        if type(data["index"]) is not int or data["index"] != self.length:
+            raise ValueError(f"index must be {self.length}, not {data['index']!r}")
+        if data["prev"] != (self.head if self.length else NO_HASH):
+            raise ValueError("prev is not the hash of the line before; a line was edited, removed or moved")
+        if sealed_line({name: value for name, value in data.items() if name != "hash"}) != line:
+            raise ValueError("its hash or its form does not match its content; it was edited")
+        return data
+
+    def _take_plan(self, content: Mapping[str, object]) -> None:
+        self.run_id = _checks.text(run_id=content["run_id"])
+        self.created_utc = _checks.text(created_utc=content["created_utc"])
+        software = content["software"]
+        if not isinstance(software, dict):
+            raise ValueError(f"software must be a JSON object, not {software!r}")
+        self.software = {str(name): _checks.text(software=version) for name, version in software.items()}
+        self.plan = Plan.from_json(content["plan"])
+
+    def _take_charge(self, content: Mapping[str, object]) -> None:
+        phase = self.plan.phase(str(content["phase"]))
+        self.require_budget(phase)
+        number = self._counts.get(phase.name, 0)
+        if content["event"] != event_to_json(phase.event):
+            raise ValueError(f"its event {content['event']!r} is not the one planned, {event_to_json(phase.event)!r}")
+        if type(content["number"]) is not int or content["number"] != number:
+            raise ValueError(f"its number in phase {phase.name!r} must be {number}, not {content['number']!r}")
+        self._counts[phase.name] = number + 1
+        self._phase = self.plan.phases.index(phase)
+
+    def _take_taint(self, content: Mapping[str, object]) -> None:
+        name = _checks.text(name=content["name"])
+        self.taints.append(Taint(name=name, reason=_checks.text(reason=content["reason"])))
+
+    def _take_repair(self, content: Mapping[str, object]) -> None:
+        _checks.whole(at_least=0, dropped_bytes=content["dropped_bytes"])
+        self.repairs += 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tail:
+    """The end of a file whose writer crashed inside a line.
+
+    Args:
+        start: Offset in the file at which the unfinished line begins, in bytes.
+        size: Its bytes.
+        phase: The phase of the charge that was being written; None if it was no charge.
+    """
+
+    start: int
+    size: int
+    phase: str | None
+
+
+def read_chain(lines: Iterable[bytes]) -> tuple[Chain, Tail | None, bool]:
+    """Returns the chain of a file's lines, its unfinished tail if any, and whether only the last newline lacks.
+
+    An unfinished last line is tolerated only if it can be what a crash leaves: the beginning of a line that could
+    come next, perhaps with zero bytes where the disk was not written. A last line that is whole but for its newline
+    is taken as a line, since whoever wrote it may have gone on.
+
+    Raises:
+        LedgerError: If any line is wrong in any other way, or there is no plan line.
+    """
+    chain, offset, iterator = Chain(), 0, iter(lines)
+    pending = next(iterator, b"")
+    while pending:
+        following = next(iterator, b"")
+        if not following and (not pending.endswith(b"\n") or b"\0" in pending):
+            return _read_tail(chain, pending, offset)
+        chain.append(pending)
+        offset += len(pending)
+        pending = following
+    if not chain.length:
+        raise LedgerError("the file is empty: its plan was never written, so no data was drawn")
+    return chain, None, False
+
+
+def _read_tail(chain: Chain, tail: bytes, offset: int) -> tuple[Chain, Tail | None, bool]:
+    try:
+        chain.append(tail + b"\n")
+        return chain, None, True
+    except LedgerError as error:
+        if not chain.length:
+            raise LedgerError(f"the plan, its first line, is unfinished, so no data was drawn ({error})") from None
+        for phase in chain.plan.phases[chain._phase :]:
+            if chain.charged(phase.name) < phase.count and _begins(chain.charge_line(phase), tail):
+                return chain, Tail(start=offset, size=len(tail), phase=phase.name), False
+        if _begins_other_line(tail):
+            return chain, Tail(start=offset, size=len(tail), phase=None), False
+        raise
+
+
+def _begins(line: bytes, tail: bytes) -> bool:
+    """Whether the tail is what a torn write of the line leaves; zero bytes are blocks never written."""
+    return len(tail) <= len(line) and all(got in (0, want) for got, want in zip(tail, line, strict=False))
+
+
+def _begins_other_line(tail: bytes) -> bool:
+    """Whether the tail is the beginning of a taint or repair line, whose text cannot be foretold."""
+    fragment = tail.split(b"\0", 1)[0]
+    openings = (b'{"hash":"', b'{"dropped_bytes":')
+    if tail[len(fragment) :].strip(b"\0"):
+        return False
+    if not any(fragment.startswith(opening) or opening.startswith(fragment) for opening in openings):
+        return False
+    return b"\n" not in fragment and not fragment.endswith(b"}")
