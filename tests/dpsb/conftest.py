@@ -15,6 +15,42 @@ from dpsb.capture import adapter_train_mode, per_example_gradients
 from dpsb.losses import IGNORED, causal_lm_loss, classification_loss
 
 VOCAB = 61
+_DECODER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+CONFIGS = {
+    "bert": (
+        "BertForSequenceClassification",
+        "BertConfig",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "max_position_embeddings": 64,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "num_labels": 3,
+        },
+    ),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {**_DECODER, "tie_word_embeddings": False}),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {**_DECODER, "head_dim": 8, "final_logit_softcapping": 0.5},
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -27,42 +63,7 @@ def build_base(kind, dtype=torch.float32, seed=0, **overrides):
     """A tiny BERT classifier, Llama, GPT-2 or Gemma 2 with random weights."""
     import transformers
 
-    configs = {
-        "bert": (
-            "BertForSequenceClassification",
-            "BertConfig",
-            {
-                "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-                "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-                "num_labels": 3,
-            },
-        ),
-        "llama": (
-            "LlamaForCausalLM",
-            "LlamaConfig",
-            {
-                "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-                "intermediate_size": 48, "max_position_embeddings": 64, "tie_word_embeddings": False,
-            },
-        ),
-        "gpt2": (
-            "GPT2LMHeadModel",
-            "GPT2Config",
-            {
-                "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
-                "attn_pdrop": 0.0,
-            },
-        ),
-        "gemma2": (
-            "Gemma2ForCausalLM",
-            "Gemma2Config",
-            {
-                "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-                "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 64, "final_logit_softcapping": 0.5,
-            },
-        ),
-    }  # fmt: skip
-    model_name, config_name, settings = configs[kind]
+    model_name, config_name, settings = CONFIGS[kind]
     settings = {
         "vocab_size": VOCAB,
         "pad_token_id": 0,
@@ -152,18 +153,25 @@ def distance(a, b):
 def tiny():
     """The builders above, as one object: test modules cannot import a conftest safely."""
     return SimpleNamespace(
-        base=build_base, lora=build_lora, adapter=build_adapter, batch=build_batch, take=take, rows=rows_of,
-        autograd_row=autograd_row, distance=distance, vocab=VOCAB,
-        loss={"bert": classification_loss, "llama": causal_lm_loss, "gpt2": causal_lm_loss, "gemma2": causal_lm_loss},
+        base=build_base,
+        lora=build_lora,
+        adapter=build_adapter,
+        batch=build_batch,
+        take=take,
+        rows=rows_of,
+        autograd_row=autograd_row,
+        distance=distance,
+        loss={"bert": classification_loss} | dict.fromkeys(("llama", "gpt2", "gemma2"), causal_lm_loss),
         twice=Twice,
-    )  # fmt: skip
+        vocab=VOCAB,
+    )
 
 
 class Twice(nn.Module):
     """A model that calls one linear layer twice, under any kind of activation checkpointing.
 
-    ``plan`` says which calls are checkpointed together: "none"; "same": both in one segment; "separate": one segment
-    each; "mixed": only the second.
+    ``plan`` says which calls are checkpointed together: "none"; "same": both in one segment; "separate": one
+    segment each; "mixed": only the second.
     """
 
     def __init__(self, plan="none", use_reentrant=False, width=16):

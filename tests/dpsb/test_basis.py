@@ -11,7 +11,7 @@ KINDS = ("bert", "llama", "gpt2")
 
 
 def gradients_by_autograd(tiny, kind, batch):
-    """Gradient of the mean loss with respect to each target weight (out, in), on an unfrozen copy of the base."""
+    """Gradient of the mean loss with respect to each target weight (out, in), on an unfrozen copy."""
     copy = tiny.base(kind).eval()
     tiny.loss[kind](copy, batch).mean().backward()
     layers = lora_layers(tiny.lora(tiny.base(kind)))
@@ -179,7 +179,7 @@ def test_lora_sb_is_the_papers_start(tiny, kind):
 
 
 def test_lora_sb_from_private_gradients_needs_a_word(tiny):
-    """Peers' fault: a basis from un-noised private gradients, published in A, B and R0 and charged to nobody."""
+    """Peers' fault: a basis from un-noised private gradients, published in A, B, R0 and charged to nobody."""
     model = tiny.lora(tiny.base("llama"))
     gradients = mean_gradients(model, tiny.loss["llama"], [tiny.batch("llama")])
     with pytest.raises(ValueError, match="publishes them"):

@@ -109,7 +109,7 @@ def inside_the_same_batch(tiny, adapter, loss_fn, batch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bf16_base(tiny, kind):
-    """Exact against autograd in the same batch; the same example alone differs by bf16 rounding, which is reported."""
+    """Exact against autograd in the same batch; alone, the example differs by bf16 rounding (printed)."""
     batch, loss_fn = tiny.batch(kind, lengths=(9, 4, 12, 6, 11)), tiny.loss[kind]
     adapter = tiny.adapter(tiny.base(kind, dtype=torch.bfloat16))
     assert all(p.dtype == torch.float32 for p in adapter.parameters())
@@ -148,7 +148,7 @@ def test_rows_on_cuda(tiny, kind):
 
 
 def test_eval_mode_raises(tiny):
-    """Opacus captures nothing in eval mode: the rows would silently vanish and noise alone would train the model."""
+    """Opacus captures nothing in eval mode: the rows would vanish and noise alone would train the model."""
     adapter = tiny.adapter(tiny.base("bert"))
     adapter.model.eval()
     with pytest.raises(RuntimeError, match="eval mode"), per_example_gradients(adapter, 1):
@@ -162,11 +162,15 @@ def test_eval_mode_raises(tiny):
 
 def test_eval_mode_of_one_core_inside_the_block_raises(tiny):
     adapter, batch = tiny.adapter(tiny.base("bert")), tiny.batch("bert")
-    with per_example_gradients(adapter, 5) as rows:
-        adapter.cores[1].up.core.eval()
-        with pytest.raises((RuntimeError, ValueError), match=r"No activations|no per-example gradient"):
+
+    def run():
+        with per_example_gradients(adapter, 5) as rows:
+            adapter.cores[1].up.core.eval()
             tiny.loss["bert"](adapter.model, batch).sum().backward()
             rows.get()
+
+    with pytest.raises((RuntimeError, ValueError), match=r"No activations|no per-example gradient"):
+        run()
 
 
 def left_behind(model):

@@ -24,7 +24,12 @@ ROWS = st.integers(1, 5).flatmap(
 )
 
 
-@given(rows=ROWS, which=st.integers(0, 6), norm=st.sampled_from([1e-3, 1.0, 7.0]), rule=st.sampled_from(["flat", "automatic"]))
+@given(
+    rows=ROWS,
+    which=st.integers(0, 6),
+    norm=st.sampled_from([1e-3, 1.0, 7.0]),
+    rule=st.sampled_from(["flat", "automatic"]),
+)
 @settings(max_examples=400, deadline=None, derandomize=True)
 def test_removing_one_row_moves_the_sum_by_at_most_the_clip_norm(rows, which, norm, rule):
     rows = torch.tensor(rows, dtype=torch.float32)
@@ -67,7 +72,10 @@ def test_flat_clipping_is_its_formula():
 
 def test_automatic_clipping_is_its_formula():
     """AUTO-S: g C / (|g| + 0.01)."""
-    rows = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)).double() * torch.logspace(-5, 2, 50)[:, None]
+    rows = (
+        torch.randn(50, 7, generator=torch.Generator().manual_seed(0)).double()
+        * torch.logspace(-5, 2, 50)[:, None]
+    )
     expected = sum(g * 2.5 / (float(g.norm()) + 0.01) for g in rows)
     assert AUTOMATIC_GAMMA == 0.01
     torch.testing.assert_close(clip_and_sum(rows, 2.5, "automatic"), expected, rtol=1e-13, atol=1e-13)
@@ -161,7 +169,7 @@ def test_noise_of_two_default_sources_differs():
 
 
 def test_global_seeds_do_not_reach_the_noise():
-    """Peers' fault: the initializer seeds torch with 42 right before training, so that the noise is public."""
+    """Peers' fault: the initializer seeds torch with 42 right before training: the noise is public."""
     seen = []
     for _ in range(2):
         torch.manual_seed(42)
@@ -197,7 +205,9 @@ def test_release_refuses_other_shapes_and_types(total):
 
 def test_without_noise_the_sum_is_copied():
     total = torch.ones(3, dtype=torch.float64)
-    released = Mechanism(l2_clip_norm=math.inf, noise_multiplier=0.0, clipping="none").release(total, SystemRandomness())
+    released = Mechanism(l2_clip_norm=math.inf, noise_multiplier=0.0, clipping="none").release(
+        total, SystemRandomness()
+    )
     assert torch.equal(released, total)
     assert released is not total
 

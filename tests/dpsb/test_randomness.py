@@ -1,4 +1,4 @@
-"""The random source: uniform, normal, never repeated, never saved, and independent of every global generator."""
+"""The random source: uniform, normal, never repeated, never saved, blind to every global generator."""
 
 import copy
 import os

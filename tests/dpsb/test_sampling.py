@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dpsb.data import Collator
+from dpsb.mechanism import clip_and_sum
 from dpsb.randomness import SeededRandomness, SystemRandomness
 from dpsb.sampling import bucket_of, length_buckets, microbatches, poisson_draw
 
@@ -151,9 +152,7 @@ def test_buckets_ascend_to_max_length(max_length):
 
 
 def clipped_sums(tiny, budgets, recompute):
-    """The clipped sum of one draw under several token budgets; from the same rows, or from recomputed ones."""
-    from dpsb.mechanism import clip_and_sum
-
+    """The clipped sum of one draw under several token budgets, from the same or from recomputed rows."""
     generator = torch.Generator().manual_seed(1)
     lengths = [3, 15, 17, 9, 30, 28, 5, 22, 16, 31, 2, 12]
     examples = [
