@@ -5,6 +5,7 @@ Everything here runs on *synthetic* examples, so it may raise, compare and print
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -46,7 +47,10 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def probe(
-    adapter: Adapter, loss_fn: LossFn, collate: Callable[[Sequence[Example]], Batch], synthetic: Sequence[Example]
+    adapter: Adapter,
+    loss_fn: LossFn,
+    collate: Callable[[Sequence[Example]], Batch],
+    synthetic: Sequence[Example],
 ) -> None:
     """Refuses what would couple examples or train nothing.
 
@@ -98,9 +102,7 @@ def probe(
         adapter.load_state(saved)
 
 
-def check_step_moves_model(
-    adapter: Adapter, before: Mapping[str, torch.Tensor], loss_fn: LossFn, batch: Batch
-) -> None:
+def check_step_moves_model(adapter: Adapter, before: Mapping[str, torch.Tensor], loss_fn: LossFn, batch: Batch) -> None:
     """After the first release: the optimizer moved the live tensors, and the model's output follows.
 
     The step is scaled up to be visible in any precision, the losses on a synthetic batch are compared with those
@@ -135,9 +137,7 @@ def _perturb(adapter: Adapter) -> None:
             parameter.add_(noise.to(parameter.device, parameter.dtype))
 
 
-def _losses_and_rows(
-    adapter: Adapter, loss_fn: LossFn, batch: Batch
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _losses_and_rows(adapter: Adapter, loss_fn: LossFn, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     size = len(next(iter(batch.values())))
     with per_example_gradients(adapter, size) as rows:
         losses = check_losses(loss_fn(adapter.model, batch), size)
@@ -170,9 +170,10 @@ def _check_against_autograd(
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Relative distance; 0 for equal tensors."""
+    """Relative distance; 0 for equal tensors, infinite where one of them holds a NaN."""
     scale = float(torch.maximum(a.double().norm(), b.double().norm()))
-    return float((a.double() - b.double()).norm()) / scale if scale else 0.0
+    moved = float((a.double() - b.double()).norm()) / scale if scale else 0.0
+    return math.inf if math.isnan(moved) else moved
 
 
 def _tolerance(model: nn.Module) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -144,9 +145,11 @@ def autograd_row(adapter, loss):
 
 
 def distance(a, b):
-    """Norm of the difference, relative to the larger of the two."""
-    scale = max(float(a.double().norm()), float(b.double().norm()))
-    return float((a.double() - b.double()).norm()) / scale if scale else 0.0
+    """Norm of the difference, relative to the larger of the two; infinite where one of them holds a NaN."""
+    difference, scale = float((a.double() - b.double()).norm()), max(float(a.double().norm()), float(b.double().norm()))
+    if math.isnan(difference):
+        return math.inf
+    return difference / scale if scale else 0.0
 
 
 @pytest.fixture

@@ -37,9 +37,7 @@ def simple(tiny, model, targets=("layer",), **options):
 def test_passes_good_models(tiny, kind, use_reentrant):
     adapter = tiny.adapter(tiny.base(kind), scatter=0.0)
     if use_reentrant is not None:
-        adapter.model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
-        )
+        adapter.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
         adapter.model.enable_input_require_grads()
     probe(adapter, tiny.loss[kind], collate, synthetic(tiny, kind))
 
@@ -111,6 +109,18 @@ def batch_mean_loss(model, batch):
 def test_refuses_a_loss_divided_by_the_batch_size(tiny):
     with pytest.raises(ProbeError, match="coupled"):
         probe(tiny.adapter(tiny.base("bert")), batch_mean_loss, collate, synthetic(tiny))
+
+
+def spread_over_the_batch(model, batch):
+    losses = classification_loss(model, batch)
+    return losses + 0.0 * losses.std()  # of one number: NaN
+
+
+@pytest.mark.filterwarnings("ignore:std")
+def test_refuses_a_loss_that_is_nan_for_an_example_alone(tiny):
+    """A NaN is larger than no tolerance; comparing with it must not count as agreement."""
+    with pytest.raises(ProbeError, match="coupled"):
+        probe(tiny.adapter(tiny.base("bert")), spread_over_the_batch, collate, synthetic(tiny))
 
 
 @pytest.mark.parametrize(
@@ -249,9 +259,7 @@ def test_needs_five_examples(tiny):
 
 def condition(model):
     """Everything that the probe must leave as it was."""
-    tensors = {
-        name: value.detach().clone() for name, value in (*model.named_parameters(), *model.named_buffers())
-    }
+    tensors = {name: value.detach().clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
     modes = {name: module.training for name, module in model.named_modules()}
     wants = {name: (p.requires_grad, p.grad is None) for name, p in model.named_parameters()}
     hooks = {name: len(m._forward_hooks) + len(m._backward_hooks) for name, m in model.named_modules()}
@@ -336,9 +344,7 @@ def test_expert_routing_over_the_batch_is_refused(tiny):
 
     examples = synthetic(tiny)
     strengths = Routed().embed(collate(examples)["input_ids"]).square().mean(dim=(1, 2))
-    order = strengths.argsort(
-        descending=True
-    ).tolist()  # so that example 0 is in when alone and out beside stronger
+    order = strengths.argsort(descending=True).tolist()  # so that example 0 is in when alone and out beside stronger
     weakest = [examples[i] for i in reversed(order)]
     with pytest.raises(ProbeError, match="expert routing"):
         probe(simple(tiny, Routed()), classification_loss, collate, weakest)
