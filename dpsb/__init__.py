@@ -27,7 +27,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 _NEEDS_NO_TORCH = ("plan", "config")
 
 __version__ = "0.1.0"
-__all__ = [*sorted(_MODULE_OF), "__version__"]  # noqa: PLE0604 - built from the table above
+__all__ = [*sorted(_MODULE_OF), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -42,5 +42,7 @@ def __dir__() -> list[str]:
 
 
 if find_spec("torch") is None:
-    raise ImportError("dpsb trains with torch, which is not installed: pip install 'dpsb[train]'. "
-                      "(The auditor's package, dpsb_accounting, works without it.)")
+    raise ImportError(
+        "dpsb trains with torch, which is not installed: pip install 'dpsb[train]'. "
+        "(The auditor's package, dpsb_accounting, works without it.)"
+    )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from opacus.grad_sample import GradSampleHooks
@@ -40,6 +40,8 @@ class Factors(NamedTuple):
 class FrozenDown(nn.Module):
     """Takes the place of ``lora_A[name]``: x -> A x. Keeps no activation for the backward pass."""
 
+    weight: torch.Tensor
+
     def __init__(self, A: torch.Tensor) -> None:
         super().__init__()
         self.register_buffer("weight", A)
@@ -55,6 +57,8 @@ class CoreUp(nn.Module):
 
     ``weight`` is the product B R, which is what PEFT merges and what ``state_dict`` writes.
     """
+
+    up: torch.Tensor
 
     def __init__(self, B: torch.Tensor, R: torch.Tensor) -> None:
         super().__init__()
@@ -72,14 +76,14 @@ class CoreUp(nn.Module):
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         return F.linear(self.core(h.to(CORE_DTYPE)).to(self.up.dtype), self.up)
 
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         destination = kwargs.get("destination", args[0] if args else None)
         destination = {} if destination is None else destination
         destination[prefix + "weight"] = self.weight.detach()
         return destination
 
     def _load_from_state_dict(  # type: ignore[no-untyped-def]
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        self, state_dict, prefix, _local_metadata, _strict, missing_keys, _unexpected_keys, error_msgs
     ) -> None:
         """Reads a plain LoRA factor W' = B R back: R by least squares, refused where W' leaves the span of B."""
         saved = state_dict.pop(f"{prefix}weight", None)
@@ -119,7 +123,7 @@ class Adapter:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and live parameter of every R and head tensor, always in the same order."""
         for core in self.cores:
-            yield f"{core.name}.R", core.up.core.weight
+            yield f"{core.name}.R", cast(nn.Parameter, core.up.core.weight)
         for name, module in self.heads:
             for part, parameter in module.named_parameters(recurse=False):
                 if parameter.requires_grad:
@@ -314,7 +318,10 @@ def _check_factors(name: str, factors: Factors, layer: LoraLayer, adapter_name: 
     if R0 is not None and R0.shape != (rank, rank):
         raise ValueError(f"Expected R0 of {name} with shape {(rank, rank)}, got {tuple(R0.shape)}.")
     identity = torch.eye(rank, dtype=torch.float64)
-    for label, gram in (("rows of A", A.double() @ A.double().T), ("columns of B", B.double().T @ B.double())):
+    for label, gram in (
+        ("rows of A", A.double() @ A.double().T),
+        ("columns of B", B.double().T @ B.double()),
+    ):
         error = float((gram.cpu() - identity).abs().max())
         if not error < 0.05:
             raise ValueError(f"Expected orthonormal {label} for {name}; they are off by {error:.2g}.")
@@ -336,4 +343,6 @@ def detach(adapter: Adapter) -> None:
 def merge(adapter: Adapter) -> nn.Module:
     """The base model with s B R A added to its weights and all adapter modules gone (PEFT's ``merge_and_unload``)."""
     detach(adapter)
-    return adapter.model.merge_and_unload()
+    peft_model: Any = adapter.model
+    merged: nn.Module = peft_model.merge_and_unload()
+    return merged

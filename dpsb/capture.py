@@ -118,8 +118,10 @@ def check_train_mode(adapter: Adapter) -> None:
     """Raises RuntimeError if a module of theta is in eval mode: its rows would silently be missing."""
     for module in adapter.trained_modules():
         if not module.training:
-            raise RuntimeError("A core or head is in eval mode, where no per-example gradients are captured; "
-                               "call adapter_train_mode(adapter) or model.train() first.")
+            raise RuntimeError(
+                "A core or head is in eval mode, where no per-example gradients are captured; "
+                "call adapter_train_mode(adapter) or model.train() first."
+            )
 
 
 def _clean(modules: nn.Module) -> None:

@@ -124,7 +124,7 @@ def _flatten(value: Any, path: str = "") -> tuple[dict[str, torch.Tensor], Any]:
 
 
 def _unflatten(tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> Any:
-    (kind, content), = plain.items()
+    ((kind, content),) = plain.items()
     if kind == "tensor":
         return tensors[content]
     if kind == "dict":

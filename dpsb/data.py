@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from dpsb.losses import IGNORED
 
-Task = Literal["classification", "causal-lm"]
+TASKS = ("classification", "causal-lm")
 
-_TEXT = ("text", "text_a", "sentence", "sentence1", "premise", "question", "content", "body", "message", "document")
+_TEXT = (
+    "text",
+    "text_a",
+    "sentence",
+    "sentence1",
+    "premise",
+    "question",
+    "content",
+    "body",
+    "message",
+    "document",
+)
 _PAIR = ("text_b", "text_pair", "sentence2", "hypothesis", "answer", "context")
 _LABEL = ("label", "labels", "category", "class", "intent", "target")
 _PROMPT = ("prompt", "instruction", "source", "input")
@@ -90,7 +101,9 @@ def read_table(source: str | Path) -> Table:
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the parser says may quote a row
-        raise DataError(f"{name} cannot be read as {path.suffix or 'a data set folder'} ({type(error).__name__}).") from None
+        raise DataError(
+            f"{name} cannot be read as {path.suffix or 'a data set folder'} ({type(error).__name__})."
+        ) from None
     if not table.columns:
         raise DataError(f"{name} has no columns.")
     return table
@@ -137,9 +150,7 @@ def _from_hub(name: str) -> Table:
 
 
 def _from_dataset(source: str, dataset: Any) -> Table:
-    names = {
-        column: tuple(feature.names) for column, feature in dataset.features.items() if hasattr(feature, "names")
-    }
+    names = {column: tuple(feature.names) for column, feature in dataset.features.items() if hasattr(feature, "names")}
     return Table(source, {column: list(dataset[column]) for column in dataset.column_names}, names)
 
 
@@ -190,15 +201,19 @@ def tokenize_classification(
         raise DataError(f"{table.source} has no text column; name it with --text-column ({', '.join(table.columns)}).")
     label = table.pick(columns.label, _LABEL)
     if label is None:
-        raise DataError(f"{table.source} has no label column; name it with --label-column ({', '.join(table.columns)}).")
+        raise DataError(
+            f"{table.source} has no label column; name it with --label-column ({', '.join(table.columns)})."
+        )
     pair = table.pick(columns.text_pair, _PAIR)
     texts = [_text(value) for value in table.column(text)]
     pairs = None if pair is None else [_text(value) for value in table.column(pair)]
     encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length) if texts else {}
     index = {name: i for i, name in enumerate(labels)}
     names = table.class_names.get(label)
-    targets = [index.get(names[v] if names and isinstance(v, int) and 0 <= v < len(names) else _text(v), IGNORED)
-               for v in table.column(label)]
+    targets = [
+        index.get(names[v] if names and isinstance(v, int) and 0 <= v < len(names) else _text(v), IGNORED)
+        for v in table.column(label)
+    ]
     keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
     return [{**{key: encoded[key][i] for key in keys}, "labels": target} for i, target in enumerate(targets)]
 
@@ -246,7 +261,7 @@ class Collator:
     """
 
     pad_token_id: int
-    device: torch.device = torch.device("cpu")
+    device: torch.device | str = "cpu"
 
     def __call__(self, examples: Iterable[Any], padded_length: int) -> dict[str, torch.Tensor]:
         """Model inputs of shape ``(n, padded_length)``, and ``labels`` of shape ``(n,)`` or ``(n, padded_length)``."""
@@ -268,7 +283,9 @@ class Collator:
         return [*values, *[filler] * (length - len(values))]
 
 
-def synthetic_examples(task: Task, vocab_size: int, num_labels: int, max_length: int, token_types: bool = False) -> list[dict[str, Any]]:
+def synthetic_examples(
+    task: str, vocab_size: int, num_labels: int, max_length: int, token_types: bool = False
+) -> list[dict[str, Any]]:
     """Six examples of random tokens and different lengths, for the probe. Public."""
     generator = torch.Generator().manual_seed(0)
     examples = []

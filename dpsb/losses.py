@@ -73,7 +73,8 @@ def causal_lm_loss(
 
 def _token_losses(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of every position, zero where ignored, shape ``(n, t)``."""
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped: Any = model
+    causal_lm = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
     head = causal_lm.get_output_embeddings()
     backbone = getattr(causal_lm, causal_lm.base_model_prefix, None)
     transformed = any(getattr(causal_lm.config, name, None) for name in _LOGIT_TRANSFORMS)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from dpsb.randomness import Randomness
 from dpsb_accounting import Plan
 
-Clipping = Literal["flat", "automatic", "none"]
+CLIPPINGS = ("flat", "automatic", "none")
 
 # AUTO-S (Bu et al. 2022, arXiv:2206.07136): the constant that keeps the direction of very small rows.
 AUTOMATIC_GAMMA = 0.01
@@ -24,7 +23,7 @@ _GRID_BITS = 20
 _CHUNK_NUMBERS = 1 << 23
 
 
-def clip_and_sum(rows: torch.Tensor, l2_clip_norm: float, clipping: Clipping = "flat") -> torch.Tensor:
+def clip_and_sum(rows: torch.Tensor, l2_clip_norm: float, clipping: str = "flat") -> torch.Tensor:
     r"""Scales every row into the L2 ball of radius ``l2_clip_norm`` and sums.
 
     With :math:`g_i` the i-th row and C the clip norm, ``"flat"`` returns :math:`\sum_i g_i \min(1, C/\|g_i\|_2)` and
@@ -56,7 +55,7 @@ def clip_and_sum(rows: torch.Tensor, l2_clip_norm: float, clipping: Clipping = "
       >>> clip_and_sum(rows, l2_clip_norm=1.0)
       tensor([0.9000, 1.2000], dtype=torch.float64)
     """
-    if clipping not in ("flat", "automatic", "none"):
+    if clipping not in CLIPPINGS:
         raise ValueError(f"Expected clipping={clipping!r} to be 'flat', 'automatic' or 'none'.")
     if clipping != "none" and not (0.0 < l2_clip_norm < math.inf):
         raise ValueError(f"Expected l2_clip_norm={l2_clip_norm!r} to be positive and finite.")
@@ -88,7 +87,7 @@ class Mechanism:
 
     l2_clip_norm: float
     noise_multiplier: float
-    clipping: Clipping
+    clipping: str
 
     @classmethod
     def from_plan(cls, plan: Plan) -> Mechanism:

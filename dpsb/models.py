@@ -11,8 +11,6 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 
-from dpsb.data import Task
-
 EMBEDDED = "minilm"
 """Name of the small model that the extra ``demo`` brings along (MiniLM-L6, 22.7 M parameters, offline)."""
 
@@ -45,7 +43,7 @@ def config_labels(model: str) -> tuple[str, ...] | None:
 
 
 def load_base(
-    model: str, task: Task, labels: Sequence[str] = (), *, dtype: torch.dtype = torch.float32
+    model: str, task: str, labels: Sequence[str] = (), *, dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, Any]:
     """The frozen base model for ``task`` and its tokenizer.
 
@@ -83,7 +81,7 @@ def load_base(
     return base, tokenizer
 
 
-def add_lora(base: nn.Module, task: Task, rank: int, targets: str | Sequence[str] = "all-linear") -> PeftModel:
+def add_lora(base: nn.Module, task: str, rank: int, targets: str | Sequence[str] = "all-linear") -> PeftModel:
     """A plain LoRA adapter of uniform rank, scale 1 and no dropout on ``base``, ready for :func:`dpsb.attach`.
 
     Args:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpsb_accounting import NonPrivate, Phase, Plan, PoissonGaussian, noise_multiplier_for
+from dpsb_accounting import epsilon as epsilon_of
 
 DEFAULT_BASIS = {"kind": "weight_svd", "access": "data_free"}
 
@@ -106,3 +107,63 @@ def make_plan(
         basis=dict(basis),
         details=dict(details or {}),
     )
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """The numbers of a plan that a user asks for first, as JSON."""
+    bound = epsilon_of(plan)
+    return {
+        "epsilon": {"lower": _json_number(bound.lower), "upper": _json_number(bound.upper)},
+        "target_epsilon": _json_number(plan.target_epsilon),
+        "delta": plan.delta,
+        "unit": plan.unit,
+        "neighboring": plan.neighboring,
+        "num_examples": plan.num_examples,
+        "expected_batch_size": plan.expected_batch_size,
+        "sampling_prob": plan.sampling_prob,
+        "steps": plan.steps,
+        "noise_multiplier": plan.noise_multiplier,
+        "l2_clip_norm": _json_number(plan.l2_clip_norm),
+        "method": bound.method,
+    }
+
+
+def cost_table(plan: Plan, factors: Sequence[float] = (0.5, 1.0, 2.0, 4.0)) -> list[dict[str, float]]:
+    """What other batch sizes would cost at the same epsilon and the same number of passes over the data.
+
+    Returns:
+      A row per batch size: ``expected_batch_size``, ``steps``, ``noise_multiplier``, and ``noise_per_step``, the
+      standard deviation of the noise on each coordinate of the *mean* gradient in units of C (noise_multiplier / M).
+    """
+    rows = []
+    for factor in factors:
+        batch = round(plan.expected_batch_size * factor)
+        if not 1 <= batch <= plan.num_examples:
+            continue
+        same = factor == 1.0
+        other = (
+            plan
+            if same
+            else make_plan(
+                epsilon=plan.target_epsilon,
+                delta=plan.delta,
+                num_examples=plan.num_examples,
+                num_examples_declared=plan.num_examples_declared,
+                expected_batch_size=batch,
+                steps=max(1, round(plan.steps / factor)),
+                neighboring=plan.neighboring,
+            )
+        )
+        rows.append(
+            {
+                "expected_batch_size": batch,
+                "steps": other.steps,
+                "noise_multiplier": other.noise_multiplier,
+                "noise_per_step": other.noise_multiplier / batch,
+            }
+        )
+    return rows
+
+
+def _json_number(value: float) -> float | str:
+    return "inf" if math.isinf(value) else value

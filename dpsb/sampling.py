@@ -12,7 +12,27 @@ import numpy as np
 
 from dpsb.randomness import Randomness
 
-DEFAULT_BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+DEFAULT_BUCKETS = (
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+    192,
+    256,
+    384,
+    512,
+    768,
+    1024,
+    1536,
+    2048,
+    3072,
+    4096,
+    6144,
+    8192,
+)
 
 
 def poisson_draw(num_rows: int, sampling_prob: float, randomness: Randomness) -> np.ndarray:
@@ -56,9 +76,7 @@ def bucket_of(length: int, buckets: Sequence[int]) -> int:
     raise ValueError("An example is longer than the largest bucket; truncate it to max_length first.")
 
 
-def microbatches(
-    draw: np.ndarray, padded_lengths: np.ndarray, token_budget: int
-) -> Iterator[tuple[np.ndarray, int]]:
+def microbatches(draw: np.ndarray, padded_lengths: np.ndarray, token_budget: int) -> Iterator[tuple[np.ndarray, int]]:
     """Cuts a draw into microbatches of equal padded length that hold at most ``token_budget`` tokens.
 
     Guarantees:

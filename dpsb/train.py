@@ -52,7 +52,7 @@ def fit(
     synthetic: Sequence[Example],
     max_length: int,
     schedule: Callable[[float], float] = lambda _done: 1.0,
-    knobs: Knobs = Knobs(),  # noqa: B008 - frozen
+    knobs: Knobs = Knobs(),
     randomness: Randomness | None = None,
     allow_dropout: bool = False,
     on_step: Callable[[Progress], None] = lambda _progress: None,
@@ -156,9 +156,7 @@ def _clipped_sum(
     )
 
 
-def _step(
-    optimizer: torch.optim.Optimizer, adapter: Adapter, base_rates: Sequence[float], factor: float
-) -> None:
+def _step(optimizer: torch.optim.Optimizer, adapter: Adapter, base_rates: Sequence[float], factor: float) -> None:
     """One optimizer step on the live tensors; anything the optimizer holds besides has no gradient and stays."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in adapter.named_parameters():

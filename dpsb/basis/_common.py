@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -12,7 +11,7 @@ from peft.utils.integrations import dequantize_module_weight
 
 from dpsb.adapter import Factors
 
-Access = Literal["data_free", "public", "released", "non_private"]
+ACCESSES = ("data_free", "public", "released", "non_private")
 
 _EXACT_UP_TO = 1024
 _OVERSAMPLING = 16
@@ -31,7 +30,7 @@ class Provenance:
     """
 
     kind: str
-    access: Access
+    access: str
     detail: Mapping[str, str | int | float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
@@ -72,7 +71,9 @@ def truncated_svd(
       Halko, Martinsson and Tropp (2011), arXiv:0909.4061, Algorithm 4.4.
     """
     if not 1 <= rank <= min(matrix.shape):
-        raise ValueError(f"Expected rank={rank!r} between 1 and {min(matrix.shape)} for a {tuple(matrix.shape)} weight.")
+        raise ValueError(
+            f"Expected rank={rank!r} between 1 and {min(matrix.shape)} for a {tuple(matrix.shape)} weight."
+        )
     exact = matrix.to(torch.float32)
     if min(matrix.shape) <= _EXACT_UP_TO:
         U, S, Vh = torch.linalg.svd(exact, full_matrices=False)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dpsb.adapter import Factors, lora_layers
-from dpsb.basis._common import Access, Basis, Provenance, public_generator, truncated_svd
+from dpsb.basis._common import Basis, Provenance, public_generator, truncated_svd
 
 
 def lora_sb(
@@ -16,7 +16,7 @@ def lora_sb(
     gradients: Mapping[str, torch.Tensor],
     *,
     step_size: float,
-    access: Access,
+    access: str,
     allow_non_private_basis: bool = False,
     adapter_name: str = "default",
 ) -> Basis:
@@ -52,6 +52,4 @@ def lora_sb(
         update = -step_size * torch.sign(gradients[name])
         U, S, Vh = truncated_svd(update, layer.r[adapter_name], generator)
         factors[name] = Factors(A=Vh, B=U, R0=torch.diag(S))
-    return Basis(
-        factors=factors, provenance=Provenance(kind="lora_sb", access=access, detail={"step_size": step_size})
-    )
+    return Basis(factors=factors, provenance=Provenance(kind="lora_sb", access=access, detail={"step_size": step_size}))

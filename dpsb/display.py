@@ -1,0 +1,147 @@
+"""What the operator sees: plan, progress bar with epsilon spent, result. Screen only; nothing here is written."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from dpsb.plan import cost_table
+from dpsb_accounting import Phase, Plan
+from dpsb_accounting import epsilon as epsilon_of
+
+_MARKS = 20
+
+
+class SpentCurve:
+    """An upper bound on epsilon after so many steps, computed at 20 marks as the run passes them."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._known: dict[int, float] = {}
+
+    def upper(self, step: int) -> float:
+        """Epsilon's upper bound at the next mark at or after ``step``."""
+        stride = max(1, -(-self._plan.steps // _MARKS))
+        mark = min(self._plan.steps, -(-step // stride) * stride)
+        if mark not in self._known:
+            before = [phase for phase in self._plan.phases if phase.name != "train"]
+            phases = [*before, Phase("train", self._plan.train.event, mark)]
+            bound = epsilon_of(phases, delta=self._plan.delta, neighboring=self._plan.neighboring)
+            self._known[mark] = bound.upper
+        return self._known[mark]
+
+
+class Display:
+    """Status lines and, once the plan is known, a live bar with the epsilon spent so far."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("[bold]training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps  epsilon spent [bold]{task.fields[spent]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=console.quiet,
+        )
+        self._task: Any = None
+        self._curve: SpentCurve | None = None
+        self._last_line = 0.0
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def callbacks(self) -> Any:
+        """What :func:`dpsb.run.train` calls."""
+        from dpsb.run import Callbacks
+
+        return Callbacks(on_status=self._status, on_plan=self._plan, on_step=self._step)
+
+    def _status(self, message: str) -> None:
+        self._console.print(f"[dim]{message}[/dim]", highlight=False)
+
+    def _plan(self, plan: Plan) -> None:
+        print_plan(self._console, plan)
+        self._curve = SpentCurve(plan)
+
+    def _step(self, progress: Any) -> None:
+        if self._curve is None:
+            return
+        spent = f"<= {self._curve.upper(progress.step):.3f}"
+        if self._task is None:
+            self._task = self._progress.add_task("training", total=progress.steps, spent=spent)
+            if self._console.is_terminal:
+                self._progress.start()
+        self._progress.update(self._task, completed=progress.step, spent=spent)
+        ended = progress.step == progress.steps
+        if ended:
+            self._progress.stop()
+        elif not self._console.is_terminal and time.monotonic() - self._last_line > 10:
+            self._last_line = time.monotonic()
+            self._console.print(f"step {progress.step}/{progress.steps}, epsilon spent {spent}", highlight=False)
+
+
+def print_plan(console: Console, plan: Plan, *, cost_table_too: bool = False) -> None:
+    """The plan as a table, and what other batch sizes would cost."""
+    table = Table(title="plan", show_header=False, title_justify="left")
+    bound = epsilon_of(plan)
+    table.add_row("epsilon", f"in [{bound.lower:.4f}, {bound.upper:.4f}] at delta {plan.delta:.3g}")
+    table.add_row("protects", f"one {plan.unit} ({plan.neighboring})")
+    declared = "declared" if plan.num_examples_declared else "the true number, which counts as public"
+    table.add_row("N", f"{plan.num_examples} ({declared})")
+    table.add_row(
+        "steps x sampling",
+        f"{plan.steps} x q = {plan.sampling_prob:.5g} (expected batch {plan.expected_batch_size})",
+    )
+    table.add_row("noise", f"multiplier {plan.noise_multiplier:.4f}, clip norm {plan.l2_clip_norm:g} ({plan.clipping})")
+    table.add_row("basis", f"{plan.basis['kind']} ({plan.basis['access']})")
+    console.print(table)
+    if cost_table_too and plan.is_private:
+        costs = Table(title="the same epsilon and passes over the data with other batch sizes", title_justify="left")
+        for heading in ("expected batch", "steps", "noise multiplier", "noise / mean gradient (units of C)"):
+            costs.add_column(heading, justify="right")
+        for row in cost_table(plan):
+            costs.add_row(
+                f"{row['expected_batch_size']}",
+                f"{row['steps']}",
+                f"{row['noise_multiplier']:.4f}",
+                f"{row['noise_per_step']:.3g}",
+            )
+        console.print(costs)
+
+
+def print_run(console: Console, run: Any) -> None:
+    """The claim, held-out metrics and the files of a finished run."""
+    facts = run.report.to_json()
+    bounds = facts["epsilon"]
+    if facts["claim"]:
+        console.print(
+            f"[bold green]epsilon <= {bounds['upper']:.4f}[/bold green] (at least {bounds['lower']:.4f} by this "
+            f"accounting) at delta {facts['delta']:.3g}, per {facts['unit']}, {facts['neighboring']}"
+        )
+    else:
+        reasons = "; ".join(taint["reason"] for taint in facts["taints"]) or "epsilon is infinite"
+        console.print(f"[bold red]no privacy claim[/bold red]: {reasons}")
+    if run.held_out:
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in run.held_out.items())
+        console.print(f"held-out ({numbers}): outside the guarantee")
+    console.print(f"files in {run.out}: {', '.join(run.files)}", highlight=False)

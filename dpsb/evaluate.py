@@ -1,0 +1,49 @@
+"""Metrics on held-out people. They lie outside the guarantee and stay out of ledger and model card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dpsb.losses import IGNORED, causal_lm_loss
+from dpsb.probe import Collate
+from dpsb.sampling import bucket_of, length_buckets, microbatches
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, examples: Sequence[Any], task: str, collate: Collate, max_length: int, token_budget: int
+) -> dict[str, float]:
+    """Accuracy and mean cross-entropy (classification), or loss per token and perplexity (causal LM).
+
+    Rows with an undeclared label or without labelled tokens are left out.
+    """
+    buckets = length_buckets(max_length)
+    padded = np.array([bucket_of(len(e["input_ids"]), buckets) for e in examples], dtype=np.int64)
+    was_training = model.training
+    model.eval()
+    right, nll, count = 0, 0.0, 0
+    try:
+        for indices, length in microbatches(np.arange(len(examples)), padded, token_budget):
+            batch = collate([examples[int(i)] for i in indices], length)
+            if task == "classification":
+                logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
+                known = batch["labels"] != IGNORED
+                losses = nn.functional.cross_entropy(logits[known], batch["labels"][known], reduction="sum")
+                right += int((logits.argmax(dim=1) == batch["labels"])[known].sum())
+                nll, count = nll + float(losses), count + int(known.sum())
+            else:
+                nll += float(causal_lm_loss(model, batch, tokens_per_example=1).sum())
+                count += int((batch["labels"][:, 1:] != IGNORED).sum())
+    finally:
+        model.train(was_training)
+    if count == 0:
+        return {}
+    if task == "classification":
+        return {"accuracy": right / count, "cross_entropy": nll / count, "examples": count}
+    return {"loss_per_token": nll / count, "perplexity": math.exp(nll / count), "tokens": count}

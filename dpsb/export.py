@@ -1,0 +1,53 @@
+"""The merged model: base weights with the adapter added in, for tools that know nothing of adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dpsb.checkpoint import replacing
+from dpsb.run import RunError
+
+_ADAPTER = "adapter_config.json"
+
+
+def export_merged(folder: Path, merged: Path) -> None:
+    """Writes base model plus adapter to ``merged`` as an ordinary Hugging Face model with its tokenizer.
+
+    Args:
+      folder: A finished run, or any plain LoRA adapter folder with the tokenizer beside it.
+      merged: New folder.
+
+    Raises:
+      RunError: If ``folder`` holds no finished adapter or ``merged`` exists.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    if not (folder / _ADAPTER).exists():
+        raise RunError(f"{folder} holds no finished adapter ({_ADAPTER} is missing).")
+    if merged.exists():
+        raise RunError(f"{merged} exists already; choose another folder.")
+    settings = json.loads((folder / _ADAPTER).read_text())
+    path = settings["base_model_name_or_path"]
+    if settings.get("task_type") == "SEQ_CLS":
+        labels = _labels(folder)
+        base = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=len(labels), id2label=dict(enumerate(labels)), ignore_mismatched_sizes=True
+        )
+    else:
+        base = AutoModelForCausalLM.from_pretrained(path)
+    model = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+    merged.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(merged) as new:
+        model.save_pretrained(new)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(new)
+
+
+def _labels(folder: Path) -> list[str]:
+    from dpsb_accounting import Ledger
+
+    details: Mapping[str, Any] = Ledger.read(folder / "ledger.jsonl").plan.details
+    return [str(label) for label in details["labels"]]

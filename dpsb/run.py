@@ -1,0 +1,394 @@
+"""From settings to a finished run folder: data, plan, model, ``fit``, files. What ``dpsb train`` does."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dpsb.adapter import Adapter, Factors, attach
+from dpsb.artifacts import save_run
+from dpsb.basis import Basis, lora_sb, mean_gradients, public, random, weight_svd
+from dpsb.basis._common import Provenance
+from dpsb.checkpoint import remove_checkpoint
+from dpsb.config import ConfigError, RunConfig
+from dpsb.data import (
+    Collator,
+    Columns,
+    DataError,
+    declared_labels,
+    read_table,
+    synthetic_examples,
+    tokenize_causal,
+    tokenize_classification,
+)
+from dpsb.evaluate import evaluate
+from dpsb.losses import LossFn, causal_lm_loss, classification_loss
+from dpsb.models import HEAD_NAMES, add_lora, config_labels, load_base, longest_input
+from dpsb.plan import make_plan
+from dpsb.randomness import Randomness, SeededRandomness, SystemRandomness
+from dpsb.sampling import length_buckets
+from dpsb.train import Knobs, Progress, fit
+from dpsb_accounting import Ledger, LedgerError, Plan, Report, make_report
+
+LEDGER_NAME, SETTINGS_NAME, START_NAME = "ledger.jsonl", "run.json", "start.safetensors"
+_PUBLIC_BASIS_EXAMPLES = 512
+
+
+class RunError(RuntimeError):
+    """The run folder is not in a state for what was asked; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Args:
+      out: Its folder.
+      report: What it claims.
+      held_out: Metrics on held-out data, outside the guarantee; empty without such data.
+      files: What was written, relative to ``out``.
+    """
+
+    out: Path
+    report: Report
+    held_out: dict[str, float]
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """How a run tells the operator where it is; none of it is written anywhere."""
+
+    on_status: Callable[[str], None] = lambda _message: None
+    on_plan: Callable[[Plan], None] = lambda _plan: None
+    on_step: Callable[[Progress], None] = lambda _progress: None
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """The data side of a run. ``examples`` is sensitive, everything else is public."""
+
+    examples: Sequence[Any]
+    held_out: Sequence[Any] | None
+    public: Sequence[Any] | None
+    labels: tuple[str, ...]
+    label_origin: str
+    max_length: int
+
+
+def train(config: RunConfig, *, resume: bool = False, callbacks: Callbacks = Callbacks()) -> Run:
+    """Runs or resumes a private fine-tune and writes its folder.
+
+    The folder holds a plain LoRA adapter, the cores in fp32, the ledger, the report and a model card. Nothing is
+    written before all inputs have been read and the plan is made.
+
+    Args:
+      config: Settings.
+      resume: Continue the run in ``config.out``; T minus the charged steps are left.
+      callbacks: Where progress goes.
+
+    Returns:
+      :class:`Run`.
+
+    Raises:
+      ConfigError, DataError, ModelError, ProbeError, LedgerError, RunError, ValueError: Each with one sentence on
+        what is wrong and what to do; nothing half-written is left behind.
+    """
+    out = Path(config.out)
+    _check_folder(out, resume)
+    callbacks.on_status("reading data and model")
+    dtype = getattr(torch, config.dtype)
+    labels, origin = _labels(config)
+    base, tokenizer = load_base(config.model, config.task, labels, dtype=dtype)
+    prepared = _prepare(config, base, tokenizer, labels, origin)
+    model = add_lora(base, config.task, config.rank, _targets(config.targets))
+    if torch.cuda.is_available():
+        model.to("cuda")
+    collate = Collator(tokenizer.pad_token_id, next(model.parameters()).device)
+    loss_fn = _loss(config)
+
+    callbacks.on_status("making the plan")
+    provenance = _provenance(config)
+    ledger_path = out / LEDGER_NAME
+    plan = _plan(config, prepared, provenance, Ledger.read(ledger_path).plan if resume else None)
+    callbacks.on_plan(plan)
+    factors, start = _start(config, resume, out, model, prepared, collate, loss_fn, callbacks)
+    adapter = attach(model, factors, allow=HEAD_NAMES)
+    if start is not None:
+        adapter.load_state(start)
+    with _open_ledger(config, resume, out, plan, adapter) as ledger:
+        optimizer, schedule = _optimizer(config, adapter)
+        callbacks.on_status("checking the model on synthetic examples")
+        fit(
+            adapter,
+            prepared.examples,
+            ledger=ledger,
+            optimizer=optimizer,
+            loss_fn=loss_fn,
+            collate=collate,
+            synthetic=_synthetic(config, base, tokenizer, prepared),
+            max_length=prepared.max_length,
+            schedule=schedule,
+            knobs=Knobs(token_budget=config.token_budget, checkpoint_every=config.checkpoint_every),
+            randomness=_randomness(config),
+            allow_dropout=config.allow_dropout,
+            on_step=callbacks.on_step,
+        )
+        held_out: dict[str, float] = {}
+        if prepared.held_out is not None:
+            callbacks.on_status("evaluating on held-out data")
+            held_out = evaluate(
+                model, prepared.held_out, config.task, collate, prepared.max_length, config.token_budget
+            )
+        report = make_report(ledger, held_out=held_out or None)
+        files = save_run(out, adapter, report, ledger, tokenizer)
+        remove_checkpoint(out)
+        (out / START_NAME).unlink(missing_ok=True)
+    return Run(out, report, held_out, files)
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    ledger = out / LEDGER_NAME
+    if resume:
+        if not ledger.exists():
+            raise RunError(f"{out} holds no run to resume ({LEDGER_NAME} is missing); leave --resume out.")
+        if (out / "report.json").exists():
+            raise RunError(
+                f"The run in {out} is finished: its budget is spent and its report is written. Start another run in "
+                "another folder; its epsilon adds to this one's if it reads the same data."
+            )
+    elif ledger.exists():
+        raise RunError(f"{out} already holds a run; continue it with --resume, or choose another --out.")
+
+
+def _labels(config: RunConfig) -> tuple[tuple[str, ...], str]:
+    if config.task != "classification":
+        return (), "none"
+    return declared_labels(config.labels, read_table(config.data), _columns(config), config_labels(config.model))
+
+
+def _columns(config: RunConfig) -> Columns:
+    return Columns(
+        text=config.text_column,
+        text_pair=config.text_pair_column,
+        label=config.label_column,
+        prompt=config.prompt_column,
+        completion=config.completion_column,
+    )
+
+
+def _targets(targets: str) -> str | list[str]:
+    return targets if targets == "all-linear" else [name.strip() for name in targets.split(",") if name.strip()]
+
+
+def _prepare(config: RunConfig, base: Any, tokenizer: Any, labels: tuple[str, ...], origin: str) -> _Prepared:
+    longest = longest_input(base, tokenizer)
+    max_length = min(config.max_length, longest or config.max_length)
+
+    def tokenized(source: str | None, columns: Columns) -> list[dict[str, Any]] | None:
+        if source is None:
+            return None
+        table = read_table(source)
+        if config.task == "classification":
+            return tokenize_classification(table, columns, tokenizer, labels, max_length)
+        return tokenize_causal(table, columns, tokenizer, max_length)
+
+    columns = _columns(config)
+    examples = tokenized(config.data, columns) or []
+    if not examples:
+        raise DataError(f"{config.data} holds no rows.")
+    public_source = config.basis.partition(":")[2] or None
+    return _Prepared(
+        examples=examples,
+        held_out=tokenized(config.eval_data, columns),
+        public=tokenized(public_source, columns),
+        labels=labels,
+        label_origin=origin,
+        max_length=max_length,
+    )
+
+
+def _loss(config: RunConfig) -> LossFn:
+    if config.task == "classification":
+        return classification_loss
+    return lambda model, batch: causal_lm_loss(model, batch, tokens_per_example=config.tokens_per_example)
+
+
+def _provenance(config: RunConfig) -> Provenance:
+    kind, _, source = config.basis.partition(":")
+    if kind == "lora-sb":
+        access = "public" if source else "non_private"
+        return Provenance(kind="lora_sb", access=access, detail={"source": source or config.data})
+    if kind == "public":
+        return Provenance(kind="public", access="public", detail={"source": source})
+    return Provenance(kind={"weight": "weight_svd", "random": "random"}[kind], access="data_free")
+
+
+def _plan(config: RunConfig, prepared: _Prepared, provenance: Provenance, existing: Plan | None) -> Plan:
+    declared = config.num_examples is not None
+    num_examples = config.num_examples if config.num_examples is not None else len(prepared.examples)
+    epochs = 10.0 if config.steps is None and config.epochs is None else config.epochs
+    plan = make_plan(
+        epsilon=config.epsilon,
+        delta=config.delta if config.delta is not None else 0.1 / num_examples,
+        num_examples=num_examples,
+        num_examples_declared=declared,
+        expected_batch_size=config.expected_batch_size,
+        steps=config.steps,
+        epochs=epochs,
+        neighboring=config.neighboring,
+        l2_clip_norm=config.l2_clip_norm,
+        clipping=config.clipping,
+        basis=provenance.to_json(),
+        noise_multiplier=existing.noise_multiplier if existing is not None and existing.is_private else None,
+        details=_details(config, prepared),
+    )
+    if existing is not None and plan != existing:
+        mine, theirs = plan.to_json(), existing.to_json()
+        odd = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
+        raise RunError(f"The settings differ from the run's plan in {', '.join(odd)}; a plan cannot change on resume.")
+    return plan
+
+
+def _details(config: RunConfig, prepared: _Prepared) -> dict[str, Any]:
+    return {
+        "model": config.model,
+        "data": Path(config.data).name,
+        "task": config.task,
+        "rank": config.rank,
+        "targets": config.targets,
+        "max_length": prepared.max_length,
+        "length_buckets": list(length_buckets(prepared.max_length)),
+        "labels": list(prepared.labels),
+        "labels_origin": prepared.label_origin,
+        "optimizer": config.optimizer,
+        "learning_rate": config.learning_rate,
+        "head_learning_rate": config.head_learning_rate or config.learning_rate,
+        "schedule": config.schedule,
+        "dtype": config.dtype,
+        "tokens_per_example": config.tokens_per_example,
+        "allow_dropout": config.allow_dropout,
+    }
+
+
+def _start(
+    config: RunConfig,
+    resume: bool,
+    out: Path,
+    model: Any,
+    prepared: _Prepared,
+    collate: Collator,
+    loss_fn: LossFn,
+    callbacks: Callbacks,
+) -> tuple[dict[str, Factors], dict[str, torch.Tensor] | None]:
+    """Factors, and where theta starts: computed for a new run, read back for a resumed one."""
+    if resume:
+        if not (out / START_NAME).exists():
+            raise RunError(f"The run in {out} was cut off before its first step; delete the folder and start anew.")
+        saved = load_file(out / START_NAME)
+        names = sorted({key.removesuffix(".A") for key in saved if key.endswith(".A")})
+        factors = {name: Factors(A=saved[f"{name}.A"], B=saved[f"{name}.B"]) for name in names}
+        return factors, {key.removeprefix("theta/"): v for key, v in saved.items() if key.startswith("theta/")}
+    callbacks.on_status(f"computing the basis ({config.basis})")
+    return dict(_basis(config, model, prepared, collate, loss_fn).factors), None
+
+
+def _basis(config: RunConfig, model: Any, prepared: _Prepared, collate: Collator, loss_fn: LossFn) -> Basis:
+    kind, _, source = config.basis.partition(":")
+    if kind == "weight":
+        return weight_svd(model)
+    if kind == "random":
+        return random(model)
+    examples = (prepared.public if source else prepared.examples) or []
+    size = max(1, config.token_budget // prepared.max_length)
+    chosen = examples[:_PUBLIC_BASIS_EXAMPLES]
+    batches = (collate(chosen[i : i + size], prepared.max_length) for i in range(0, len(chosen), size))
+    if kind == "public":
+        return public(model, loss_fn, batches, source=source)
+    return lora_sb(
+        model,
+        mean_gradients(model, loss_fn, batches),
+        step_size=config.learning_rate,
+        access="public" if source else "non_private",
+        allow_non_private_basis=math.isinf(config.epsilon),
+    )
+
+
+def _open_ledger(config: RunConfig, resume: bool, out: Path, plan: Plan, adapter: Adapter) -> Ledger:
+    """Opens the run's ledger; for a new run, first puts down the settings and where training starts."""
+    if resume:
+        ledger = Ledger.open(out / LEDGER_NAME)
+        if ledger.plan != plan:
+            ledger.close()
+            raise LedgerError(f"{out / LEDGER_NAME} changed while the run was being resumed.")
+        return ledger
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        ledger = Ledger.create(out / LEDGER_NAME, plan)
+    except OSError as error:
+        raise RunError(f"{out} cannot be written: {error.strerror}.") from None
+    tensors = {f"theta/{name}": value for name, value in adapter.state().items()}
+    for name, (A, B, _) in adapter.factors().items():
+        tensors |= {f"{name}.A": A.detach().contiguous(), f"{name}.B": B.detach().contiguous()}
+    try:
+        (out / SETTINGS_NAME).write_text(json.dumps(config.to_json(), indent=1) + "\n")
+        save_file(tensors, out / START_NAME)
+    except (OSError, SafetensorError) as error:
+        ledger.close()
+        for name in (LEDGER_NAME, SETTINGS_NAME, START_NAME):  # nothing has been charged
+            (out / name).unlink(missing_ok=True)
+        raise RunError(f"{out} cannot be written ({error}); nothing was started.") from None
+    return ledger
+
+
+def _optimizer(config: RunConfig, adapter: Adapter) -> tuple[torch.optim.Optimizer, Callable[[float], float]]:
+    cores = [core.up.core.weight for core in adapter.cores]
+    known = {id(parameter) for parameter in cores}
+    heads = [parameter for parameter in adapter.parameters() if id(parameter) not in known]
+    groups: list[dict[str, Any]] = [{"params": cores, "lr": config.learning_rate}]
+    if heads:
+        groups.append({"params": heads, "lr": config.head_learning_rate or config.learning_rate})
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.Adam(groups) if config.optimizer == "adam" else torch.optim.SGD(groups, momentum=0.9)
+    )
+    decays: dict[str, Callable[[float], float]] = {
+        "constant": lambda _done: 1.0,
+        "linear": lambda done: 1.0 - done,
+        "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+    }
+    return optimizer, decays[config.schedule]
+
+
+def _synthetic(config: RunConfig, base: Any, tokenizer: Any, prepared: _Prepared) -> list[dict[str, Any]]:
+    types = "token_type_ids" in tokenizer.model_input_names
+    vocabulary = min(len(tokenizer), base.config.vocab_size)
+    return synthetic_examples(config.task, vocabulary, len(prepared.labels), prepared.max_length, types)
+
+
+def _randomness(config: RunConfig) -> Randomness:
+    return SystemRandomness() if config.insecure_seed is None else SeededRandomness(config.insecure_seed)
+
+
+def resumed_config(out: str, changes: dict[str, Any]) -> RunConfig:
+    """The settings of the run in ``out``, with knobs changed where the user gave new ones.
+
+    Raises:
+      RunError: If there is no such run.
+    """
+    from dpsb.config import make_config, read_config
+
+    path = Path(out) / SETTINGS_NAME
+    if not path.exists():
+        raise RunError(f"{out} holds no run to resume ({SETTINGS_NAME} is missing); leave --resume out.")
+    try:
+        return make_config({**read_config(path), **changes, "out": out})
+    except ConfigError as error:
+        raise RunError(f"The run in {out} cannot be resumed: {error}") from None
