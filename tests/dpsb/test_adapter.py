@@ -52,9 +52,7 @@ def test_refuses(tiny, case):
     options, message = REFUSED[case]
     plain = tiny.lora(tiny.base("bert"), task_type=None, target_modules=["query", "value"])
     factors = bases.random(plain).factors
-    model = tiny.lora(
-        tiny.base("bert"), **{"task_type": None, "target_modules": ["query", "value"], **options}
-    )
+    model = tiny.lora(tiny.base("bert"), **{"task_type": None, "target_modules": ["query", "value"], **options})
     before = {name: (p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=message):
         attach(model, factors)
@@ -299,9 +297,7 @@ def test_saved_adapter_is_plain_lora_for_a_process_without_dpsb(tiny, tmp_path):
         config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
         assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 4)
         jobs.append([str(folder), auto[kind]])
-    done = subprocess.run(
-        [sys.executable, "-c", LOADER, json.dumps(jobs)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", LOADER, json.dumps(jobs)], capture_output=True, text=True, check=False)
     assert done.stdout.strip().endswith("equal"), done.stderr[-2000:]
 
 
@@ -366,8 +362,6 @@ def test_merge_gives_the_base_model(tiny, kind):
 
 def test_r0_is_where_training_starts(tiny):
     model = tiny.lora(tiny.base("llama"), target_modules=["q_proj"])
-    factors = {
-        n: f._replace(R0=torch.diag(torch.arange(4.0))) for n, f in bases.random(model).factors.items()
-    }
+    factors = {n: f._replace(R0=torch.diag(torch.arange(4.0))) for n, f in bases.random(model).factors.items()}
     adapter = attach(model, factors)
     assert all(torch.equal(p, torch.diag(torch.arange(4.0))) for p in adapter.parameters())

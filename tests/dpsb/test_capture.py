@@ -13,10 +13,7 @@ CHECKPOINTING = (None, False, True)  # off, non-reentrant, reentrant
 def one_by_one(tiny, adapter, loss_fn, batch):
     n = len(batch["labels"])
     return torch.stack(
-        [
-            tiny.autograd_row(adapter, loss_fn(adapter.model, tiny.take(batch, slice(i, i + 1))).sum())
-            for i in range(n)
-        ]
+        [tiny.autograd_row(adapter, loss_fn(adapter.model, tiny.take(batch, slice(i, i + 1))).sum()) for i in range(n)]
     )
 
 
@@ -179,15 +176,11 @@ def left_behind(model):
     for name, module in model.named_modules():
         found += [f"{name}: hook" for _ in (*module._forward_hooks, *module._backward_hooks)]
         found += [
-            f"{name}.{a}"
-            for a in ("activations", "max_batch_len", "autograd_grad_sample_hooks")
-            if hasattr(module, a)
+            f"{name}.{a}" for a in ("activations", "max_batch_len", "autograd_grad_sample_hooks") if hasattr(module, a)
         ]
     for name, parameter in model.named_parameters():
         found += [
-            f"{name}.{a}"
-            for a in ("grad_sample", "_current_grad_sample", "_forward_counter")
-            if hasattr(parameter, a)
+            f"{name}.{a}" for a in ("grad_sample", "_current_grad_sample", "_forward_counter") if hasattr(parameter, a)
         ]
         found += [f"{name}.grad"] if parameter.grad is not None else []
     return found
@@ -227,9 +220,7 @@ def test_hooks_silently_detached(tiny):
         core.up.core._forward_hooks.clear()
         core.up.core._backward_hooks.clear()
         tiny.loss["bert"](adapter.model, batch).sum().backward()
-        with pytest.raises(
-            RuntimeError, match=core.name.replace(".", r"\.") + r"\.R got no per-example gradient"
-        ):
+        with pytest.raises(RuntimeError, match=core.name.replace(".", r"\.") + r"\.R got no per-example gradient"):
             rows.get()
 
 

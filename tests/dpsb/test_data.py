@@ -105,23 +105,17 @@ def test_one_row_does_not_change_what_the_others_hold(tmp_path, name, values, od
 
 
 def test_column_names_are_guessed_or_given(tmp_path):
-    table = read_table(
-        write(tmp_path / "a.parquet", {"body": TEXTS, "kind": LABELS, "category": ["a", "b", "b"]})
-    )
+    table = read_table(write(tmp_path / "a.parquet", {"body": TEXTS, "kind": LABELS, "category": ["a", "b", "b"]}))
     examples = tokenize_classification(table, Columns(), tokenizer(), ("a", "b"), 16)
     assert [e["labels"] for e in examples] == [0, 1, 1]
     examples = tokenize_classification(table, Columns(label="kind"), tokenizer(), ("ham", "spam"), 16)
     assert [e["labels"] for e in examples] == [1, 0, 0]
 
 
-@pytest.mark.parametrize(
-    "wrong", [Columns(text="subject"), Columns(label="subject"), Columns(text_pair="subject")]
-)
+@pytest.mark.parametrize("wrong", [Columns(text="subject"), Columns(label="subject"), Columns(text_pair="subject")])
 def test_wrong_column_lists_the_columns(wrong):
     table = Table("mail.csv", {"body": [CANARY], "label": ["ham"]})
-    with pytest.raises(
-        DataError, match=r"mail\.csv has no column 'subject'; it has 'body', 'label'"
-    ) as caught:
+    with pytest.raises(DataError, match=r"mail\.csv has no column 'subject'; it has 'body', 'label'") as caught:
         tokenize_classification(table, wrong, tokenizer(), ("ham", "spam"), 16)
     assert CANARY not in str(caught.value)
 
@@ -250,10 +244,7 @@ def test_missing_and_empty_texts_are_empty():
     table = Table("m", {"text": [None, "", "buy now"], "label": ["a", "b", "a"]})
     examples = tokenize_classification(table, Columns(), tokenizer(), ("a", "b"), 16)
     assert [e["input_ids"] for e in examples] == [[2, 3], [2, 3], [2, 6, 7, 3]]
-    assert (
-        tokenize_classification(Table("m", {"text": [], "label": []}), Columns(), tokenizer(), ("a", "b"), 9)
-        == []
-    )
+    assert tokenize_classification(Table("m", {"text": [], "label": []}), Columns(), tokenizer(), ("a", "b"), 9) == []
 
 
 def test_text_pairs():

@@ -87,9 +87,7 @@ def test_a_batch_without_any_label_is_zero_and_finite(tiny):
 
 def logit_shapes(model, run):
     shapes = []
-    handle = model.get_output_embeddings().register_forward_hook(
-        lambda _m, _i, out: shapes.append(tuple(out.shape))
-    )
+    handle = model.get_output_embeddings().register_forward_hook(lambda _m, _i, out: shapes.append(tuple(out.shape)))
     run()
     handle.remove()
     return shapes
@@ -116,9 +114,7 @@ def test_chunked_equals_unchunked(tiny, kind, monkeypatch):
         monkeypatch.setattr(module, "_CHUNK_LOGITS", numbers)
         shapes = logit_shapes(base, lambda: causal_lm_loss(adapter.model, batch))
         assert len(shapes) == chunks
-        results.append(
-            (causal_lm_loss(adapter.model, batch).detach(), tiny.rows(adapter, causal_lm_loss, batch))
-        )
+        results.append((causal_lm_loss(adapter.model, batch).detach(), tiny.rows(adapter, causal_lm_loss, batch)))
     for losses, rows in results[1:]:
         torch.testing.assert_close(losses, results[0][0])
         assert tiny.distance(rows, results[0][1]) <= 1e-5
@@ -133,13 +129,9 @@ def test_rows_of_a_targeted_output_layer(tiny, use_reentrant, monkeypatch):
         tiny.batch("llama"),
     )
     assert any("lm_head" in core.name for core in adapter.cores)
-    exact = torch.stack(
-        [tiny.autograd_row(adapter, causal_lm_loss(adapter.model, batch)[i]) for i in range(5)]
-    )
+    exact = torch.stack([tiny.autograd_row(adapter, causal_lm_loss(adapter.model, batch)[i]) for i in range(5)])
     if use_reentrant is not None:
-        adapter.model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
-        )
+        adapter.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
         adapter.model.enable_input_require_grads()
     rows = tiny.rows(adapter, causal_lm_loss, batch)
     for row, expected in zip(rows, exact, strict=True):
@@ -154,9 +146,7 @@ def test_transformed_logits_are_the_models_own(tiny):
         got = causal_lm_loss(model, batch)
     assert float(logits.abs().max()) <= 0.5
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-    per_token = F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    )
+    per_token = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
     expected = per_token.view_as(labels).sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)
     torch.testing.assert_close(got, expected)
 

@@ -72,10 +72,7 @@ def test_flat_clipping_is_its_formula():
 
 def test_automatic_clipping_is_its_formula():
     """AUTO-S: g C / (|g| + 0.01)."""
-    rows = (
-        torch.randn(50, 7, generator=torch.Generator().manual_seed(0)).double()
-        * torch.logspace(-5, 2, 50)[:, None]
-    )
+    rows = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)).double() * torch.logspace(-5, 2, 50)[:, None]
     expected = sum(g * 2.5 / (float(g.norm()) + 0.01) for g in rows)
     assert AUTOMATIC_GAMMA == 0.01
     torch.testing.assert_close(clip_and_sum(rows, 2.5, "automatic"), expected, rtol=1e-13, atol=1e-13)

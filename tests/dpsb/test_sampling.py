@@ -116,9 +116,7 @@ def test_microbatches_partition_the_draw(lengths, budget, q):
     assert [length for _, length in parts] == sorted((length for _, length in parts), reverse=True)
 
 
-@given(
-    length=st.integers(1, 64), others=st.lists(st.integers(1, 64), max_size=20), budget=st.integers(1, 300)
-)
+@given(length=st.integers(1, 64), others=st.lists(st.integers(1, 64), max_size=20), budget=st.integers(1, 300))
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_padded_length_depends_on_the_own_length_only(length, others, budget):
     def padded_to(neighbours):
