@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 CORE_DTYPE = torch.float32
+_INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 class Factors(NamedTuple):
@@ -193,6 +194,9 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Lo
       ValueError: If there are none, or one of them is not plain linear LoRA with scale 1 and dropout 0; the message
         says which setting of ``LoraConfig`` to change.
     """
+    init = getattr(getattr(model, "peft_config", {}).get(adapter_name), "init_lora_weights", True)
+    if init not in _INITS_THAT_KEEP_THE_BASE:
+        raise ValueError(f"init_lora_weights={init!r} changes the base weights; leave it at its default.")
     found: dict[str, LoraLayer] = {}
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from dpsb.adapter import Adapter
-from dpsb.models import EMBEDDED
+from dpsb.models import EMBEDDED, HEAD_FILE, MeanPooledClassifier, peft_part
 from dpsb_accounting import LedgerRecord, Plan, Report
 
 CORE_NAME = "dpsb_core.safetensors"
@@ -30,9 +30,10 @@ def save_run(out: Path, adapter: Adapter, report: Report, ledger: LedgerRecord, 
         shutil.rmtree(stale)
     with tempfile.TemporaryDirectory(dir=out, prefix=".saving-") as scratch:
         folder = Path(scratch)
-        peft_model: Any = adapter.model
-        peft_model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        peft_part(adapter.model).save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         tokenizer.save_pretrained(folder)
+        if isinstance(adapter.model, MeanPooledClassifier):
+            save_file({k: v.cpu() for k, v in adapter.model.classifier.state_dict().items()}, folder / HEAD_FILE)
         tensors = {f"{name}": value.cpu() for name, value in adapter.state().items()}
         tensors |= {f"{name}.B": f.B.detach().cpu().contiguous() for name, f in adapter.factors().items()}
         save_file(tensors, folder / CORE_NAME, metadata={"format": "dpsb-core/1", "run_id": ledger.run_id})

@@ -24,13 +24,19 @@ class _CheckpointSafeHooks(GradSampleHooks):
     """Opacus' hooks, made safe for non-reentrant activation checkpointing.
 
     That kind of checkpointing runs the forward pass (and its hooks) again while the backward pass is under way,
-    although the first pass has already kept the activation. Such a second call is one made inside a backward pass
-    while an activation of the module is still waiting to be used; it is skipped.
+    although the first pass has already kept the activation: such a second call is skipped. Reentrant checkpointing
+    runs its first pass without gradients, where nothing is kept, so there the second call is the one that counts.
     """
+
+    def __init__(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        self._first_pass_kept_nothing: set[nn.Module] = set()
+        super().__init__(*args, **kwargs)
 
     def capture_activations_hook(self, module, forward_input, _forward_output) -> None:  # type: ignore[no-untyped-def]
         in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and getattr(module, "activations", None):
+        if not in_backward and not torch.is_grad_enabled():
+            self._first_pass_kept_nothing.add(module)
+        if in_backward and module not in self._first_pass_kept_nothing:
             return
         super().capture_activations_hook(module, forward_input, _forward_output)
 

@@ -154,7 +154,14 @@ def train(
     ] = None,
     targets: Annotated[
         str | None,
-        typer.Option(rich_help_panel="Adapter", help="Modules, comma-separated. [default: all-linear]"),
+        typer.Option(rich_help_panel="Adapter", help="Modules, comma-separated, or re:REGEX. [default: all-linear]"),
+    ] = None,
+    pooling: Annotated[
+        str | None,
+        typer.Option(rich_help_panel="Adapter", help="Classifier: auto (default), native or mean over the tokens."),
+    ] = None,
+    head_init_std: Annotated[
+        float | None, typer.Option(rich_help_panel="Adapter", help="Spread of the new head's weights. [default: 0.3]")
     ] = None,
     lr: Annotated[
         float | None,

@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 _SCHEDULES = ("constant", "linear", "cosine")
 _OPTIMIZERS = ("adam", "sgd")
 _TASKS = ("classification", "causal-lm")
+_POOLINGS = ("auto", "native", "mean")
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -41,7 +42,10 @@ class RunConfig:
       auto_clip: AUTO-S instead of flat clipping.
       rank: r of the cores.
       basis: ``"weight"``, ``"random"``, ``"public:FILE"``, ``"lora-sb:FILE"`` (public), or ``"lora-sb"`` (epsilon inf).
-      targets: ``"all-linear"`` or names of modules separated by commas.
+      targets: ``"all-linear"``, names of modules separated by commas, or ``"re:"`` and a regular expression for whole
+        module names.
+      pooling: Classification: ``"auto"``, ``"native"`` (transformers' own class) or ``"mean"`` over the tokens.
+      head_init_std: Standard deviation of the new head's weights.
       learning_rate: For the cores.
       head_learning_rate: For the classification head; the cores' by default.
       schedule: ``"constant"``, ``"linear"`` or ``"cosine"`` decay over the plan's steps.
@@ -78,6 +82,8 @@ class RunConfig:
     rank: int = 16
     basis: str = "weight"
     targets: str = "all-linear"
+    pooling: str = "auto"
+    head_init_std: float = 0.3
     learning_rate: float = 0.02
     head_learning_rate: float | None = None
     schedule: str = "linear"
@@ -107,6 +113,7 @@ class RunConfig:
             ("schedule", _SCHEDULES),
             ("optimizer", _OPTIMIZERS),
             ("dtype", _DTYPES),
+            ("pooling", _POOLINGS),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"Expected {name}={getattr(self, name)!r} to be one of {', '.join(allowed)}.")
@@ -117,7 +124,7 @@ class RunConfig:
         for name in ("rank", "max_length", "token_budget", "expected_batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name}={getattr(self, name)!r} of at least 1.")
-        for name in ("learning_rate", "head_learning_rate", "l2_clip_norm"):
+        for name in ("learning_rate", "head_learning_rate", "l2_clip_norm", "head_init_std"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"Expected {name}={value!r} to be positive and finite.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,16 +117,27 @@ def _read_parquet(path: Path) -> Table:
 
 
 def _read_json(path: Path) -> Table:
-    import pyarrow.json
+    """One object per line (or one array of objects), each on its own: no row changes another's types or columns.
 
-    return Table(str(path), pyarrow.json.read_json(path).to_pydict())
+    The first object's keys are the schema, which counts as public.
+    """
+    text = path.read_text(encoding="utf-8")
+    whole = text.lstrip().startswith("[")
+    rows = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
+    names = list(rows[0]) if rows else []
+    return Table(str(path), {name: [row.get(name) for row in rows] for name in names})
 
 
 def _read_csv(path: Path) -> Table:
+    """Every value as the text that stands in the file: inferred types would let one row change the others."""
     import pyarrow.csv
 
-    options = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    return Table(str(path), pyarrow.csv.read_csv(path, parse_options=options).to_pydict())
+    parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    with pyarrow.csv.open_csv(path, parse_options=parsing) as reader:
+        text = dict.fromkeys(reader.schema.names, pyarrow.string())
+    conversion = pyarrow.csv.ConvertOptions(column_types=text, strings_can_be_null=False)
+    table = pyarrow.csv.read_csv(path, parse_options=parsing, convert_options=conversion)
+    return Table(str(path), table.to_pydict())
 
 
 def _read_saved(path: Path) -> Table:

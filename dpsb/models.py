@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,38 @@ HEAD_NAMES = ("classifier", "score")
 """Modules that PEFT trains beside a sequence-classification adapter."""
 
 
+HEAD_INIT_STD = 0.3
+HEAD_FILE = "head.safetensors"
+"""Where the head of a mean-pooled classifier is saved, beside its plain LoRA adapter."""
+
+
 class ModelError(ValueError):
     """A model that cannot be loaded or adapted; the message says what to change."""
+
+
+class MeanPooledClassifier(nn.Module):
+    """An encoder, the mean over each example's own tokens, and a linear head: what sentence encoders are made for.
+
+    Args:
+      encoder: Returns ``last_hidden_state`` of shape ``(n, t, f)``.
+      num_labels: K.
+    """
+
+    def __init__(self, encoder: nn.Module, num_labels: int) -> None:
+        super().__init__()
+        config: Any = encoder.config
+        self.config = config
+        self.encoder = encoder
+        self.classifier = nn.Linear(config.hidden_size, num_labels)
+
+    def forward(self, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> Any:
+        """Logits of shape ``(n, K)``; each row is a function of its own example."""
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        hidden = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state
+        mask = attention_mask[..., None].to(hidden.dtype)
+        pooled = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        return SequenceClassifierOutput(logits=self.classifier(pooled.to(self.classifier.weight.dtype)))
 
 
 def resolve_model(model: str) -> str:
@@ -43,20 +74,30 @@ def config_labels(model: str) -> tuple[str, ...] | None:
 
 
 def load_base(
-    model: str, task: str, labels: Sequence[str] = (), *, dtype: torch.dtype = torch.float32
+    model: str,
+    task: str,
+    labels: Sequence[str] = (),
+    *,
+    dtype: torch.dtype = torch.float32,
+    pooling: str = "auto",
+    head_init_std: float = HEAD_INIT_STD,
 ) -> tuple[nn.Module, Any]:
     """The frozen base model for ``task`` and its tokenizer.
 
     Args:
       model: Folder, Hub id or ``"minilm"``.
-      task: ``"classification"`` gets transformers' own sequence-classification class with a new head.
+      task: ``"classification"`` or ``"causal-lm"``.
       labels: Public label set, for classification.
       dtype: Compute type of the frozen weights.
+      pooling: For classification: ``"native"`` is transformers' own sequence-classification class, ``"mean"`` is
+        :class:`MeanPooledClassifier`; ``"auto"`` takes the mean for sentence encoders that were trained with it.
+      head_init_std: Standard deviation of the new head's weights. Large enough that the cores get a gradient from the
+        first step on: with transformers' own 0.02 noise alone would move them.
 
     Raises:
       ModelError: If it cannot be loaded, or has no way to pad.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     path = resolve_model(model)
     tokenizer = _load(AutoTokenizer, path)
@@ -65,7 +106,9 @@ def load_base(
             raise ModelError(f"The tokenizer of {model} has neither a padding nor an end token to pad with.")
         tokenizer.pad_token = tokenizer.eos_token
     with _quiet_transformers():
-        if task == "classification":
+        if task == "classification" and (pooling == "mean" or (pooling == "auto" and _is_mean_pooled(path))):
+            base: nn.Module = MeanPooledClassifier(_load(AutoModel, path, dtype=dtype), len(labels))
+        elif task == "classification":
             base = _load(
                 AutoModelForSequenceClassification,
                 path,
@@ -77,33 +120,65 @@ def load_base(
             )
         else:
             base = _load(AutoModelForCausalLM, path, dtype=dtype)
-    base.config.pad_token_id = tokenizer.pad_token_id
+    if task == "classification":
+        _start_head(base, head_init_std)
+    settings: Any = base.config
+    settings.pad_token_id = tokenizer.pad_token_id
     return base, tokenizer
 
 
-def add_lora(base: nn.Module, task: str, rank: int, targets: str | Sequence[str] = "all-linear") -> PeftModel:
+def _is_mean_pooled(path: str) -> bool:
+    """Whether a folder is a sentence encoder that says it averages its tokens."""
+    pooling = Path(path) / "1_Pooling" / "config.json"
+    return pooling.exists() and bool(json.loads(pooling.read_text()).get("pooling_mode_mean_tokens"))
+
+
+def _start_head(base: nn.Module, std: float) -> None:
+    """Draws the last linear layer of the head from a fixed public generator, with no bias."""
+    generator = torch.Generator().manual_seed(0)
+    heads = [m for n, m in base.named_modules() if isinstance(m, nn.Linear) and set(n.split(".")) & set(HEAD_NAMES)]
+    if not heads:
+        raise ModelError(f"The model has no classification head named {' or '.join(HEAD_NAMES)}.")
+    with torch.no_grad():
+        heads[-1].weight.copy_(torch.randn(heads[-1].weight.shape, generator=generator) * std)
+        if heads[-1].bias is not None:
+            heads[-1].bias.zero_()
+
+
+def add_lora(base: nn.Module, task: str, rank: int, targets: str | Sequence[str] = "all-linear") -> nn.Module:
     """A plain LoRA adapter of uniform rank, scale 1 and no dropout on ``base``, ready for :func:`dpsb.attach`.
 
     Args:
       rank: r, at most the smaller side of every target weight.
-      targets: ``"all-linear"``, or names of modules such as ``["query", "value"]``.
+      targets: ``"all-linear"``, names of modules such as ``["query", "value"]``, or one regular expression that the
+        whole name must match.
 
     Raises:
       ModelError: If a target does not exist or is smaller than ``rank``.
     """
-    task_type = TaskType.SEQ_CLS if task == "classification" else TaskType.CAUSAL_LM
+    pooled = isinstance(base, MeanPooledClassifier)
+    classes = TaskType.FEATURE_EXTRACTION if pooled else TaskType.SEQ_CLS
+    task_type = classes if task == "classification" else TaskType.CAUSAL_LM
     names = targets if isinstance(targets, str) else list(targets)
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=names, task_type=task_type)
     try:
-        model = get_peft_model(base, config)
+        adapted = get_peft_model(base.encoder if isinstance(base, MeanPooledClassifier) else base, config)
     except ValueError as error:
         raise ModelError(f"targets={names!r} do not fit this model: {error}") from None
-    for name, module in model.named_modules():
+    for name, module in adapted.named_modules():
         if hasattr(module, "lora_A") and rank > min(module.in_features, module.out_features):
             raise ModelError(
                 f"rank={rank} exceeds the smaller side of {name} ({module.out_features} x {module.in_features})."
             )
-    return model
+    if isinstance(base, MeanPooledClassifier):
+        base.encoder = adapted
+        return base
+    return adapted
+
+
+def peft_part(model: nn.Module) -> PeftModel:
+    """The PEFT model inside what :func:`add_lora` returned."""
+    return model.encoder if isinstance(model, MeanPooledClassifier) else model
 
 
 def longest_input(base: nn.Module, tokenizer: Any) -> int | None:

@@ -31,7 +31,7 @@ from dpsb.data import (
 )
 from dpsb.evaluate import evaluate
 from dpsb.losses import LossFn, causal_lm_loss, classification_loss
-from dpsb.models import HEAD_NAMES, add_lora, config_labels, load_base, longest_input
+from dpsb.models import HEAD_NAMES, MeanPooledClassifier, add_lora, config_labels, load_base, longest_input
 from dpsb.plan import make_plan
 from dpsb.randomness import Randomness, SeededRandomness, SystemRandomness
 from dpsb.sampling import length_buckets
@@ -107,7 +107,9 @@ def train(config: RunConfig, *, resume: bool = False, callbacks: Callbacks = Cal
     callbacks.on_status("reading data and model")
     dtype = getattr(torch, config.dtype)
     labels, origin = _labels(config)
-    base, tokenizer = load_base(config.model, config.task, labels, dtype=dtype)
+    base, tokenizer = load_base(
+        config.model, config.task, labels, dtype=dtype, pooling=config.pooling, head_init_std=config.head_init_std
+    )
     prepared = _prepare(config, base, tokenizer, labels, origin)
     model = add_lora(base, config.task, config.rank, _targets(config.targets))
     if torch.cuda.is_available():
@@ -118,7 +120,7 @@ def train(config: RunConfig, *, resume: bool = False, callbacks: Callbacks = Cal
     callbacks.on_status("making the plan")
     provenance = _provenance(config)
     ledger_path = out / LEDGER_NAME
-    plan = _plan(config, prepared, provenance, Ledger.read(ledger_path).plan if resume else None)
+    plan = _plan(config, model, prepared, provenance, Ledger.read(ledger_path).plan if resume else None)
     callbacks.on_plan(plan)
     factors, start = _start(config, resume, out, model, prepared, collate, loss_fn, callbacks)
     adapter = attach(model, factors, allow=HEAD_NAMES)
@@ -186,7 +188,9 @@ def _columns(config: RunConfig) -> Columns:
 
 
 def _targets(targets: str) -> str | list[str]:
-    return targets if targets == "all-linear" else [name.strip() for name in targets.split(",") if name.strip()]
+    if targets == "all-linear" or targets.startswith("re:"):
+        return targets.removeprefix("re:")
+    return [name.strip() for name in targets.split(",") if name.strip()]
 
 
 def _prepare(config: RunConfig, base: Any, tokenizer: Any, labels: tuple[str, ...], origin: str) -> _Prepared:
@@ -232,7 +236,7 @@ def _provenance(config: RunConfig) -> Provenance:
     return Provenance(kind={"weight": "weight_svd", "random": "random"}[kind], access="data_free")
 
 
-def _plan(config: RunConfig, prepared: _Prepared, provenance: Provenance, existing: Plan | None) -> Plan:
+def _plan(config: RunConfig, model: Any, prepared: _Prepared, provenance: Provenance, existing: Plan | None) -> Plan:
     declared = config.num_examples is not None
     num_examples = config.num_examples if config.num_examples is not None else len(prepared.examples)
     epochs = 10.0 if config.steps is None and config.epochs is None else config.epochs
@@ -249,7 +253,7 @@ def _plan(config: RunConfig, prepared: _Prepared, provenance: Provenance, existi
         clipping=config.clipping,
         basis=provenance.to_json(),
         noise_multiplier=existing.noise_multiplier if existing is not None and existing.is_private else None,
-        details=_details(config, prepared),
+        details=_details(config, model, prepared),
     )
     if existing is not None and plan != existing:
         mine, theirs = plan.to_json(), existing.to_json()
@@ -258,13 +262,15 @@ def _plan(config: RunConfig, prepared: _Prepared, provenance: Provenance, existi
     return plan
 
 
-def _details(config: RunConfig, prepared: _Prepared) -> dict[str, Any]:
+def _details(config: RunConfig, model: Any, prepared: _Prepared) -> dict[str, Any]:
     return {
         "model": config.model,
         "data": Path(config.data).name,
         "task": config.task,
         "rank": config.rank,
         "targets": config.targets,
+        "pooling": "mean" if isinstance(model, MeanPooledClassifier) else "native",
+        "head_init_std": config.head_init_std,
         "max_length": prepared.max_length,
         "length_buckets": list(length_buckets(prepared.max_length)),
         "labels": list(prepared.labels),

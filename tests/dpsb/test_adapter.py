@@ -122,7 +122,6 @@ def test_refuses_a_model_without_lora(tiny):
         lora_layers(tiny.base("llama"))
 
 
-@pytest.mark.xfail(strict=True, reason="inits that change the base weight (pissa, olora, ...) are accepted")
 def test_refuses_an_init_that_changes_the_base_weight(tiny):
     model = tiny.lora(tiny.base("llama"), init_lora_weights="pissa")
     with pytest.raises(ValueError, match="init"):

@@ -43,11 +43,6 @@ def test_rows_equal_one_by_one_autograd(tiny, kind, use_reentrant):
         assert not rows[4].any()  # the example of one token has no labelled token
 
 
-SKIPPED_RECOMPUTATION = pytest.mark.xfail(
-    strict=True, raises=IndexError, reason="capture skips the second call inside one reentrant recomputation"
-)
-
-
 @pytest.mark.parametrize(
     ("plan", "use_reentrant"),
     [
@@ -55,9 +50,9 @@ SKIPPED_RECOMPUTATION = pytest.mark.xfail(
         ("same", False),
         ("separate", False),
         ("mixed", False),
-        pytest.param("same", True, marks=SKIPPED_RECOMPUTATION),
+        ("same", True),
         ("separate", True),
-        pytest.param("mixed", True, marks=SKIPPED_RECOMPUTATION),
+        ("mixed", True),
     ],
 )
 def test_layer_used_twice(tiny, plan, use_reentrant):

@@ -113,8 +113,7 @@ ips<br>now</p><script>alert(1)</script><!-- hidden --></body></html>
 
 def test_a_plain_mail(builder):
     text = builder.text_of(message_from_string(PLAIN))
-    assert text == ("Re: Café\nWrite to <email> or call <number>, see <url> "
-                    "> On Monday you wrote that I agree.")
+    assert text == ("Re: Café\nWrite to <email> or call <number>, see <url> > On Monday you wrote that I agree.")
 
 
 def test_an_html_mail(builder):
