@@ -24,6 +24,8 @@ from dpsb_accounting.events import (
 )
 from dpsb_accounting.ledger import BudgetSpent, Ledger, LedgerError, LedgerRecord, Taint
 from dpsb_accounting.plan import Phase, Plan
+from dpsb_accounting.report import Report, make_report
+from dpsb_accounting.verify import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -40,13 +42,17 @@ __all__ = [
     "Phase",
     "Plan",
     "PoissonGaussian",
+    "Report",
     "ResourceLimit",
     "Taint",
+    "Verification",
     "__version__",
     "delta",
     "epsilon",
     "event_from_json",
     "event_to_json",
+    "make_report",
     "noise_multiplier_for",
     "spent",
+    "verify",
 ]

@@ -51,7 +51,7 @@ def nonnegative(*, infinite: bool = False, **named: object) -> float:
 def probability(*, open_interval: bool = False, **named: object) -> float:
     """Returns the one named value as a float in (0, 1], or in (0, 1) with `open_interval`."""
     name, value = _only(named)
-    result = number(**named)
+    result = number(infinite=False, **named)
     if not 0 < result <= 1 or (open_interval and result == 1):
         interval = "(0, 1)" if open_interval else "(0, 1]"
         raise ValueError(f"{name} must be in {interval}, not {value!r}")

@@ -29,16 +29,17 @@ class CalibrationInfeasible(Exception):
 def epsilon(schedule: Schedule, delta: float | None = None, neighboring: str | None = None) -> Bound:
     r"""Bounds epsilon of a whole schedule.
 
-    The smallest :math:`\epsilon` with :math:`P(M(x) \in S) \le e^\epsilon P(M(x') \in S) + \delta` for all S and all
-    neighbouring x, x', where M is everything in the schedule, each release chosen knowing those before.
+    The smallest :math:`\epsilon` with :math:`P(M(x) \in S) \le e^\epsilon P(M(x') \in S) + \delta` for all S
+    and all neighbouring x, x', where M is everything in the schedule, each release chosen knowing those
+    before.
 
     Guarantees: lower ≤ true value ≤ upper, also in floating point; the order of the events and how they are
     grouped make no difference; anything non-private makes both ends infinite; nothing at all gives 0.
 
     Args:
-        schedule: A ledger, its record or a plan: the plan's *whole* schedule is accounted for, whatever was charged
-            so far, since a run whose stop depends on the data is not covered by less. Or phases, events, or pairs
-            of an event and its count.
+        schedule: A ledger, its record or a plan: the plan's *whole* schedule is accounted for, whatever was
+            charged so far, since a run whose stop depends on the data is not covered by less. Or phases,
+            events, or pairs of an event and its count.
         delta: In (0, 1); may be left out where there is a plan. Public.
         neighboring: "add_or_remove_one", "zero_out" or "replace_one"; left out it is the plan's, or
             "add_or_remove_one" where there is none. Public.
@@ -51,8 +52,8 @@ def epsilon(schedule: Schedule, delta: float | None = None, neighboring: str | N
         ResourceLimit: If no engine can answer; the message names the cause.
 
     References:
-        Dominating pairs and their composition: Zhu, Dong and Wang (2022), arXiv:2106.08567, Theorem 10. The upper
-        bound: Doroshenko et al. (2022), arXiv:2207.04380.
+        Dominating pairs and their composition: Zhu, Dong and Wang (2022), arXiv:2106.08567, Theorem 10. The
+        upper bound: Doroshenko et al. (2022), arXiv:2207.04380.
 
     Example:
         >>> step = PoissonGaussian(noise_multiplier=1, sampling_prob=0.01)
@@ -104,9 +105,7 @@ def delta(schedule: Schedule, epsilon: float, neighboring: str | None = None) ->
     at = _checks.nonnegative(epsilon=epsilon)
     composition, _, neighboring, unit = _asked(schedule, 0.5, neighboring)
     low, high, method = engines.delta(composition, at, neighboring)
-    return Bound(
-        lower=low, upper=high, delta=None, epsilon=at, neighboring=neighboring, unit=unit, method=method
-    )
+    return Bound(lower=low, upper=high, delta=None, epsilon=at, neighboring=neighboring, unit=unit, method=method)
 
 
 def noise_multiplier_for(
@@ -120,8 +119,8 @@ def noise_multiplier_for(
 ) -> float:
     r"""Returns the smallest noise multiplier, to about 0.1 %, that keeps a run within its target.
 
-    :math:`\min \{\sigma : \overline\epsilon(\mathrm{before} + T \times \mathrm{PoissonGaussian}(\sigma, q)) \le
-    \epsilon\}`, with :math:`\overline\epsilon` the upper bound that `epsilon` returns.
+    :math:`\min \{\sigma : \overline\epsilon(\mathrm{before} + T \times \mathrm{PoissonGaussian}(\sigma, q))
+    \le \epsilon\}`, with :math:`\overline\epsilon` the upper bound that `epsilon` returns.
 
     Guarantees: `epsilon` of the resulting schedule has `upper` ≤ `target_epsilon`; deterministic.
 
@@ -224,9 +223,7 @@ def _upper(composition: Composition, delta: float, neighboring: str) -> float:
     return engines.epsilon(composition, delta, neighboring)[1]
 
 
-def _asked(
-    schedule: Schedule, delta: float | None, neighboring: str | None
-) -> tuple[Composition, float, str, str]:
+def _asked(schedule: Schedule, delta: float | None, neighboring: str | None) -> tuple[Composition, float, str, str]:
     plan = schedule.plan if isinstance(schedule, LedgerRecord) else schedule
     unit = plan.unit if isinstance(plan, Plan) else "example"
     if isinstance(plan, Plan):

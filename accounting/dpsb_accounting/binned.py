@@ -1,17 +1,18 @@
 r"""A lower bound by post-processing: each release is rounded to a grid of losses, and the sum is tested.
 
 An attacker who sees each release only through a fixed function of it, here a grid cell of its privacy loss
-:math:`L = \log(P/Q)`, sees no more than the whole. So with :math:`P_j, Q_j` the exact probabilities of cell j under
-two neighbouring data sets, and S the sum of the cells over all releases, every threshold k gives a valid bound:
-:math:`\delta(\epsilon) \ge P(S \ge k) - e^\epsilon Q(S \ge k)`. Any choice of cells is valid, so the edges need not be
-exact; with cells of width h the bound falls short of the truth by :math:`O(T h^2)` only.
+:math:`L = \log(P/Q)`, sees no more than the whole. So with :math:`P_j, Q_j` the exact probabilities of cell j
+under two neighbouring data sets, and S the sum of the cells over all releases, every threshold k gives a
+valid bound: :math:`\delta(\epsilon) \ge P(S \ge k) - e^\epsilon Q(S \ge k)`. Any choice of cells is valid, so
+the edges need not be exact; with cells of width h the bound falls short of the truth by :math:`O(T h^2)`
+only.
 
-The distributions of S are convolutions by FFT. Q is first tilted by :math:`e^{jh}`, which makes it as large as P where
-it matters, so that float errors are small against delta; `float_guard` bounds what remains.
+The distributions of S are convolutions by FFT. Q is first tilted by :math:`e^{jh}`, which makes it as large
+as P where it matters, so that float errors are small against delta; `float_guard` bounds what remains.
 
 References:
-    Data processing: Zhu, Dong and Wang (2022), arXiv:2106.08567. Tilting and the window: Koskela, Jälkö and Honkela
-    (2020), arXiv:1906.03049.
+    Data processing: Zhu, Dong and Wang (2022), arXiv:2106.08567. Tilting and the window: Koskela, Jälkö and
+    Honkela (2020), arXiv:1906.03049.
 """
 
 from __future__ import annotations
@@ -124,8 +125,11 @@ def _loss(x: Array, noise: float, prob: float, direction: str) -> Array:
 
 def _log_mixture(x: Array, noise: float, prob: float) -> Array:
     """log(1 - q + q e^((2x - 1) / (2 sigma^2))), the log ratio of the mixture to N(0, sigma^2)."""
-    exponent = (2 * x - 1) / (2 * noise**2)
-    return exponent if prob == 1 else np.logaddexp(math.log1p(-prob), math.log(prob) + exponent)
+    exponent: Array = (2 * x - 1) / (2 * noise**2)
+    if prob == 1:
+        return exponent
+    mixture: Array = np.logaddexp(math.log1p(-prob), math.log(prob) + exponent)
+    return mixture
 
 
 def _cells_of(noise: float, prob: float, count: int, direction: str, mesh: float) -> _Cells:
@@ -192,9 +196,7 @@ def _variance(p: Array) -> float:
     return float(p @ (index - mean) ** 2)
 
 
-def _window(
-    masses: list[Array], counts: list[int], orders: npt.NDArray[np.float64], tail: float
-) -> tuple[int, int]:
+def _window(masses: list[Array], counts: list[int], orders: npt.NDArray[np.float64], tail: float) -> tuple[int, int]:
     """Chernoff bounds: the sum of the cell numbers, each from 0, lies in [low, high] but for mass `tail` a side."""
     low, high = 0.0, float(sum(count * (len(p) - 1) for p, count in zip(masses, counts, strict=True)))
     for order in orders:

@@ -12,7 +12,8 @@ from dpsb_accounting import _checks
 class Bound:
     r"""A lower and an upper bound on epsilon at a given delta (or on delta at a given epsilon).
 
-    lower ≤ true value ≤ upper. What is claimed is `upper`; `lower` tells how much the analysis can still be off.
+    lower ≤ true value ≤ upper. What is claimed is `upper`; `lower` tells how much the analysis can still be
+    off.
 
     Args:
         lower: At least 0. Public.
@@ -24,7 +25,8 @@ class Bound:
         epsilon: The epsilon at which delta is bounded; None if epsilon itself is bounded.
 
     Raises:
-        ValueError: If the ends are out of order or not numbers, or not exactly one of delta, epsilon is given.
+        ValueError: If the ends are out of order or not numbers, or not exactly one of delta, epsilon is
+            given.
 
     Example:
         >>> print(Bound(lower=1.8262, upper=1.8285, delta=1e-5, neighboring="add_or_remove_one",

@@ -1,8 +1,8 @@
 """The lines of a ledger: their exact bytes, their hash chain, and the rules that every next line must obey.
 
 A ledger is a text file of JSON lines. Each line is canonical JSON (keys sorted, no spaces, ASCII) and holds
-`index` (its number), `kind`, `prev` (the hash of the line before; 64 zeros in the first) and `hash` (SHA-256 of
-the canonical JSON of the line without `hash`). Kinds:
+`index` (its number), `kind`, `prev` (the hash of the line before; 64 zeros in the first) and `hash` (SHA-256
+of the canonical JSON of the line without `hash`). Kinds:
 
 * "plan": the first line and only there: `schema`, `run_id`, `created_utc`, `software`, `plan`.
 * "charge": one step, written before its data is drawn: `phase`, `number` (from 0 within the phase), `event`.
@@ -195,11 +195,12 @@ class Tail:
 
 
 def read_chain(lines: Iterable[bytes]) -> tuple[Chain, Tail | None, bool]:
-    """Returns the chain of a file's lines, its unfinished tail if any, and whether only the last newline lacks.
+    """Returns the chain of a file's lines, its unfinished tail if any, and whether only the last newline
+    lacks.
 
-    An unfinished last line is tolerated only if it can be what a crash leaves: the beginning of a line that could
-    come next, perhaps with zero bytes where the disk was not written. A last line that is whole but for its newline
-    is taken as a line, since whoever wrote it may have gone on.
+    An unfinished last line is tolerated only if it can be what a crash leaves: the beginning of a line that
+    could come next, perhaps with zero bytes where the disk was not written. A last line that is whole but for
+    its newline is taken as a line, since whoever wrote it may have gone on.
 
     Raises:
         LedgerError: If any line is wrong in any other way, or there is no plan line.

@@ -26,7 +26,8 @@ class Composition:
     So neither the order of the events nor how they were grouped can change a result.
 
     Args:
-        noise_multiplier: Of the one Gaussian that all unsampled Gaussians compose to; infinite if there is none.
+        noise_multiplier: Of the one Gaussian that all unsampled Gaussians compose to; infinite if there is
+            none.
         subsampled: The subsampled Gaussians, sorted.
         non_private: Whether anything was released without a guarantee.
     """

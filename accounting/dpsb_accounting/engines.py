@@ -1,8 +1,9 @@
 """Engines: a composition in, bounds on epsilon or delta out. Which one answers is decided here and recorded.
 
 * No subsampling: one Gaussian, exactly.
-* Otherwise the upper bound is dp-accounting's pessimistic privacy loss distribution (PLD, connect the dots), with an
-  adaptive mesh and a guard against its float errors; where delta is too small for the guard, Rényi DP.
+* Otherwise the upper bound is dp-accounting's pessimistic privacy loss distribution (PLD, connect the dots),
+  with an adaptive mesh and a guard against its float errors; where delta is too small for the guard, Rényi
+  divergences by quadrature (`renyi`).
 * The lower bound is our own, by post-processing (`binned`): it shares no code with the upper one.
 """
 
@@ -17,6 +18,7 @@ from dpsb_accounting.composition import Composition
 
 _TOLERANCE = 1e-3  # of epsilon, at which the mesh is fine enough
 _SMALLEST = 1e-5  # ... or this, where epsilon itself is tiny
+_FIRST_SINGLE = 8_000  # cells of one release on the first mesh
 _MOST_SINGLE = 150_000  # cells of one release: about a second
 _MOST_COMPOSED = 1 << 22  # cells of the composition: about a second
 _HARD_LIMIT = 1 << 26  # cells of the composition: about 2 GB
@@ -79,7 +81,12 @@ def upper_epsilon(composition: Composition, delta: float, neighboring: str) -> t
     guard = binned.float_guard(composition.count)
     mesh = _first_mesh(composition, neighboring)
     if guard > _GUARD_SHARE * delta:
-        return _renyi_epsilon(composition, delta, neighboring), mesh, "rdp, since delta is too small for pld"
+        from dpsb_accounting import renyi
+
+        found = renyi.epsilon(composition, delta, neighboring)
+        if math.isinf(found):
+            raise ResourceLimit(f"delta={delta!r} is too small for {composition.count} steps with so little noise")
+        return found, mesh, "rdp, as delta is too small for pld"
     best = math.inf
     while True:
         found = float(_pld(composition, neighboring, mesh).get_epsilon_for_delta(delta - guard))
@@ -105,7 +112,8 @@ def _gaussian_noise(composition: Composition, neighboring: str) -> float:
 
 
 def _first_mesh(composition: Composition, neighboring: str) -> float:
-    mesh = min(1e-2, 0.3 / math.sqrt(composition.count))
+    widest, _ = _spans(composition, neighboring)
+    mesh = max(min(1e-2, 0.3 / math.sqrt(composition.count)), widest / _FIRST_SINGLE)
     while not _affordable(composition, neighboring, mesh):
         if mesh > 0.1:
             _, total = _spans(composition, neighboring)
@@ -163,22 +171,3 @@ def _pld(composition: Composition, neighboring: str, mesh: float) -> Any:
         part = part.self_compose(count) if count > 1 else part
         total = part if total is None else total.compose(part)
     return total
-
-
-def _renyi_epsilon(composition: Composition, delta: float, neighboring: str) -> float:
-    """dp-accounting's Rényi bound; never under replace_one, where it is wrong by a factor of two."""
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
-    from dp_accounting.rdp import RdpAccountant
-
-    if neighboring == "replace_one":
-        raise ResourceLimit(
-            f"delta={delta!r} is too small to account for {composition.count} steps under replace_one in floating "
-            "point; use a larger delta, fewer steps, or another relation"
-        )
-    accountant = RdpAccountant()
-    for part in composition.subsampled:
-        event = PoissonSampledDpEvent(part.sampling_prob, GaussianDpEvent(part.noise_multiplier))
-        accountant.compose(event, part.count)
-    if math.isfinite(composition.noise_multiplier):
-        accountant.compose(GaussianDpEvent(composition.noise_multiplier), 1)
-    return float(accountant.get_epsilon(delta))

@@ -11,8 +11,8 @@ Compatibility constitution. A ledger outlives the program that wrote it, so:
 Every event here is about one aggregate query: each unit contributes a vector of L2 norm at most C
 (`l2_clip_norm`), the vectors are summed, and Gaussian noise is added to each coordinate of the sum.
 `noise_multiplier` is the standard deviation of that noise divided by C, **for every neighbouring relation**;
-an engine applies the relation. (So a Gaussian with noise multiplier 2 under replace_one, where the sum can move
-by 2C, is as private as noise multiplier 1 under add_or_remove_one.)
+an engine applies the relation. (So a Gaussian with noise multiplier 2 under replace_one, where the sum can
+move by 2C, is as private as noise multiplier 1 under add_or_remove_one.)
 """
 
 from __future__ import annotations
@@ -41,18 +41,16 @@ class Gaussian:
     noise_multiplier: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "noise_multiplier", _checks.positive(noise_multiplier=self.noise_multiplier)
-        )
+        object.__setattr__(self, "noise_multiplier", _checks.positive(noise_multiplier=self.noise_multiplier))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoissonGaussian:
     r"""Each unit is included independently with probability q; the sum of the included gets Gaussian noise.
 
-    :math:`M(x) = \sum_{i} b_i x_i + N(0, (\sigma C)^2 I)`, :math:`b_i \sim \mathrm{Bernoulli}(q)` independent,
-    :math:`\|x_i\| \le C`. An empty draw is a release like any other. The observer sees the sum, not the
-    :math:`b_i` and not how many were drawn.
+    :math:`M(x) = \sum_{i} b_i x_i + N(0, (\sigma C)^2 I)`, :math:`b_i \sim \mathrm{Bernoulli}(q)`
+    independent, :math:`\|x_i\| \le C`. An empty draw is a release like any other. The observer sees the sum,
+    not the :math:`b_i` and not how many were drawn.
 
     Args:
         noise_multiplier: :math:`\sigma > 0`, noise standard deviation divided by C. Public.
@@ -66,9 +64,7 @@ class PoissonGaussian:
     sampling_prob: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "noise_multiplier", _checks.positive(noise_multiplier=self.noise_multiplier)
-        )
+        object.__setattr__(self, "noise_multiplier", _checks.positive(noise_multiplier=self.noise_multiplier))
         object.__setattr__(self, "sampling_prob", _checks.probability(sampling_prob=self.sampling_prob))
 
 
@@ -112,7 +108,8 @@ def event_to_json(event: Event) -> dict[str, object]:
 def event_from_json(data: object) -> Event:
     """Returns the event that a JSON object states.
 
-    Guarantees: the class comes from an allow-list; nothing is imported or executed by a name found in the data.
+    Guarantees: the class comes from an allow-list; nothing is imported or executed by a name found in the
+        data.
 
     Args:
         data: A mapping `{"type": tag, field: value, ...}` with exactly the fields of that event.

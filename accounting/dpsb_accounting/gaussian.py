@@ -32,8 +32,8 @@ def composed(noise_multipliers: Iterable[tuple[float, int]]) -> float:
 def epsilon(noise_multiplier: float, delta: float) -> tuple[float, float]:
     r"""Returns (lower, upper) around the exact epsilon of one Gaussian of sensitivity 1.
 
-    The root of :math:`\delta = \Phi(\frac{1}{2\sigma} - \epsilon\sigma) - e^\epsilon \Phi(-\frac{1}{2\sigma} -
-    \epsilon\sigma)`.
+    The root of :math:`\delta = \Phi(\frac{1}{2\sigma} - \epsilon\sigma) - e^\epsilon \Phi(-\frac{1}{2\sigma}
+    - \epsilon\sigma)`.
 
     Args:
         noise_multiplier: :math:`\sigma`, noise standard deviation divided by the sensitivity.

@@ -27,14 +27,24 @@ from dpsb_accounting.plan import Plan
 
 __all__ = ["BudgetSpent", "Ledger", "LedgerError", "LedgerRecord", "Taint"]
 
-_RECORDED = ("dpsb", "dp-accounting", "prv-accountant", "numpy", "scipy", "torch", "transformers", "peft", "opacus")
+_RECORDED = (
+    "dpsb",
+    "dp-accounting",
+    "prv-accountant",
+    "numpy",
+    "scipy",
+    "torch",
+    "transformers",
+    "peft",
+    "opacus",
+)
 
 
 class LedgerRecord:
     """What a ledger says: its plan, its charges, its taints; read-only.
 
-    Made by `Ledger.read`. A line that a crash left unfinished is tolerated: `torn` says so, and if it was a charge
-    then `charged` counts it, because a reader cannot know whether the step went on.
+    Made by `Ledger.read`. A line that a crash left unfinished is tolerated: `torn` says so, and if it was a
+    charge then `charged` counts it, because a reader cannot know whether the step went on.
     """
 
     def __init__(self, path: Path, chain: Chain, tail: Tail | None = None) -> None:
@@ -187,8 +197,8 @@ class Ledger(LedgerRecord):
     def open(cls, path: str | os.PathLike[str]) -> Ledger:
         """Locks an existing ledger, verifies the whole of it, and continues it.
 
-        An unfinished last line is dropped and a repair line recorded: `charge` never returned for it, so no data
-        was drawn. A last line that lacks only its newline is kept.
+        An unfinished last line is dropped and a repair line recorded: `charge` never returned for it, so no
+        data was drawn. A last line that lacks only its newline is kept.
 
         Raises:
             LedgerError: If the file is missing, in use, or wrong in any other way.
@@ -224,7 +234,8 @@ class Ledger(LedgerRecord):
         """Reads and verifies a ledger without locking or changing it; also while its run is going on.
 
         Raises:
-            LedgerError: If the file is missing or wrong; only an unfinished last line is tolerated (see `torn`).
+            LedgerError: If the file is missing or wrong; only an unfinished last line is tolerated (see
+                `torn`).
         """
         path = Path(path)
         try:
@@ -284,7 +295,9 @@ class Ledger(LedgerRecord):
             raise LedgerError(f"{self._path} is closed; open it again to continue")
         if os.fstat(self._descriptor).st_size != self._size:
             self._broken = "another program changed the file"
-            raise LedgerError(f"{self._path} was changed by another program; training stopped before any data was drawn")
+            raise LedgerError(
+                f"{self._path} was changed by another program; training stopped before any data was drawn"
+            )
 
     def _write(self, line: bytes) -> None:
         """Makes the line durable, then takes it into the chain."""

@@ -66,8 +66,8 @@ class Plan:
     every float exactly.
 
     Args:
-        phases: Everything that may be charged, in order; one of them is named "train". A later phase may begin
-            before an earlier one is used up, but the earlier one is closed from then on.
+        phases: Everything that may be charged, in order; one of them is named "train". A later phase may
+            begin before an earlier one is used up, but the earlier one is closed from then on.
         delta: In (0, 1); for a private plan less than 1 / num_examples.
         target_epsilon: What the user asked for; may be infinite.
         neighboring: "add_or_remove_one", "zero_out" or "replace_one".
@@ -79,8 +79,8 @@ class Plan:
         sampling_prob: q in (0, 1], what the sampler uses.
         l2_clip_norm: C > 0; infinite only if nothing is private.
         clipping: "flat", "automatic" or "none" (only if nothing is private).
-        basis: Where the frozen basis comes from: {"kind": ..., "access": "data_free" | "public" | "released" |
-            "non_private", ...}.
+        basis: Where the frozen basis comes from: {"kind": ..., "access": "data_free" | "public" | "released"
+            | "non_private", ...}.
         details: Further public facts: model, rank, targets, labels, learning rate, versions...
 
     Raises:
