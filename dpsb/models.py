@@ -160,7 +160,14 @@ def add_lora(base: nn.Module, task: str, rank: int, targets: str | Sequence[str]
     classes = TaskType.FEATURE_EXTRACTION if pooled else TaskType.SEQ_CLS
     task_type = classes if task == "classification" else TaskType.CAUSAL_LM
     names = targets if isinstance(targets, str) else list(targets)
-    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=names, task_type=task_type)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        target_modules=names,
+        exclude_modules=".*pooler.*" if pooled else None,  # not used when the tokens are averaged
+        task_type=task_type,
+    )
     try:
         adapted = get_peft_model(base.encoder if isinstance(base, MeanPooledClassifier) else base, config)
     except ValueError as error:
