@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from dpsb import __version__
 
@@ -56,6 +58,8 @@ def plan(
     from dpsb.plan import make_plan, plan_summary
 
     def run() -> None:
+        if num_examples < 1:
+            raise ValueError(f"Expected num_examples={num_examples!r} of at least 1.")
         made = make_plan(
             epsilon=epsilon,
             delta=0.1 / num_examples if delta is None else delta,
@@ -305,17 +309,34 @@ def demo(
 
 
 def _guarded(run: Callable[[], None]) -> None:
-    """Runs a command; what went wrong becomes one sentence on standard error and exit code 1."""
+    """Runs a command; what went wrong becomes one sentence on standard error and exit code 1.
+
+    Of an error that nobody foresaw only the kind and the place are shown: its message may quote a row.
+    """
+    from dpsb_accounting import CalibrationInfeasible, LedgerError
+    from dpsb_accounting.engines import ResourceLimit
+
     try:
         run()
     except KeyboardInterrupt:
         _fail("interrupted; charged steps are spent, --resume continues with the rest.")
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError, LedgerError, CalibrationInfeasible, ResourceLimit) as error:
         _fail(" ".join(str(error).split()) or type(error).__name__)
+    except Exception as error:
+        if os.environ.get("DPSB_TRACEBACK"):
+            raise
+        place = error.__traceback__
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        where = "" if place is None else f" at {Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}"
+        _fail(
+            f"unexpected {type(error).__name__}{where}. Its message is withheld, because it may quote data; "
+            "DPSB_TRACEBACK=1 shows it."
+        )
 
 
 def _fail(sentence: str) -> NoReturn:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/red] {sentence}", markup=True)
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/red] {escape(sentence)}")
     raise typer.Exit(1)
 
 

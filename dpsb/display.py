@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -77,7 +78,7 @@ class Display:
         return Callbacks(on_status=self._status, on_plan=self._plan, on_step=self._step)
 
     def _status(self, message: str) -> None:
-        self._console.print(f"[dim]{message}[/dim]", highlight=False)
+        self._console.print(f"[dim]{escape(message)}[/dim]", highlight=False)
 
     def _plan(self, plan: Plan) -> None:
         print_plan(self._console, plan)
@@ -140,8 +141,8 @@ def print_run(console: Console, run: Any) -> None:
         )
     else:
         reasons = "; ".join(taint["reason"] for taint in facts["taints"]) or "epsilon is infinite"
-        console.print(f"[bold red]no privacy claim[/bold red]: {reasons}")
+        console.print(f"[bold red]no privacy claim[/bold red]: {escape(reasons)}")
     if run.held_out:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in run.held_out.items())
         console.print(f"held-out ({numbers}): outside the guarantee")
-    console.print(f"files in {run.out}: {', '.join(run.files)}", highlight=False)
+    console.print(f"files in {run.out}: {', '.join(run.files)}", highlight=False, markup=False)
