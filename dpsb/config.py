@@ -121,10 +121,13 @@ class RunConfig:
             raise ConfigError(f"Expected epsilon={self.epsilon!r} > 0 (or inf).")
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(f"Expected steps={self.steps!r} or epochs={self.epochs!r}, not both.")
-        for name in ("rank", "max_length", "token_budget", "expected_batch_size"):
-            if getattr(self, name) < 1:
+        counts = ("rank", "max_length", "token_budget", "expected_batch_size", "num_examples", "steps")
+        for name in (*counts, "tokens_per_example"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name}={getattr(self, name)!r} of at least 1.")
-        for name in ("learning_rate", "head_learning_rate", "l2_clip_norm", "head_init_std"):
+        if self.checkpoint_every < 0:
+            raise ConfigError(f"Expected checkpoint_every={self.checkpoint_every!r} of at least 0.")
+        for name in ("learning_rate", "head_learning_rate", "l2_clip_norm", "head_init_std", "epochs"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"Expected {name}={value!r} to be positive and finite.")
@@ -179,6 +182,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
         settings = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read as settings: {error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{file} must hold one table of settings.")
     _check_keys(settings, str(file))
     return {name: math.inf if value == "inf" else value for name, value in settings.items()}
 
