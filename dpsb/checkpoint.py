@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dpsb.adapter import Adapter
@@ -59,19 +60,29 @@ def _flush(path: Path) -> None:
 
 
 def save_checkpoint(run_dir: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, ledger: Ledger) -> None:
-    """Writes theta, the optimizer and the ledger's position to ``run_dir/checkpoint``, atomically."""
+    """Writes theta, the optimizer and the ledger's position to ``run_dir/checkpoint``, atomically.
+
+    Raises:
+      OSError: If the disk does not take it; the checkpoint before it stays.
+    """
     tensors, structure = _flatten(optimizer.state_dict())
-    with replacing(run_dir / _CURRENT) as folder:
-        save_file(adapter.state(), folder / "theta.safetensors")
-        save_file(tensors, folder / "optimizer.safetensors")
-        facts = {
-            "schema": _SCHEMA,
-            "run_id": ledger.run_id,
-            "ledger_length": ledger.length,
-            "ledger_head": ledger.head,
-            "optimizer": structure,
-        }
-        (folder / "checkpoint.json").write_text(json.dumps(facts, indent=1))
+    facts = {
+        "schema": _SCHEMA,
+        "run_id": ledger.run_id,
+        "ledger_length": ledger.length,
+        "ledger_head": ledger.head,
+        "optimizer": structure,
+    }
+    try:
+        with replacing(run_dir / _CURRENT) as folder:
+            save_file(adapter.state(), folder / "theta.safetensors")
+            save_file(tensors, folder / "optimizer.safetensors")
+            (folder / "checkpoint.json").write_text(json.dumps(facts, indent=1))
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"A checkpoint in {run_dir} cannot be written ({error}); charged steps are spent, a resumed run goes on "
+            "from the checkpoint before."
+        ) from None
 
 
 def load_checkpoint(run_dir: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, ledger: Ledger) -> bool:
@@ -80,18 +91,22 @@ def load_checkpoint(run_dir: Path, adapter: Adapter, optimizer: torch.optim.Opti
     Steps that the ledger holds beyond the checkpoint are spent and their updates lost.
 
     Raises:
-      LedgerError: If the ledger is of another run, or is shorter than when the checkpoint was written: somebody put
-        an old ledger back.
+      LedgerError: If the checkpoint cannot be read, the ledger is of another run, or is shorter than when the
+        checkpoint was written: somebody put an old ledger back.
     """
     folder = next((run_dir / name for name in (_CURRENT, _OLD) if (run_dir / name).is_dir()), None)
     if folder is None:
         return False
-    facts = json.loads((folder / "checkpoint.json").read_text())
+    try:
+        facts = json.loads((folder / "checkpoint.json").read_text())
+        theta, tensors = load_file(folder / "theta.safetensors"), load_file(folder / "optimizer.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise LedgerError(f"{folder} cannot be read ({type(error).__name__}); start a new run elsewhere.") from None
     if facts.get("schema") != _SCHEMA or facts.get("run_id") != ledger.run_id:
         raise LedgerError(f"{folder} does not belong to the ledger beside it; start a new run in another folder.")
     ledger.check_not_behind(facts["ledger_length"], facts["ledger_head"])
-    adapter.load_state(load_file(folder / "theta.safetensors"))
-    optimizer.load_state_dict(_unflatten(load_file(folder / "optimizer.safetensors"), facts["optimizer"]))
+    adapter.load_state(theta)
+    optimizer.load_state_dict(_unflatten(tensors, facts["optimizer"]))
     return True
 
 
