@@ -85,7 +85,8 @@ def fit(
       on_step: Called after every step with public numbers.
 
     Raises:
-      ProbeError: If the model, collator or loss would couple examples or train nothing. Nothing has been charged.
+      ProbeError: If the model, collator or loss would couple examples or train nothing; nothing has been charged. Or
+        if the first step that should have moved the model did not.
       LedgerError: If the ledger cannot be written or does not match the checkpoint; training stops before the draw.
       ValueError: If the optimizer does not hold the live tensors of the adapter, or something else is trainable.
       MemoryError: If one example alone does not fit into memory.
@@ -94,10 +95,10 @@ def fit(
     mechanism = Mechanism.from_plan(plan)
     randomness = randomness or SystemRandomness()
     buckets = length_buckets(max_length)
-    padded_lengths = np.array([bucket_of(len(e["input_ids"]), buckets) for e in dataset], dtype=np.int64)
     probe_length = bucket_of(max(len(e["input_ids"]) for e in synthetic), buckets)
     probe_batch = collate(synthetic[:3], probe_length)
     adapter.check_nothing_else_is_trained()
+    _check_optimizer(optimizer, adapter)
     base_rates = [float(group["lr"]) for group in optimizer.param_groups]
     if ledger.charged("train"):
         load_checkpoint(run_dir, adapter, optimizer, ledger)
@@ -108,19 +109,24 @@ def fit(
         if randomness.tainted:
             ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
         with nullcontext() if allow_dropout else without_dropout(adapter.model):
-            for first in _first_then_others(ledger.remaining("train")):
+            checked = False
+            for _ in range(ledger.remaining("train")):
                 number = ledger.charge("train")
                 draw = poisson_draw(len(dataset), plan.sampling_prob, randomness)
+                drawn = [dataset[int(i)] for i in draw]
+                lengths = np.array([bucket_of(len(e["input_ids"]), buckets) for e in drawn], dtype=np.int64)
                 total = torch.zeros(adapter.dimension, dtype=torch.float64, device=_device(adapter))
-                for indices, length in microbatches(draw, padded_lengths, knobs.token_budget):
-                    examples = [dataset[int(i)] for i in indices]
+                for positions, length in microbatches(np.arange(len(drawn)), lengths, knobs.token_budget):
+                    examples = [drawn[i] for i in positions]
                     total += _clipped_sum(adapter, mechanism, loss_fn, collate, examples, length)
                 released = mechanism.release(total, randomness)
-                before = adapter.state() if first else {}
+                factor = schedule(number / plan.steps)
+                before = {} if checked or factor == 0.0 else adapter.state()
                 set_gradient(adapter, released / plan.expected_batch_size)
-                _step(optimizer, adapter, base_rates, schedule(number / plan.steps))
-                if first:
+                _step(optimizer, adapter, base_rates, factor)
+                if before:
                     check_step_moves_model(adapter, before, loss_fn, probe_batch)
+                    checked = True
                 if knobs.checkpoint_every and (number + 1) % knobs.checkpoint_every == 0:
                     save_checkpoint(run_dir, adapter, optimizer, ledger)
                 on_step(Progress(number + 1, plan.steps))
@@ -156,8 +162,8 @@ def _clipped_sum(
     )
 
 
-def _step(optimizer: torch.optim.Optimizer, adapter: Adapter, base_rates: Sequence[float], factor: float) -> None:
-    """One optimizer step on the live tensors; anything the optimizer holds besides has no gradient and stays."""
+def _check_optimizer(optimizer: torch.optim.Optimizer, adapter: Adapter) -> None:
+    """Raises ValueError unless the optimizer holds the live tensors of the adapter."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in adapter.named_parameters():
         if id(parameter) not in held:
@@ -165,6 +171,11 @@ def _step(optimizer: torch.optim.Optimizer, adapter: Adapter, base_rates: Sequen
                 f"The optimizer does not hold {name} as it is now (something replaced the tensor after the optimizer "
                 "was made); make the optimizer from adapter.parameters() after attach()."
             )
+
+
+def _step(optimizer: torch.optim.Optimizer, adapter: Adapter, base_rates: Sequence[float], factor: float) -> None:
+    """One optimizer step on the live tensors; anything the optimizer holds besides has no gradient and stays."""
+    _check_optimizer(optimizer, adapter)
     for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
         group["lr"] = rate * factor
     optimizer.step()
@@ -182,10 +193,6 @@ def _training_mode(adapter: Adapter) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _first_then_others(count: int) -> Iterator[bool]:
-    return (index == 0 for index in range(count))
 
 
 def _device(adapter: Adapter) -> torch.device:
