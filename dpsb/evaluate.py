@@ -46,4 +46,5 @@ def evaluate(
         return {}
     if task == "classification":
         return {"accuracy": right / count, "cross_entropy": nll / count, "examples": count}
-    return {"loss_per_token": nll / count, "perplexity": math.exp(nll / count), "tokens": count}
+    loss = nll / count
+    return {"loss_per_token": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": count}

@@ -40,6 +40,7 @@ from dpsb_accounting import Ledger, LedgerError, Plan, Report, make_report
 
 LEDGER_NAME, SETTINGS_NAME, START_NAME = "ledger.jsonl", "run.json", "start.safetensors"
 _PUBLIC_BASIS_EXAMPLES = 512
+_CUT_OFF = "The run in {out} was cut off before its first step; delete the folder and start anew."
 
 
 class RunError(RuntimeError):
@@ -150,11 +151,17 @@ def train(config: RunConfig, *, resume: bool = False, callbacks: Callbacks = Cal
             held_out = evaluate(
                 model, prepared.held_out, config.task, collate, prepared.max_length, config.token_budget
             )
-        report = make_report(ledger, held_out=held_out or None)
+        metrics = {name: value if math.isfinite(value) else str(value) for name, value in held_out.items()}  # JSON
+        report = make_report(ledger, held_out=metrics or None)
         files = save_run(out, adapter, report, ledger, tokenizer)
-        remove_checkpoint(out)
-        (out / START_NAME).unlink(missing_ok=True)
+        _remove_resumable(out)
     return Run(out, report, held_out, files)
+
+
+def _remove_resumable(out: Path) -> None:
+    """Deletes what only a resume needs; a finished run keeps no optimizer state."""
+    remove_checkpoint(out)
+    (out / START_NAME).unlink(missing_ok=True)
 
 
 def _check_folder(out: Path, resume: bool) -> None:
@@ -163,6 +170,7 @@ def _check_folder(out: Path, resume: bool) -> None:
         if not ledger.exists():
             raise RunError(f"{out} holds no run to resume ({LEDGER_NAME} is missing); leave --resume out.")
         if (out / "report.json").exists():
+            _remove_resumable(out)
             raise RunError(
                 f"The run in {out} is finished: its budget is spent and its report is written. Start another run in "
                 "another folder; its epsilon adds to this one's if it reads the same data."
@@ -297,9 +305,10 @@ def _start(
 ) -> tuple[dict[str, Factors], dict[str, torch.Tensor] | None]:
     """Factors, and where theta starts: computed for a new run, read back for a resumed one."""
     if resume:
-        if not (out / START_NAME).exists():
-            raise RunError(f"The run in {out} was cut off before its first step; delete the folder and start anew.")
-        saved = load_file(out / START_NAME)
+        try:
+            saved = load_file(out / START_NAME)
+        except (OSError, SafetensorError):
+            raise RunError(_CUT_OFF.format(out=out)) from None
         names = sorted({key.removesuffix(".A") for key in saved if key.endswith(".A")})
         factors = {name: Factors(A=saved[f"{name}.A"], B=saved[f"{name}.B"]) for name in names}
         return factors, {key.removeprefix("theta/"): v for key, v in saved.items() if key.startswith("theta/")}
@@ -393,6 +402,8 @@ def resumed_config(out: str, changes: dict[str, Any]) -> RunConfig:
 
     path = Path(out) / SETTINGS_NAME
     if not path.exists():
+        if (Path(out) / LEDGER_NAME).exists():
+            raise RunError(_CUT_OFF.format(out=out))
         raise RunError(f"{out} holds no run to resume ({SETTINGS_NAME} is missing); leave --resume out.")
     try:
         return make_config({**read_config(path), **changes, "out": out})
