@@ -148,6 +148,7 @@ def noise_multiplier_for(
     delta = _checks.probability(open_interval=True, delta=delta)
     prob = _checks.probability(sampling_prob=sampling_prob)
     steps = _checks.whole(at_least=1, steps=steps)
+    _checks.one_of(choices=_checks.RELATIONS, neighboring=neighboring)
     fixed = _parts(before)
     best = _upper(Composition.of(fixed), delta, neighboring) if fixed else 0.0
     if best > target:
@@ -163,7 +164,12 @@ def noise_multiplier_for(
         except ResourceLimit:
             return math.inf
 
-    return _smallest(upper, target, _first_guess(target, delta, prob, steps, neighboring), delta)
+    noise = _smallest(upper, target, _first_guess(target, delta, prob, steps, neighboring), delta)
+    while True:  # checked with the very function that will state the claim; once, but for float accidents
+        event = PoissonGaussian(noise_multiplier=noise, sampling_prob=prob)
+        if epsilon([*fixed, (event, steps)], delta, neighboring).upper <= target:
+            return noise
+        noise *= 1 + _PRECISION / 10
 
 
 def _smallest(upper: _Curve, target: float, guess: float, delta: float) -> float:

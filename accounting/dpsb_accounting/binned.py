@@ -45,9 +45,8 @@ class _Cells:
 
 @dataclass(frozen=True, slots=True)
 class Tails:
-    """P(S >= k) and Q(S >= k) e^(shift h) for thresholds k, each with what float errors may add."""
+    """P(S >= k), and Q(S >= k) e^shift with what float errors may add, for all thresholds k."""
 
-    losses: Array
     p: Array
     scaled_q: Array
     shift: float
@@ -125,7 +124,7 @@ def _loss(x: Array, noise: float, prob: float, direction: str) -> Array:
 
 def _log_mixture(x: Array, noise: float, prob: float) -> Array:
     """log(1 - q + q e^((2x - 1) / (2 sigma^2))), the log ratio of the mixture to N(0, sigma^2)."""
-    exponent: Array = (2 * x - 1) / (2 * noise**2)
+    exponent = (2 * x - 1) / (2 * noise**2)
     if prob == 1:
         return exponent
     mixture: Array = np.logaddexp(math.log1p(-prob), math.log(prob) + exponent)
@@ -152,7 +151,8 @@ def _masses(edges: Array, mean: float, noise: float) -> Array:
     """Probability of each interval under N(mean, noise^2), accurate also far out in both tails."""
     z = (edges - mean) / noise
     below, above = ndtr(z), ndtr(-z)
-    return np.where(z[:-1] > 0, above[:-1] - above[1:], below[1:] - below[:-1])
+    masses: Array = np.where(z[:-1] > 0, above[:-1] - above[1:], below[1:] - below[:-1])
+    return masses
 
 
 def _cells(composition: Composition, direction: str, mesh: float) -> list[_Cells]:
@@ -175,19 +175,18 @@ def _tails(parts: list[_Cells], mesh: float, most_cells: int) -> Tails | None:
         return None
     size = fft.next_fast_len(size, real=True)
     p = _convolve([part.p for part in parts], counts, size, low)
-    q = _convolve(tilted, counts, size, low) * math.exp(
-        math.fsum(part.count * math.log(scale) for part, scale in zip(parts, scales, strict=True))
-    )
+    q = _convolve(tilted, counts, size, low)
+    log_scale = math.fsum(part.count * math.log(scale) for part, scale in zip(parts, scales, strict=True))
     first = low + sum(part.count * part.first for part in parts)
     losses = (first + np.arange(size)) * mesh
     guard = 2 * (float_guard(sum(counts)) + _TAIL)
     p_tail = np.cumsum(p[::-1])[::-1]
     top = int(np.max(np.nonzero(p_tail > 2 * guard)[0], initial=0))
-    shift = float(losses[top])
-    with np.errstate(over="ignore", invalid="ignore"):  # far below `shift`, where no threshold is of use
-        weights = np.exp(shift - losses)
+    center = float(losses[top])
+    with np.errstate(over="ignore", invalid="ignore"):  # far below `center`, where no threshold is of use
+        weights = np.exp(center - losses)
         scaled_q = np.cumsum((q * weights)[::-1])[::-1] + guard * weights
-    return Tails(losses, p_tail, scaled_q, shift, guard)
+    return Tails(p_tail, scaled_q, center - log_scale, guard)
 
 
 def _variance(p: Array) -> float:

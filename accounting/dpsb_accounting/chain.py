@@ -77,6 +77,7 @@ class Chain:
         self._counts: dict[str, int] = {}
         self._phase = 0  # the phase charged last; an earlier one is closed
         self._hashes = bytearray()
+        self._texts: dict[str, tuple[bytes, bytes]] = {}
 
     @property
     def length(self) -> int:
@@ -106,9 +107,18 @@ class Chain:
     def charge_line(self, phase: Phase) -> bytes:
         """Returns the sealed line of the next charge of a phase; BudgetSpent if the plan allows none."""
         self.require_budget(phase)
-        number = self._counts.get(phase.name, 0)
-        content = {"phase": phase.name, "number": number, "event": event_to_json(phase.event)}
-        return self.next_line("charge", content)
+        return self._next_charge(phase)[0]
+
+    def _next_charge(self, phase: Phase) -> tuple[bytes, bytes]:
+        """The next charge's line and hash: the same bytes as `sealed_line` gives, but many times faster."""
+        if phase.name not in self._texts:
+            name = json.dumps(phase.name).encode("ascii")
+            self._texts[phase.name] = (b'{"event":' + canonical(event_to_json(phase.event)), name)
+        event, name = self._texts[phase.name]
+        numbers = (self.length, self._counts.get(phase.name, 0), name, self.head.encode("ascii"))
+        rest = b'"index":%d,"kind":"charge","number":%d,"phase":%b,"prev":"%b"}' % numbers
+        digest = hashlib.sha256(b"%b,%b" % (event, rest))
+        return b'%b,"hash":"%b",%b\n' % (event, digest.hexdigest().encode("ascii"), rest), digest.digest()
 
     def require_budget(self, phase: Phase) -> None:
         """Raises BudgetSpent unless one more charge of the phase keeps to the plan."""
@@ -124,6 +134,8 @@ class Chain:
         Raises:
             LedgerError: If the line may not come next; the message names it, counted from 1, and says why.
         """
+        if self._took_next_charge(line):
+            return
         try:
             data = self._parse(line)
             content = {name: value for name, value in data.items() if name not in _COMMON}
@@ -131,6 +143,29 @@ class Chain:
         except (ValueError, RecursionError, LedgerError) as error:
             raise LedgerError(f"line {self.length + 1} of the ledger is wrong: {error}") from None
         self._hashes += bytes.fromhex(str(data["hash"]))
+
+    def _took_next_charge(self, line: bytes) -> bool:
+        """Takes the line in if it is, byte for byte, the next charge of the phase that is being charged."""
+        if not self.length:
+            return False
+        phase = self.plan.phases[self._phase]
+        count = self._counts.get(phase.name, 0)
+        if count >= phase.count:
+            return False
+        expected, digest = self._next_charge(phase)
+        if line != expected:
+            return False
+        self._counts[phase.name] = count + 1
+        self._hashes += digest
+        return True
+
+    def may_follow(self, line: bytes) -> bool:
+        """Whether the line has the form and the hash of a next line; its content is not looked at."""
+        try:
+            self._parse(line)
+        except (ValueError, RecursionError):
+            return False
+        return True
 
     def _parse(self, line: bytes) -> dict[str, object]:
         data = json.loads(line.decode("ascii"))
@@ -226,10 +261,11 @@ def _read_tail(chain: Chain, tail: bytes, offset: int) -> tuple[Chain, Tail | No
     except LedgerError as error:
         if not chain.length:
             raise LedgerError(f"the plan, its first line, is unfinished, so no data was drawn ({error})") from None
+        written = tail.rstrip(b"\0")
         for phase in chain.plan.phases[chain._phase :]:
-            if chain.charged(phase.name) < phase.count and _begins(chain.charge_line(phase), tail):
+            if chain.charged(phase.name) < phase.count and _begins(chain.charge_line(phase), written):
                 return chain, Tail(start=offset, size=len(tail), phase=phase.name), False
-        if _begins_other_line(tail):
+        if _begins_other_line(chain, written):
             return chain, Tail(start=offset, size=len(tail), phase=None), False
         raise
 
@@ -239,12 +275,11 @@ def _begins(line: bytes, tail: bytes) -> bool:
     return len(tail) <= len(line) and all(got in (0, want) for got, want in zip(tail, line, strict=False))
 
 
-def _begins_other_line(tail: bytes) -> bool:
-    """Whether the tail is the beginning of a taint or repair line, whose text cannot be foretold."""
-    fragment = tail.split(b"\0", 1)[0]
+def _begins_other_line(chain: Chain, written: bytes) -> bool:
+    """Whether this is the beginning of a taint or repair line, most of whose text cannot be foretold."""
     openings = (b'{"hash":"', b'{"dropped_bytes":')
-    if tail[len(fragment) :].strip(b"\0"):
+    if not any(written.startswith(opening) or opening.startswith(written) for opening in openings):
         return False
-    if not any(fragment.startswith(opening) or opening.startswith(fragment) for opening in openings):
-        return False
-    return b"\n" not in fragment and not fragment.endswith(b"}")
+    if written.endswith(b"}"):  # whole but for its newline, or something was added to a line
+        return chain.may_follow(written + b"\n")
+    return b"\n" not in written

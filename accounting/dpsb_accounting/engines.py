@@ -21,7 +21,6 @@ _SMALLEST = 1e-5  # ... or this, where epsilon itself is tiny
 _FIRST_SINGLE = 8_000  # cells of one release on the first mesh
 _MOST_SINGLE = 150_000  # cells of one release: about a second
 _MOST_COMPOSED = 1 << 22  # cells of the composition: about a second
-_HARD_LIMIT = 1 << 26  # cells of the composition: about 2 GB
 _GUARD_SHARE = 0.05
 
 Ends = tuple[float, float, str]
@@ -47,7 +46,8 @@ def epsilon(composition: Composition, delta: float, neighboring: str) -> Ends:
         return low, high, "exact Gaussian"
     high, mesh, method = upper_epsilon(composition, delta, neighboring)
     low = max((tail.epsilon(delta) for tail in _lower_tails(composition, neighboring, mesh)), default=0.0)
-    return min(low, high), high, f"{method}; lower bound by binned losses"
+    # If float errors ever put them in the wrong order, the looser one is the upper bound.
+    return min(low, high), max(low, high), f"{method}; lower bound by binned losses"
 
 
 def delta(composition: Composition, epsilon: float, neighboring: str) -> Ends:
@@ -70,7 +70,7 @@ def delta(composition: Composition, epsilon: float, neighboring: str) -> Ends:
             break
         mesh = finer
     low = max((tail.delta(epsilon) for tail in _lower_tails(composition, neighboring, mesh)), default=0.0)
-    return min(low, best), best, f"pld, mesh {mesh:.2g}; lower bound by binned losses"
+    return min(low, best), max(low, best), f"pld, mesh {mesh:.2g}; lower bound by binned losses"
 
 
 @functools.lru_cache(maxsize=256)
@@ -117,11 +117,9 @@ def _first_mesh(composition: Composition, neighboring: str) -> float:
     while not _affordable(composition, neighboring, mesh):
         if mesh > 0.1:
             _, total = _spans(composition, neighboring)
-            if total / mesh <= _HARD_LIMIT:
-                break
             raise ResourceLimit(
-                f"the privacy loss of {composition.count} releases spreads over {total:.3g}, which needs more than "
-                f"{_HARD_LIMIT} cells; the noise is too small for so many steps to give a meaningful epsilon"
+                f"the privacy loss of {composition.count} releases spreads over {total:.3g}, too much to compute; "
+                "the noise is too small for so many steps to give a meaningful epsilon"
             )
         mesh *= 2
     return mesh

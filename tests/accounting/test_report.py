@@ -1,0 +1,293 @@
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+from plans import make_plan, two_phases
+
+from dpsb_accounting import (
+    Gaussian,
+    Ledger,
+    NonPrivate,
+    Phase,
+    PoissonGaussian,
+    epsilon,
+    make_report,
+    spent,
+    verify,
+)
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run: its ledger and its report beside it."""
+    with Ledger.create(tmp_path / "ledger.jsonl", two_phases()) as ledger:
+        ledger.charge("basis")
+        for _ in range(6):
+            ledger.charge("train")
+        make_report(ledger).write(tmp_path / "report.json")
+    return tmp_path
+
+
+def test_the_claim_is_the_plan_and_spent_is_information(run):
+    record = Ledger.read(run / "ledger.jsonl")
+    report = make_report(record)
+    data = report.to_json()
+    assert report.claim
+    assert data["claim"] is True
+    assert data["epsilon"]["upper"] == report.epsilon.upper == epsilon(record.plan).upper
+    assert data["spent"] == {
+        "epsilon": {"lower": spent(record).lower, "upper": spent(record).upper},
+        "steps": 6,
+        "of": 10,
+    }
+    assert data["spent"]["epsilon"]["upper"] < data["epsilon"]["upper"]
+    assert data["mechanism"] == {
+        "type": "poisson_gaussian",
+        "noise_multiplier": 1.0,
+        "sampling_prob": 0.01,
+        "steps": 10,
+        "l2_clip_norm": 0.5,
+        "noise_std": 0.5,
+        "expected_batch_size": 200,
+        "clipping": "flat",
+    }
+    assert data["ledger"]["head"] == record.head
+    assert data["cross_check"] == "none"
+    assert data["cross_check_reason"]
+    assert json.loads((run / "report.json").read_text()) == data
+
+
+def test_the_statement_never_rounds_down(run):
+    record = Ledger.read(run / "ledger.jsonl")
+    report = make_report(record)
+    words = report.to_json()["statement"]
+    stated = float(words.split("(")[1].split(",")[0])
+    assert report.epsilon.upper <= stated <= report.epsilon.upper * 1.001
+    assert "whole plan of 10 steps" in words
+    assert "6 of them were charged" in words
+
+
+def test_the_text_is_a_page_of_at_most_100_columns(run):
+    for held_out in (None, {"accuracy": 0.97}):
+        page = make_report(Ledger.read(run / "ledger.jsonl"), held_out=held_out).to_text()
+        assert max(map(len, page.splitlines())) <= 100
+        assert ("OUTSIDE THE GUARANTEE" in page) == (held_out is not None)
+        for word in ("claim", "add_or_remove_one", "does not cover", "released"):
+            assert word in page
+
+
+def test_held_out_metrics_are_marked(run):
+    data = make_report(Ledger.read(run / "ledger.jsonl"), held_out={"accuracy": 0.97}).to_json()
+    assert data["held_out"] == {"note": "outside the guarantee", "metrics": {"accuracy": 0.97}}
+
+
+def test_a_tainted_run_makes_no_claim(tmp_path):
+    with Ledger.create(tmp_path / "ledger.jsonl", make_plan()) as ledger:
+        ledger.taint("seeded randomness", "a test")
+        report = make_report(ledger)
+    assert not report.claim
+    assert "No privacy claim" in report.to_json()["statement"]
+    assert report.to_json()["taints"] == [{"name": "seeded randomness", "reason": "a test"}]
+
+
+def test_a_non_private_run_is_reported_as_infinite(tmp_path):
+    plan = make_plan(
+        phases=(Phase("train", NonPrivate(reason="no noise"), 3),),
+        clipping="none",
+        l2_clip_norm=math.inf,
+        target_epsilon=math.inf,
+    )
+    with Ledger.create(tmp_path / "ledger.jsonl", plan) as ledger:
+        ledger.charge("train")
+        make_report(ledger).write(tmp_path / "report.json")
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["epsilon"] == data["spent"]["epsilon"] == {"lower": "inf", "upper": "inf"}
+    assert data["claim"] is False
+    assert data["target_epsilon"] == data["mechanism"]["l2_clip_norm"] == "inf"
+    assert verify(tmp_path / "ledger.jsonl").ok
+
+
+@pytest.mark.parametrize("neighboring", ["zero_out", "replace_one"])
+def test_an_undeclared_number_counts_as_public(tmp_path, neighboring):
+    plan = make_plan(num_examples_declared=False, neighboring=neighboring)
+    with Ledger.create(tmp_path / "ledger.jsonl", plan) as ledger:
+        words = make_report(ledger).to_json()["statement"]
+    assert "the true number, 20000, counts as public" in words
+    assert f"The relation is {neighboring}: two data sets are neighbours" in words
+
+
+def test_writing_is_atomic(run, monkeypatch):
+    before = (run / "report.json").read_bytes()
+    report = make_report(Ledger.read(run / "ledger.jsonl"))
+
+    def fail(*arguments, **options):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(json, "dump", fail)
+    with pytest.raises(OSError, match="disk full"):
+        report.write(run / "report.json")
+    assert (run / "report.json").read_bytes() == before
+    assert sorted(file.name for file in run.iterdir()) == ["ledger.jsonl", "report.json"]
+
+
+def test_verify_confirms_an_honest_run(run):
+    outcome = verify(run / "ledger.jsonl")
+    assert outcome.ok
+    assert not outcome.failures
+    assert outcome.report == run / "report.json"
+    assert outcome.to_json()["ok"] is True
+
+
+def change(run, edit):
+    data = json.loads((run / "report.json").read_text())
+    edited = copy.deepcopy(data)
+    edit(edited)
+    assert json.dumps(edited) != json.dumps(data)
+    (run / "report.json").write_text(json.dumps(edited))
+    return verify(run / "ledger.jsonl")
+
+
+MANIPULATIONS = {
+    "epsilon: upper": lambda r: r["epsilon"].update(upper=r["epsilon"]["upper"] * 0.999),
+    "epsilon: lower": lambda r: r["epsilon"].update(lower=r["epsilon"]["lower"] * 1.5),
+    "epsilon": lambda r: r.update(epsilon=1.0),
+    "delta": lambda r: r.update(delta=1e-6),
+    "unit": lambda r: r.update(unit="user"),
+    "neighboring": lambda r: r.update(neighboring="replace_one"),
+    "claim": lambda r: r.update(claim=1),
+    "taints": lambda r: r.update(taints=[{"name": "x", "reason": "y"}]),
+    "target_epsilon": lambda r: r.update(target_epsilon=1.0),
+    "mechanism": lambda r: r["mechanism"].update(noise_multiplier=2.0),
+    "num_examples": lambda r: r.update(num_examples=10**6),
+    "num_examples_declared": lambda r: r.update(num_examples_declared=False),
+    "basis": lambda r: r["basis"].update(access="public"),
+    "phases": lambda r: r["phases"].pop(0),
+    "spent: steps": lambda r: r["spent"].update(steps=5),
+    "spent: of": lambda r: r["spent"].update(of=9),
+    "spent: epsilon: upper": lambda r: r["spent"]["epsilon"].update(upper=0.0, lower=0.0),
+    "statement": lambda r: r.update(statement="Perfectly private."),
+    "fields": lambda r: r.update(epsilon_really=0.1),
+    "software": lambda r: r["software"].update(python="9"),
+    "ledger not behind the report": lambda r: r["ledger"].update(head="0" * 64),
+}
+
+
+@pytest.mark.parametrize("name", MANIPULATIONS)
+def test_verify_names_each_manipulation_of_the_report(run, name):
+    outcome = change(run, MANIPULATIONS[name])
+    assert not outcome.ok
+    assert name in [check.name for check in outcome.failures]
+
+
+def test_a_cautious_report_is_confirmed(run):
+    """Claiming more epsilon than was spent, with the words to match, harms nobody."""
+
+    def edit(report):
+        words = f"({report['epsilon']['upper']:.4f}".rstrip("0")
+        report["epsilon"]["upper"] *= 1 + 1e-9
+        assert words[:4] in report["statement"]
+
+    assert change(run, edit).ok
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"schema": "dpsb-report/9"}', "\x00", '{"schema": "dpsb-report/1"}', "[" * 10**5]
+)
+def test_a_broken_report_fails_in_one_sentence(run, content):
+    (run / "report.json").write_text(content)
+    outcome = verify(run / "ledger.jsonl")
+    assert not outcome.ok
+    assert all("\n" not in check.detail for check in outcome.checks)
+
+
+def test_a_missing_report(run):
+    assert not verify(run / "ledger.jsonl", run / "other.json").ok
+    (run / "report.json").unlink()
+    outcome = verify(run / "ledger.jsonl")
+    assert outcome.ok
+    assert outcome.report is None
+
+
+def test_a_ledger_that_was_cut_back_fails(run):
+    lines = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "ledger.jsonl").write_bytes(b"".join(lines[:-2]))
+    outcome = verify(run / "ledger.jsonl")
+    assert "ledger not behind the report" in [check.name for check in outcome.failures]
+
+
+def test_a_ledger_of_another_run_fails(run, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other") / "ledger.jsonl"
+    with Ledger.create(other, two_phases()) as ledger:
+        ledger.charge("basis")
+        for _ in range(6):
+            ledger.charge("train")
+    assert not verify(other, run / "report.json").ok
+
+
+def test_a_taint_after_the_report_fails(run):
+    with Ledger.open(run / "ledger.jsonl") as ledger:
+        ledger.taint("seeded", "afterwards")
+    names = [check.name for check in verify(run / "ledger.jsonl").failures]
+    assert {"claim", "taints"} <= set(names)
+
+
+def test_an_edited_ledger_fails_and_the_line_is_named(run):
+    content = (run / "ledger.jsonl").read_bytes()
+    lines = content.splitlines(keepends=True)
+    lines[3] = lines[3].replace(b'"number":1', b'"number":7')
+    (run / "ledger.jsonl").write_bytes(b"".join(lines))
+    outcome = verify(run / "ledger.jsonl")
+    assert not outcome.ok
+    assert outcome.epsilon is None
+    assert "line 4 of the ledger is wrong" in outcome.failures[0].detail
+
+
+def test_a_torn_last_line_is_reported_and_counted(run):
+    (run / "report.json").unlink()
+    content = (run / "ledger.jsonl").read_bytes()
+    (run / "ledger.jsonl").write_bytes(content[:-40])
+    outcome = verify(run / "ledger.jsonl")
+    assert outcome.ok
+    assert "last line" in [check.name for check in outcome.checks]
+    data = make_report(Ledger.read(run / "ledger.jsonl")).to_json()
+    assert data["spent"]["steps"] == 6
+    assert data["ledger"]["torn"] is True
+
+
+def test_seeded_fault_sensitivity_of_replace_one(tmp_path):
+    """A report that used C where replace_one moves the sum by 2C is refused."""
+    phases = (Phase("train", Gaussian(noise_multiplier=4.0), 4),)
+    plan = make_plan(phases=phases, sampling_prob=1, neighboring="replace_one")
+    with Ledger.create(tmp_path / "ledger.jsonl", plan) as ledger:
+        data = make_report(ledger).to_json()
+    wrong = epsilon(plan, neighboring="add_or_remove_one")
+    assert wrong.upper < data["epsilon"]["lower"]
+    data["epsilon"] = {"lower": wrong.lower, "upper": wrong.upper}
+    (tmp_path / "report.json").write_text(json.dumps(data))
+    assert not verify(tmp_path / "ledger.jsonl").ok
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in GOLDEN.iterdir() if path.is_dir()))
+def test_golden_files_are_read_for_ever(folder):
+    outcome = verify(GOLDEN / folder / "ledger.jsonl")
+    assert outcome.ok, outcome.failures
+    record = Ledger.read(GOLDEN / folder / "ledger.jsonl")
+    stated = json.loads((GOLDEN / folder / "report.json").read_text())
+    assert stated["ledger"]["head"] == record.head
+    assert make_report(record).to_json()["statement"] == stated["statement"]
+
+
+def test_golden_content():
+    record = Ledger.read(GOLDEN / "schema-1-private" / "ledger.jsonl")
+    assert record.plan.phases == (
+        Phase("basis", Gaussian(noise_multiplier=5.0), 1),
+        Phase("train", PoissonGaussian(noise_multiplier=1.0, sampling_prob=0.01), 5),
+    )
+    assert (record.charged("basis"), record.charged("train"), record.repairs) == (1, 4, 1)
+    tainted = Ledger.read(GOLDEN / "schema-1-tainted" / "ledger.jsonl")
+    assert [taint.name for taint in tainted.taints] == ["seeded randomness"]
+    assert not tainted.plan.is_private
