@@ -1,0 +1,208 @@
+"""Seconds of one training step: private R-only against three alternatives, as ratios within one run.
+
+Arms, all with rank 16 on every linear layer, dropout 0, train mode, the same examples, Adam, and a model copy each:
+
+private       one step of ``dpsb.fit``: ledger line with fsync, Poisson draw, collating, forward and backward with
+              per-example gradients, clipping in float64, noise, Adam. The draw is made over 4096 rows and then
+              replaced by the batch, so that every arm sees the same number of examples.
+nonprivate_r  the same adapter and loss, plain autograd, mean over the batch.
+peft_lora     PEFT LoRA (A and B, and the classifier's head), the model's own loss, as a user of PEFT writes it.
+opacus_lora   the same LoRA under Opacus' PrivacyEngine in hooks mode.
+
+After a warm-up the arms are interleaved. A ratio is the median over rounds of the ratio within the round.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+from common import Workload
+from opacus import PrivacyEngine
+from torch.utils.data import DataLoader, TensorDataset
+
+from dpsb.data import Collator, synthetic_examples
+from dpsb.randomness import SystemRandomness
+from dpsb.train import Knobs, Progress, fit
+from dpsb_accounting import Ledger, Phase, Plan, PoissonGaussian
+
+ROWS = 4096
+WARM_UP = 2
+TARGETS = {"nonprivate_r": 1.05, "peft_lora": 1.00, "opacus_lora": 0.80}
+RATIO_NAMES = {
+    "nonprivate_r": "private_over_nonprivate_r",
+    "peft_lora": "private_over_peft_lora",
+    "opacus_lora": "private_over_opacus_lora",
+}
+
+
+class FixedDraw(SystemRandomness):
+    """Draws as :class:`SystemRandomness` does, then says that the first ``size`` rows were drawn."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._size = size
+
+    def bernoulli(self, count: int, probability: float) -> np.ndarray:
+        super().bernoulli(count, probability)
+        return np.arange(count) < self._size
+
+
+def plan(workload: Workload, steps: int) -> Plan:
+    """A plan with a given noise multiplier; what it claims does not matter here."""
+    sampling_prob = workload.batch_size / ROWS
+    event = PoissonGaussian(noise_multiplier=1.0, sampling_prob=sampling_prob)
+    return Plan(
+        phases=(Phase("train", event, steps),),
+        delta=1e-5,
+        target_epsilon=10.0,
+        neighboring="add_or_remove_one",
+        num_examples=ROWS,
+        num_examples_declared=True,
+        expected_batch_size=workload.batch_size,
+        sampling_prob=sampling_prob,
+        l2_clip_norm=1.0,
+        clipping="flat",
+        basis={"kind": "random", "access": "data_free"},
+    )
+
+
+def nonprivate_r_step(workload: Workload, examples: list[Any], collate: Collator) -> Callable[[], None]:
+    """One step of the R-only adapter without privacy."""
+    adapter = workload.adapter()
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-4)
+
+    def step() -> None:
+        workload.loss_fn(adapter.model, collate(examples, workload.tokens)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def peft_step(workload: Workload, examples: list[Any], collate: Collator) -> Callable[[], None]:
+    """One step of LoRA as a user of PEFT writes it."""
+    model = workload.lora().train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    return _huggingface_step(model, optimizer, workload, examples, collate)
+
+
+def opacus_step(workload: Workload, examples: list[Any], collate: Collator) -> Callable[[], None]:
+    """One step of LoRA under Opacus in hooks mode."""
+    model = workload.lora().train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    loader = DataLoader(TensorDataset(torch.zeros(ROWS)), batch_size=workload.batch_size)
+    model, optimizer, _ = PrivacyEngine(accountant="rdp").make_private(
+        module=model,
+        optimizer=optimizer,
+        data_loader=loader,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+        grad_sample_mode="hooks",
+    )
+    return _huggingface_step(model, optimizer, workload, examples, collate)
+
+
+def _huggingface_step(
+    model: Any, optimizer: Any, workload: Workload, examples: list[Any], collate: Collator
+) -> Callable[[], None]:
+    def step() -> None:
+        model(**collate(examples, workload.tokens)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def time_rounds(workload: Workload, repetitions: int) -> list[common.Round]:
+    """The time of every arm in every round.
+
+    ``fit`` runs once from start to end. Its ``on_step`` callback runs the other arms and starts the clock again, so
+    the private arm is timed exactly as users get it.
+    """
+    collate = Collator(pad_token_id=0)
+    examples = workload.examples(ROWS)
+    batch = examples[: workload.batch_size]
+    others = {
+        "nonprivate_r": nonprivate_r_step(workload, batch, collate),
+        "peft_lora": peft_step(workload, batch, collate),
+        "opacus_lora": opacus_step(workload, batch, collate),
+    }
+    adapter = workload.adapter()
+    order = random.Random(0)
+    rounds: list[common.Round] = []
+    watch = common.Stopwatch()
+
+    def on_step(_progress: Progress) -> None:
+        nonlocal watch
+        times = {"private": watch.elapsed()}
+        for name in order.sample(list(others), len(others)):
+            times[name] = common.timed(others[name])
+        rounds.append(times)
+        watch = common.Stopwatch()
+
+    steps = WARM_UP + repetitions
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        common.no_garbage_collection(),
+        Ledger.create(Path(folder) / "ledger.jsonl", plan(workload, steps)) as ledger,
+    ):
+        fit(
+            adapter,
+            examples,
+            ledger=ledger,
+            optimizer=torch.optim.Adam(adapter.parameters(), lr=1e-4),
+            loss_fn=workload.loss_fn,
+            collate=collate,
+            synthetic=synthetic_examples(workload.task, 8000, len(common.LABELS), workload.tokens),
+            max_length=workload.tokens,
+            knobs=Knobs(token_budget=workload.batch_size * workload.tokens, checkpoint_every=0),
+            randomness=FixedDraw(workload.batch_size),
+            on_step=on_step,
+        )
+    return rounds[WARM_UP:]
+
+
+def measure(workload: Workload, repetitions: int) -> dict[str, Any]:
+    """The ratios, with the times behind them."""
+    rounds = time_rounds(workload, repetitions)
+    ratios = {arm: common.paired_ratio(rounds, "private", arm) for arm in TARGETS}
+    times = {arm: common.quartiles([times[arm].wall for times in rounds]) for arm in rounds[0]}
+    return {
+        "model": workload.name,
+        **{RATIO_NAMES[arm]: ratios[arm][1] for arm in TARGETS},
+        "targets": {RATIO_NAMES[arm]: target for arm, target in TARGETS.items()},
+        "ratio_quartiles": {RATIO_NAMES[arm]: ratios[arm] for arm in TARGETS},
+        "ratio_of_processor_time": {
+            RATIO_NAMES[arm]: common.paired_ratio(rounds, "private", arm, "cpu")[1] for arm in TARGETS
+        },
+        "median_seconds": {arm: values[1] for arm, values in times.items()},
+        "seconds_quartiles": times,
+        "batch": [workload.batch_size, workload.tokens],
+        "rank": common.RANK,
+        "repetitions": len(rounds),
+        "machine": common.machine(),
+    }
+
+
+def main() -> None:
+    parser = common.arguments(__doc__, repetitions=12, threads=2)
+    parser.formatter_class = common.argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--model", choices=[*common.WORKLOADS, "all"], default="all")
+    options = parser.parse_args()
+    common.quiet()
+    torch.set_num_threads(options.threads)
+    for name, workload in common.WORKLOADS.items():
+        if options.model in (name, "all"):
+            common.show(measure(workload, options.repetitions), options.json)
+
+
+if __name__ == "__main__":
+    main()
