@@ -37,17 +37,20 @@ JACCARD, CONTAINMENT, CONTAINED_AT_LEAST = 0.4, 0.8, 15
 SCHEMA = pa.schema([("text", pa.string()), ("label", pa.string()), ("group", pa.string())])
 
 LIST_TAG = re.compile(r"\*{3,}\s*SPAM\s*\*{3,}|\[(?!OT\])[A-Za-z][\w .!+-]{1,40}\]|\[\d+\]|\{[A-Z]\w+\}")
-FOOTER = re.compile(
-    r"this sf\.net email|[\w.-]+ mailing list( <\S+>)?$|to unsubscribe from this group", re.I)
+FOOTER = re.compile(r"this sf\.net email|[\w.-]+ mailing list( <\S+>)?$|to unsubscribe from this group", re.I)
 LEFTOVER = re.compile(
     r"_{20,}|-{20,}$|.*/listinfo/|list maintainer:|irish linux users'? group|your use of yahoo! groups"
-    r"|sent via |--DeathToSpam|X-Spam-|SPAM: ", re.I)
+    r"|sent via |--DeathToSpam|X-Spam-|SPAM: ",
+    re.I,
+)
 RULE = re.compile(r"[_-]{20,}\s*$")
 SPONSOR = re.compile(r"-{10,} ?Yahoo! Groups Sponsor.*?~-+>.*?-{20,}~-+>", re.S)
 PGP = re.compile(
     r"-----BEGIN PGP SIGNATURE-----.*?(-----END PGP SIGNATURE-----|\Z)"
     r"|-----BEGIN PGP SIGNED MESSAGE-----\s*(Hash:[^\n]*)?"
-    r"|-----BEGIN PGP (PUBLIC KEY BLOCK|MESSAGE)-----.*?(-----END PGP \3-----|\Z)", re.S)
+    r"|-----BEGIN PGP (PUBLIC KEY BLOCK|MESSAGE)-----.*?(-----END PGP \3-----|\Z)",
+    re.S,
+)
 FEED_HEADER = re.compile(r"\s*(URL: \S+\s*\n)(Date: .*\n)?(Img: .*\n)?")
 LINK_NOTE = re.compile(r"\[IMG:[^\]]*\]|^\[\d+\] \S+$|\[\d+\]", re.M)
 QUOTE = re.compile(r"[ \t]*(?:[>|:][ \t]?)*")
@@ -57,14 +60,26 @@ LOOKS_LIKE_HTML = re.compile(r"<!doctype html|<html|</(table|font|body|div|p|a|c
 MASKS = (
     (re.compile(r"\b(?:https?|ftp|file|news)://[^\s<>\"]+|\bwww\.[^\s<>\"]+", re.I), "<url>"),
     (re.compile(r"(?:mailto:)?[\w.+%=!#$&'*/?^`{|}~-]{1,80}@+[\w.-]{0,80}\w", re.I), "<email>"),
-    (re.compile(r"\b(?:[\w-]{1,60}\.)+(?:com|net|org|edu|gov|info|biz|ie|uk|de|fr|nl|it|au|ca|us|jp|kr|cn|tw)"
-                r"\b(?:/[^\s<>\"]*)?", re.I), "<url>"),
+    (
+        re.compile(
+            r"\b(?:[\w-]{1,60}\.)+(?:com|net|org|edu|gov|info|biz|ie|uk|de|fr|nl|it|au|ca|us|jp|kr|cn|tw)"
+            r"\b(?:/[^\s<>\"]*)?",
+            re.I,
+        ),
+        "<url>",
+    ),
     (re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}\b"), "<ip>"),
-    (re.compile(r"\+ ?\d[\d\s().-]{6,16}\d|\(?\b\d{3,4}\)?[\s./-]{1,3}\d{3}[\s.-]{1,3}\d{3,4}\b"
-                r"|\b\d{3}-\d{4}\b|\b(?:0\d{1,4}[\s/-]{1,3}\d{5}|\d{1,4}[\s/-]{1,3}(?:\d\d[\s/-])?\d{6,8})\b|\d{9,}"
-                r"|\b(?:\d\d[ .-]){4}\d\d\b|\b\d\d-\d\d-\d{3}[ -]\d{4}\b|\b\d{3}-\d\d-\d{4}\b"
-                r"|\b(?:\d{4}[ -]){3}\d{4}\b|\b(?:[\dA-F]{4}\s){4,}[\dA-F]{4}\b"
-                r"|(?<=tel|one|fax|icq)[.:#\s]{1,3}[(\d][\d\s().-]{5,16}\d", re.I), "<number>"),
+    (
+        re.compile(
+            r"\+ ?\d[\d\s().-]{6,16}\d|\(?\b\d{3,4}\)?[\s./-]{1,3}\d{3}[\s.-]{1,3}\d{3,4}\b"
+            r"|\b\d{3}-\d{4}\b|\b(?:0\d{1,4}[\s/-]{1,3}\d{5}|\d{1,4}[\s/-]{1,3}(?:\d\d[\s/-])?\d{6,8})\b|\d{9,}"
+            r"|\b(?:\d\d[ .-]){4}\d\d\b|\b\d\d-\d\d-\d{3}[ -]\d{4}\b|\b\d{3}-\d\d-\d{4}\b"
+            r"|\b(?:\d{4}[ -]){3}\d{4}\b|\b(?:[\dA-F]{4}\s){4,}[\dA-F]{4}\b"
+            r"|(?<=tel|one|fax|icq)[.:#\s]{1,3}[(\d][\d\s().-]{5,16}\d",
+            re.I,
+        ),
+        "<number>",
+    ),
     (re.compile(r"\[(?:ILUG|SAtalk|SAdev|Razor-|Spambayes)[^\]]{0,9}\] ?"), ""),  # list tags in quoted heads
     (re.compile(r"\b(?:zzzz|yyyy)\w*", re.I), "<name>"),  # the corpus's own masks
 )
@@ -154,12 +169,18 @@ def text_of(message: Message) -> str:
 def files_of(package: Path) -> dict[str, bytes]:
     """The bytes of `data/*/*.json` and `.txt` in the package, a folder or a .tgz."""
     if package.is_dir():
-        return {path.relative_to(package).as_posix(): path.read_bytes()
-                for path in package.glob("data/*/*.*") if path.suffix in (".json", ".txt")}
+        return {
+            path.relative_to(package).as_posix(): path.read_bytes()
+            for path in package.glob("data/*/*.*")
+            if path.suffix in (".json", ".txt")
+        }
     with tarfile.open(package) as archive:
-        return {member.name.partition("/")[2]: file.read() for member in archive
-                if re.fullmatch(r"[^/]+/data/[^/]+/[^/]+\.(json|txt)", member.name)
-                and (file := archive.extractfile(member))}
+        return {
+            member.name.partition("/")[2]: file.read()
+            for member in archive
+            if re.fullmatch(r"[^/]+/data/[^/]+/[^/]+\.(json|txt)", member.name)
+            and (file := archive.extractfile(member))
+        }
 
 
 def read_package(package: Path, salt: bytes) -> tuple[list[dict], int]:
@@ -173,12 +194,14 @@ def read_package(package: Path, salt: bytes) -> tuple[list[dict], int]:
         checksum = record["checksum"]["value"]
         domain = re.findall(r"@([\w.-]+\w)", str(message.get("from", "")))[-1:]
         sender = f"domain:{domain[0].lower()}" if domain else f"row:{checksum}"
-        rows.append({
-            "text": text_of(message),
-            "label": "spam" if record["group"].startswith("spam") else "ham",
-            "group": hmac.new(salt, sender.encode(), hashlib.sha256).hexdigest()[:12],
-            "order": hashlib.sha256(f"{SPLIT_SEED}:{checksum}".encode()).hexdigest(),
-        })
+        rows.append(
+            {
+                "text": text_of(message),
+                "label": "spam" if record["group"].startswith("spam") else "ham",
+                "group": hmac.new(salt, sender.encode(), hashlib.sha256).hexdigest()[:12],
+                "order": hashlib.sha256(f"{SPLIT_SEED}:{checksum}".encode()).hexdigest(),
+            }
+        )
     kept = [row for row in rows if sum(map(str.isalpha, row["text"])) >= LETTERS]
     return sorted(kept, key=lambda row: row["order"]), len(rows) - len(kept)
 
@@ -194,8 +217,13 @@ def shingles(text: str) -> set[str]:
 def clusters(texts: list[str]) -> list[int]:
     """For each text the lowest index of its cluster of near-duplicates."""
     vocabulary: dict[str, int] = {}
-    pairs = np.array([(row, vocabulary.setdefault(shingle, len(vocabulary)))
-                      for row, text in enumerate(texts) for shingle in shingles(text)])
+    pairs = np.array(
+        [
+            (row, vocabulary.setdefault(shingle, len(vocabulary)))
+            for row, text in enumerate(texts)
+            for shingle in shingles(text)
+        ]
+    )
     index = csr_matrix((np.ones(len(pairs), np.int32), pairs.T))
     size, common = index.getnnz(axis=1), (index @ index.T).tocoo()
     a, b, both = common.row, common.col, common.data
@@ -223,14 +251,29 @@ def build(package: Path, out: Path, salt: bytes) -> dict:
     labels = Counter(c for c, _ in {(c, row["label"]) for c, row in zip(of, rows, strict=True)})
     kept = [row for i, row in enumerate(rows) if of[i] == i and labels[i] == 1]
     out.mkdir(parents=True, exist_ok=True)
-    figures: dict = {"read": len(rows) + empty, "empty": empty, "near_duplicates": len(rows) - len(set(of)),
-                     "in_clusters_of_both_classes": len(set(of)) - len(kept), "kept": len(kept)}
+    figures: dict = {
+        "read": len(rows) + empty,
+        "empty": empty,
+        "near_duplicates": len(rows) - len(set(of)),
+        "in_clusters_of_both_classes": len(set(of)) - len(kept),
+        "kept": len(kept),
+    }
     for name, part in split(kept).items():
         table = pa.Table.from_pylist([{k: r[k] for k in SCHEMA.names} for r in part], schema=SCHEMA)
-        pq.write_table(table, out / f"{name}.parquet", compression="zstd", compression_level=19,
-                       use_dictionary=["label"], write_statistics=False)
-        figures[name] = {"rows": len(part), "spam": sum(r["label"] == "spam" for r in part), "groups":
-                         len({r["group"] for r in part}), "bytes": (out / f"{name}.parquet").stat().st_size}
+        pq.write_table(
+            table,
+            out / f"{name}.parquet",
+            compression="zstd",
+            compression_level=19,
+            use_dictionary=["label"],
+            write_statistics=False,
+        )
+        figures[name] = {
+            "rows": len(part),
+            "spam": sum(r["label"] == "spam" for r in part),
+            "groups": len({r["group"] for r in part}),
+            "bytes": (out / f"{name}.parquet").stat().st_size,
+        }
     return figures
 
 

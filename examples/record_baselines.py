@@ -48,7 +48,7 @@ def main() -> None:
     runs = parser.parse_args().runs
     methods = {
         "r_only": measured("R-only, private", "3", private_run, runs),
-        "frozen_features": measured("frozen features, private logistic regression", "3", frozen_features_baseline, runs),
+        "frozen_features": measured("frozen features, logistic regression", "3", frozen_features_baseline, runs),
         "non_private": measured("R-only, not private", "inf", non_private_baseline, runs),
     }
     content = {"settings": {"r_only": dict(SETTINGS), "frozen_features": dict(FROZEN_SETTINGS)}, "methods": methods}
