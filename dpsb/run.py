@@ -177,6 +177,8 @@ def _check_folder(out: Path, resume: bool) -> None:
             )
     elif ledger.exists():
         raise RunError(f"{out} already holds a run; continue it with --resume, or choose another --out.")
+    elif (out / "report.json").exists() or (out / "checkpoint").exists():
+        raise RunError(f"{out} holds remains of a run whose {LEDGER_NAME} is gone; choose another --out.")
 
 
 def _labels(config: RunConfig) -> tuple[tuple[str, ...], str]:

@@ -100,8 +100,7 @@ def fit(
     adapter.check_nothing_else_is_trained()
     _check_optimizer(optimizer, adapter)
     base_rates = [float(group["lr"]) for group in optimizer.param_groups]
-    if ledger.charged("train"):
-        load_checkpoint(run_dir, adapter, optimizer, ledger)
+    load_checkpoint(run_dir, adapter, optimizer, ledger)  # whatever the ledger holds: it may have been rolled back
 
     with _training_mode(adapter):
         with without_dropout(adapter.model):
