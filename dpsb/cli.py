@@ -185,7 +185,7 @@ def train(
     ] = None,
     token_budget: Annotated[
         int | None,
-        typer.Option(rich_help_panel="Machine", help="Tokens per microbatch: memory and speed only. [default: 8192]"),
+        typer.Option(rich_help_panel="Machine", help="Tokens per microbatch: memory and speed only. [default: 4096]"),
     ] = None,
     dtype: Annotated[
         str | None,

@@ -97,7 +97,7 @@ class RunConfig:
     prompt_column: str | None = None
     completion_column: str | None = None
     tokens_per_example: int | None = None
-    token_budget: int = 8192
+    token_budget: int = 4096
     checkpoint_every: int = 25
     allow_dropout: bool = False
     insecure_seed: int | None = None

@@ -120,7 +120,7 @@ def frozen_features(
     for split in splits:
         examples = tokenize_classification(read_table(mail_file(split)), Columns(), tokenizer, LABELS, max_length)
         collate = Collator(tokenizer.pad_token_id)
-        features[split] = mean_pooled_features(encoder, examples, collate, max_length, token_budget=8192)
+        features[split] = mean_pooled_features(encoder, examples, collate, max_length, token_budget=4096)
         labels[split] = torch.tensor([example["labels"] for example in examples])
     return features, labels
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from types import TracebackType
 from typing import Any
@@ -87,7 +88,7 @@ class Display:
     def _step(self, progress: Any) -> None:
         if self._curve is None:
             return
-        spent = f"<= {self._curve.upper(progress.step):.3f}"
+        spent = f"<= {_rounded_up(self._curve.upper(progress.step))}"
         if self._task is None:
             self._task = self._progress.add_task("training", total=progress.steps, spent=spent)
             if self._console.is_terminal:
@@ -105,7 +106,9 @@ def print_plan(console: Console, plan: Plan, *, cost_table_too: bool = False) ->
     """The plan as a table, and what other batch sizes would cost."""
     table = Table(title="plan", show_header=False, title_justify="left")
     bound = epsilon_of(plan)
-    table.add_row("epsilon", f"in [{bound.lower:.4f}, {bound.upper:.4f}] at delta {plan.delta:.3g}")
+    table.add_row(
+        "epsilon", f"at most {_rounded_up(bound.upper)} (at least {bound.lower:.4f}) at delta {plan.delta:.3g}"
+    )
     table.add_row("protects", f"one {plan.unit} ({plan.neighboring})")
     declared = "declared" if plan.num_examples_declared else "the true number, which counts as public"
     table.add_row("N", f"{plan.num_examples} ({declared})")
@@ -130,14 +133,19 @@ def print_plan(console: Console, plan: Plan, *, cost_table_too: bool = False) ->
         console.print(costs)
 
 
+def _rounded_up(epsilon: float) -> str:
+    """Four decimals, never below the value: what bounds must not be rounded down."""
+    return f"{math.ceil(epsilon * 1e4) / 1e4:.4f}"
+
+
 def print_run(console: Console, run: Any) -> None:
     """The claim, held-out metrics and the files of a finished run."""
     facts = run.report.to_json()
     bounds = facts["epsilon"]
     if facts["claim"]:
         console.print(
-            f"[bold green]epsilon <= {bounds['upper']:.4f}[/bold green] (at least {bounds['lower']:.4f} by this "
-            f"accounting) at delta {facts['delta']:.3g}, per {facts['unit']}, {facts['neighboring']}"
+            f"[bold green]epsilon <= {_rounded_up(bounds['upper'])}[/bold green] at delta "
+            f"{facts['delta']:.3g}, per {facts['unit']}, {facts['neighboring']}"
         )
     else:
         reasons = "; ".join(taint["reason"] for taint in facts["taints"]) or "epsilon is infinite"

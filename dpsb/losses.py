@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -52,8 +53,8 @@ def causal_lm_loss(
 
     Guarantees:
       * Entry i depends on example i alone; an example without labelled tokens has loss and gradient zero.
-      * The logits of the whole batch never exist at once: vocabulary scores are made, used and made again in the
-        backward pass for a few tokens at a time.
+      * The logits of the whole batch never exist at once: vocabulary scores are made and used for a few tokens at a
+        time.
 
     Args:
       model: A causal language model of transformers, PEFT-wrapped or not.
@@ -82,6 +83,8 @@ def _token_losses(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor
         return _scored(nn.Identity(), model(**inputs).logits, labels)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     tokens = max(1, _CHUNK_LOGITS // (hidden.shape[0] * head.weight.shape[0]))
+    if type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
+        return cast(torch.Tensor, _FrozenHeadLosses.apply(hidden, head, labels, tokens))
     score = partial(_scored, head)
     chunks = zip(hidden.split(tokens, dim=1), labels.split(tokens, dim=1), strict=True)
     return torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in chunks], dim=1)
@@ -91,6 +94,40 @@ def _scored(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torc
     logits = head(hidden).float()
     flat = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
     return flat.view_as(labels)
+
+
+class _FrozenHeadLosses(torch.autograd.Function):
+    r"""Token losses under a frozen linear head, which never makes its logits twice.
+
+    The gradient of token t's loss with respect to its hidden state is :math:`(p_t - e_{y_t})^\top W`. It is computed
+    chunk by chunk while the logits are there, and only it is kept: as large as the hidden states, whatever the
+    vocabulary. The backward pass scales it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor, tokens: int) -> torch.Tensor:
+        losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, hidden.shape[1], tokens):
+            part = slice(start, start + tokens)
+            counted = labels[:, part] != IGNORED
+            target = labels[:, part].where(counted, 0)[..., None]
+            log_p = head(hidden[:, part]).float().log_softmax(dim=-1)
+            losses[:, part] = torch.where(counted, -log_p.gather(-1, target)[..., 0], 0.0)
+            if slope is not None:
+                p = log_p.exp_()
+                p.scatter_add_(-1, target, torch.full_like(target, -1.0, dtype=p.dtype))
+                p.mul_(counted[..., None])
+                slope[:, part] = p.to(head.weight.dtype) @ head.weight
+        if slope is not None:
+            ctx.save_for_backward(slope)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return (gradients[0][..., None] * slope).to(slope.dtype), None, None, None
 
 
 def check_losses(losses: torch.Tensor, num_examples: int) -> torch.Tensor:

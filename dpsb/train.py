@@ -37,7 +37,7 @@ class Knobs:
       checkpoint_every: Steps between checkpoints; 0 writes none.
     """
 
-    token_budget: int = 8192
+    token_budget: int = 4096
     checkpoint_every: int = 25
 
 
