@@ -87,7 +87,6 @@ POINTS = {
     "between two result files": lambda: at(os, "replace", count=2),
     "before the report": lambda: at(Report, "write"),
 }
-FAST = ("after the draw", "between the two renames", "between two result files")
 
 
 def in_a_fork(work):
@@ -147,10 +146,7 @@ def check_end(out, notes):
     assert {"adapter_model.safetensors", "dpsb_core.safetensors", "README.md", "run.json"} <= names
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("point", [p if p in FAST else pytest.param(p, marks=SLOW) for p in POINTS])
+@pytest.mark.parametrize("point", POINTS)
 def test_kill_and_resume(tmp_path, notes, point):
     config = workbench.run_config(tmp_path / "run", steps=STEPS)
 
@@ -166,7 +162,6 @@ def test_kill_and_resume(tmp_path, notes, point):
     check_end(tmp_path / "run", notes())
 
 
-@pytest.mark.slow
 def test_killed_again_and_again(tmp_path, notes):
     out = tmp_path / "run"
 
@@ -323,7 +318,7 @@ def test_a_real_process_killed_at_a_random_moment(tmp_path, notes):
     command = [sys.executable, "-m", "dpsb.cli", "train", *workbench.options(workbench.run_settings(out, steps=400))]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 300
-        while not (out / "ledger.jsonl").exists() or Ledger.read(out / "ledger.jsonl").charged("train") < 2:
+        while not (out / "ledger.jsonl").exists() or (out / "ledger.jsonl").read_bytes().count(b"\n") < 3:
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.02)
