@@ -60,6 +60,8 @@ def plan(
     def run() -> None:
         if num_examples < 1:
             raise ValueError(f"Expected num_examples={num_examples!r} of at least 1.")
+        if epochs is not None and not 0 < epochs < float("inf"):
+            raise ValueError(f"Expected epochs={epochs!r} to be positive and finite.")
         made = make_plan(
             epsilon=epsilon,
             delta=0.1 / num_examples if delta is None else delta,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -131,6 +132,11 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"Expected {name}={value!r} to be positive and finite.")
+        if self.targets.startswith("re:"):
+            try:
+                re.compile(self.targets.removeprefix("re:"))
+            except re.error as error:
+                raise ConfigError(f"targets={self.targets!r} is no regular expression: {error}.") from None
         self._check_basis()
 
     def _check_basis(self) -> None:

@@ -135,7 +135,7 @@ def print_plan(console: Console, plan: Plan, *, cost_table_too: bool = False) ->
 
 def _rounded_up(epsilon: float) -> str:
     """Four decimals, never below the value: what bounds must not be rounded down."""
-    return f"{math.ceil(epsilon * 1e4) / 1e4:.4f}"
+    return f"{math.ceil(epsilon * 1e4) / 1e4:.4f}" if math.isfinite(epsilon) else "inf"
 
 
 def print_run(console: Console, run: Any) -> None:
