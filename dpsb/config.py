@@ -118,6 +118,15 @@ class RunConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"Expected {name}={getattr(self, name)!r} to be one of {', '.join(allowed)}.")
+        self._check_numbers()
+        if self.targets.startswith("re:"):
+            try:
+                re.compile(self.targets.removeprefix("re:"))
+            except re.error as error:
+                raise ConfigError(f"targets={self.targets!r} is no regular expression: {error}.") from None
+        self._check_basis()
+
+    def _check_numbers(self) -> None:
         if not self.epsilon > 0:
             raise ConfigError(f"Expected epsilon={self.epsilon!r} > 0 (or inf).")
         if self.steps is not None and self.epochs is not None:
@@ -132,12 +141,6 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"Expected {name}={value!r} to be positive and finite.")
-        if self.targets.startswith("re:"):
-            try:
-                re.compile(self.targets.removeprefix("re:"))
-            except re.error as error:
-                raise ConfigError(f"targets={self.targets!r} is no regular expression: {error}.") from None
-        self._check_basis()
 
     def _check_basis(self) -> None:
         kind, _, source = self.basis.partition(":")
