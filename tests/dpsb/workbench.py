@@ -36,7 +36,7 @@ def folder(name):
     global _home
     _home = _home or tempfile.TemporaryDirectory(prefix="dpsb-tests-")
     path = Path(_home.name) / name
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -157,16 +157,16 @@ RUN = {
 }
 
 
-def run_settings(out, task="classification", **changes):
+def run_settings(out, kind="classification", /, **changes):
     """Settings of a run that takes about a second."""
-    kind = {"classification": {"labels": "ham,spam"}, "causal-lm": {"task": "causal-lm"}}[task]
-    model = bert_folder() if task == "classification" else llama_folder()
-    data = data_file(task)
-    return {"model": str(model), "data": str(data), "out": str(out), **kind, **RUN, **changes}
+    causal = kind == "causal-lm"
+    usual = {"task": "causal-lm"} if causal else {"labels": "ham,spam"}
+    model, data = llama_folder() if causal else bert_folder(), data_file(kind)
+    return {"model": str(model), "data": str(data), "out": str(out), **usual, **RUN, **changes}
 
 
-def run_config(out, task="classification", **changes):
-    return RunConfig(**run_settings(out, task, **changes))
+def run_config(out, kind="classification", /, **changes):
+    return RunConfig(**run_settings(out, kind, **changes))
 
 
 def options(settings):

@@ -1,0 +1,112 @@
+"""Settings: every mistake is named, and what is written down reads back as it was."""
+
+import json
+import math
+
+import pytest
+
+from dpsb.config import ConfigError, RunConfig, make_config, read_config
+
+LEAST = {"model": "m", "data": "d.csv", "out": "o"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"task": "regression"}, "task='regression' to be one of classification, causal-lm"),
+        ({"schedule": "step"}, "schedule='step'"),
+        ({"optimizer": "lion"}, "optimizer='lion'"),
+        ({"dtype": "float16"}, "dtype='float16'"),
+        ({"pooling": "max"}, "pooling='max'"),
+        ({"epsilon": 0.0}, r"epsilon=0\.0 > 0"),
+        ({"epsilon": math.nan}, "epsilon=nan"),
+        ({"epsilon": "3"}, "epsilon='3' to be of type float"),
+        ({"rank": 0}, "rank=0"),
+        ({"rank": 2.5}, r"rank=2\.5 to be of type int"),
+        ({"rank": True}, "rank=True"),
+        ({"auto_clip": 1}, "auto_clip=1 to be of type bool"),
+        ({"steps": 3, "epochs": 2.0}, r"steps=3 or epochs=2\.0, not both"),
+        ({"steps": 0}, "steps=0"),
+        ({"epochs": math.inf}, "epochs=inf"),
+        ({"num_examples": 0}, "num_examples=0"),
+        ({"tokens_per_example": 0}, "tokens_per_example=0"),
+        ({"checkpoint_every": -1}, "checkpoint_every=-1"),
+        ({"l2_clip_norm": math.inf}, "l2_clip_norm=inf"),
+        ({"learning_rate": -0.1}, r"learning_rate=-0\.1"),
+        ({"head_learning_rate": 0.0}, r"head_learning_rate=0\.0"),
+        ({"labels": ["ham", "spam"]}, "labels="),
+        ({"targets": "re:["}, "is no regular expression"),
+        ({"basis": "private"}, "basis='private' is not there yet"),
+        ({"basis": "hybrid:x.csv"}, "is not there yet"),
+        ({"basis": "public"}, r"public:FILE"),
+        ({"basis": "weight:x"}, "takes no file"),
+        ({"basis": "lora-sb"}, "publishes raw gradients"),
+    ],
+)
+def test_refused(changes, match):
+    with pytest.raises(ConfigError, match=match):
+        RunConfig(**{**LEAST, **changes})
+
+
+def test_whole_numbers_are_numbers():
+    assert RunConfig(**LEAST, epsilon=3, learning_rate=1) == RunConfig(**LEAST, epsilon=3.0, learning_rate=1.0)
+
+
+def test_the_private_file_is_not_public_by_another_name(tmp_path):
+    data = tmp_path / "mail.csv"
+    data.write_text("text,label\n")
+    (tmp_path / "link.csv").symlink_to(data)
+    for name in ("mail.csv", "link.csv", f"../{tmp_path.name}/mail.csv"):
+        for kind in ("public", "lora-sb"):
+            with pytest.raises(ConfigError, match="names the private training data as public"):
+                RunConfig(**{**LEAST, "data": str(data), "basis": f"{kind}:{tmp_path / name}"})
+
+
+def test_lora_sb_without_a_public_file_needs_an_infinite_epsilon():
+    assert RunConfig(**LEAST, basis="lora-sb", epsilon=math.inf).basis == "lora-sb"
+
+
+@pytest.mark.parametrize("suffix", [".toml", ".json"])
+def test_settings_read_back(tmp_path, suffix):
+    config = RunConfig(**LEAST, epsilon=math.inf, labels="ham,spam", auto_clip=True)
+    path = tmp_path / f"run{suffix}"
+    facts = config.to_json()
+    assert facts["epsilon"] == "inf"
+    if suffix == ".json":
+        path.write_text(json.dumps(facts))
+    else:
+        path.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in facts.items() if v is not None))
+    assert make_config(read_config(path)) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("a.toml", "rnak = 3", r"a\.toml: unknown key 'rnak'; known are allow_dropout"),
+        ("a.toml", "rank = ", "cannot be read as settings"),
+        ("a.json", "[]", "must hold one table"),
+        ("a.json", "3", "must hold one table"),
+        ("a.json", "{", "cannot be read as settings"),
+        ("a.toml", b"\xff\xfe", "cannot be read as settings"),
+    ],
+)
+def test_files_that_are_no_settings(tmp_path, name, content, match):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=match):
+        read_config(path)
+
+
+@pytest.mark.parametrize("missing", list(LEAST))
+def test_what_every_run_needs(missing):
+    with pytest.raises(ConfigError, match=f"{missing} is missing: give --{missing}"):
+        make_config({**LEAST, missing: ""})
+
+
+def test_changes():
+    config = RunConfig(**LEAST)
+    assert config.with_changes({"rank": 4}).rank == 4
+    assert config.rank == 16
+    with pytest.raises(ConfigError, match="unknown key 'sigma'"):
+        config.with_changes({"sigma": 4})
+    assert (config.clipping, config.with_changes({"auto_clip": True}).clipping) == ("flat", "automatic")
