@@ -87,6 +87,7 @@ POINTS = {
     "between two result files": lambda: at(os, "replace", count=2),
     "before the report": lambda: at(Report, "write"),
 }
+FAST = ("in the middle of a ledger line", "after the draw", "between the two renames", "between two result files")
 
 
 def in_a_fork(work):
@@ -146,7 +147,7 @@ def check_end(out, notes):
     assert {"adapter_model.safetensors", "dpsb_core.safetensors", "README.md", "run.json"} <= names
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", [p if p in FAST else pytest.param(p, marks=pytest.mark.slow) for p in POINTS])
 def test_kill_and_resume(tmp_path, notes, point):
     config = workbench.run_config(tmp_path / "run", steps=STEPS)
 

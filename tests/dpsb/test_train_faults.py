@@ -10,6 +10,7 @@ import torch
 import workbench
 from torch import nn
 
+from dpsb.checkpoint import remove_checkpoint
 from dpsb.losses import classification_loss
 from dpsb.randomness import SeededRandomness
 from dpsb.sampling import poisson_draw
@@ -136,6 +137,7 @@ def test_a_microbatch_that_does_not_fit_is_halved_and_the_sum_is_the_same(tiny, 
     assert max(sizes) > 2
     assert charged(tmp_path) == 3
     (tmp_path / "ledger.jsonl").unlink()
+    remove_checkpoint(tmp_path)
     whole = training(randomness=SeededRandomness(4))
     assert tiny.distance(theta(halved), theta(whole)) < 1e-5
 
