@@ -61,7 +61,7 @@ def make_plan(
     Example:
       >>> plan = make_plan(epsilon=3, delta=1e-5, num_examples=4000, expected_batch_size=256, epochs=5)
       >>> plan.steps, plan.sampling_prob, round(plan.noise_multiplier, 2)
-      (79, 0.064, 0.9...)
+      (79, 0.064, 1.1...)
     """
     if (steps is None) == (epochs is None):
         raise ValueError(f"Expected exactly one of steps={steps!r} and epochs={epochs!r}.")
