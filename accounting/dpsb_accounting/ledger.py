@@ -30,7 +30,6 @@ __all__ = ["BudgetSpent", "Ledger", "LedgerError", "LedgerRecord", "Taint"]
 _RECORDED = (
     "dpsb",
     "dp-accounting",
-    "prv-accountant",
     "numpy",
     "scipy",
     "torch",

@@ -22,6 +22,7 @@ from dpsb_accounting.events import (
 UNITS = ("example", "user", "client")
 CLIPPINGS = ("flat", "automatic", "none")
 ACCESSES = ("data_free", "public", "released", "non_private")
+_LEAST_NOISE_STD, _MOST_NOISE_STD = 1e-100, 1e100  # beyond, sums and squares underflow or overflow
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,8 @@ class Plan:
             counts as public, and the relation must keep it fixed.
         expected_batch_size: The public divisor of the noisy sum; at least 1.
         sampling_prob: q in (0, 1], what the sampler uses.
-        l2_clip_norm: C > 0; infinite only if nothing is private.
+        l2_clip_norm: C > 0; infinite only if nothing is private. The noise of a private training step, C times
+            its noise multiplier, must be between 1e-100 and 1e100.
         clipping: "flat", "automatic" or "none" (only if nothing is private).
         basis: Where the frozen basis comes from: {"kind": ..., "access": "data_free" | "public" | "released"
             | "non_private", ...}.
@@ -135,6 +137,7 @@ class Plan:
                     f"l2_clip_norm={self.l2_clip_norm!r} with clipping={self.clipping!r} bounds nothing; a plan "
                     "with private events needs a finite l2_clip_norm and clipping 'flat' or 'automatic'"
                 )
+        self._check_noise()
         if not self.num_examples_declared and self.neighboring == "add_or_remove_one":
             raise ValueError(
                 "neighboring='add_or_remove_one' needs num_examples_declared=True: where the number of examples "
@@ -149,6 +152,15 @@ class Plan:
         if isinstance(event, Gaussian) and self.sampling_prob != 1:
             raise ValueError(f"sampling_prob={self.sampling_prob!r} must be 1 where the train event is Gaussian")
         self._check_basis(any(non_private))
+
+    def _check_noise(self) -> None:
+        """Refuses noise that floats cannot add faithfully: with C = 5e-324 it would be exactly 0."""
+        if self.noise_multiplier and not _LEAST_NOISE_STD <= self.noise_std <= _MOST_NOISE_STD:
+            raise ValueError(
+                f"l2_clip_norm={self.l2_clip_norm!r} times the noise multiplier {self.noise_multiplier!r} gives noise "
+                f"of standard deviation {self.noise_std!r}, which must be between {_LEAST_NOISE_STD:g} and "
+                f"{_MOST_NOISE_STD:g} for floating point to hold it"
+            )
 
     def _check_basis(self, has_non_private: bool) -> None:
         _checks.text(**{"basis['kind']": self.basis.get("kind")})

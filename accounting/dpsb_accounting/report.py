@@ -21,6 +21,7 @@ from dpsb_accounting.plan import Plan, number_to_json
 SCHEMA = "dpsb-report/1"
 WIDTH = 98
 CROSS_CHECK = "none"
+HELD_OUT_NOTE = "outside the guarantee"
 CROSS_CHECK_REASON = (
     "one rigorous engine computes the upper bound; the lower bound is computed by separate code, and the two were "
     "checked to be in order, but no second upper bound was computed"
@@ -147,7 +148,7 @@ def make_report(ledger: LedgerRecord, *, held_out: Mapping[str, object] | None =
         "software": dict(ledger.software),
     }
     if held_out is not None:
-        content["held_out"] = {"note": "outside the guarantee", "metrics": dict(held_out)}
+        content["held_out"] = {"note": HELD_OUT_NOTE, "metrics": dict(held_out)}
     return Report(epsilon=whole, spent=spent, claim=claim, content=content)
 
 
@@ -179,9 +180,10 @@ def statement(ledger: LedgerRecord, upper: float, claim: bool) -> str:
     unit = plan.unit
     if claim:
         first = (
-            f"Whatever is published of this run is ({_up(upper)}, {plan.delta:g})-differentially private for each "
-            f"single {unit}: with or without the data of any one {unit}, every outcome is almost equally likely, "
-            f"up to a factor of e^{_up(upper)} and an additional probability of {plan.delta:g}."
+            f"Whatever is published of this run, its held-out metrics excepted, is ({_up(upper)}, {plan.delta:g})-"
+            f"differentially private for each single {unit}: with or without the data of any one {unit}, every outcome "
+            f"is almost equally likely, up to a factor of e^{_up(upper)} and an additional probability of "
+            f"{plan.delta:g}."
         )
     elif ledger.taints:
         names = ", ".join(repr(taint.name) for taint in ledger.taints)

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import pytest
 from plans import STEP, make_plan, two_phases
@@ -75,6 +76,23 @@ def test_the_plan_keeps_its_own_copy_of_mappings():
 def test_contradictions_are_refused_with_the_reason(changes, words):
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
         make_plan(**changes)
+
+
+@pytest.mark.parametrize("norm", [5e-324, 9e-101, 1.1e100, 1e308])
+@pytest.mark.parametrize("make", [make_plan, two_phases])
+def test_noise_that_floats_cannot_hold_is_refused(make, norm):
+    with pytest.raises(ValueError, match=re.escape(f"l2_clip_norm={norm!r}") + ".*between 1e-100 and 1e\\+100"):
+        make(l2_clip_norm=norm)
+
+
+def test_the_noise_counts_and_not_the_norm_alone():
+    assert make_plan(l2_clip_norm=1e-100).noise_std == 1e-100
+    assert make_plan(l2_clip_norm=1e100).noise_std == 1e100
+    for noise, norm in ((1e-60, 1e-60), (1e60, 1e60), (1e300, 1e300)):
+        phases = (Phase("train", Gaussian(noise_multiplier=noise), 1),)
+        with pytest.raises(ValueError, match="l2_clip_norm"):
+            make_plan(phases=phases, sampling_prob=1, l2_clip_norm=norm)
+    assert non_private_plan(l2_clip_norm=1e-300).l2_clip_norm == 1e-300
 
 
 def test_delta_is_free_where_nothing_is_private():

@@ -173,6 +173,23 @@ MANIPULATIONS = {
     "fields": lambda r: r.update(epsilon_really=0.1),
     "software": lambda r: r["software"].update(python="9"),
     "ledger not behind the report": lambda r: r["ledger"].update(head="0" * 64),
+    "ledger: file": lambda r: r["ledger"].update(file="other.jsonl"),
+    "ledger: torn": lambda r: r["ledger"].update(torn=True),
+    "ledger: length": lambda r: r["ledger"].update(length=1),
+    "ledger: head": lambda r: r["ledger"].pop("head"),
+    "ledger: run_id": lambda r: r["ledger"].update(run_id="another"),
+    "accounting": lambda r: r["accounting"].append({"tool": "opacus", "epsilon": {"lower": 0.05, "upper": 0.05}}),
+    "accounting: tool": lambda r: r["accounting"][0].update(tool="by hand"),
+    "accounting: version": lambda r: r["accounting"][0].update(version="0.6.0, which proves epsilon 0.05"),
+    "accounting: method": lambda r: r["accounting"][0].update(method="two engines that agree"),
+    "accounting: epsilon": lambda r: r["accounting"][0]["epsilon"].update(upper=9.0),
+    "accounting: epsilon: upper": lambda r: r["accounting"][0]["epsilon"].update(lower=0.04, upper=0.05),
+    "cross_check": lambda r: r.update(cross_check="passed"),
+    "cross_check_reason": lambda r: r.update(cross_check_reason="three engines agree"),
+    "assumptions": lambda r: r["assumptions"].pop(1),
+    "not_covered": lambda r: r.update(not_covered=[]),
+    "held_out: note": lambda r: r.update(held_out={"note": "private too", "metrics": {"accuracy": 0.97}}),
+    "held_out: metrics": lambda r: r.update(held_out={"note": "outside the guarantee", "metrics": 0.97}),
 }
 
 
@@ -181,6 +198,92 @@ def test_verify_names_each_manipulation_of_the_report(run, name):
     outcome = change(run, MANIPULATIONS[name])
     assert not outcome.ok
     assert name in [check.name for check in outcome.failures]
+
+
+def leaves(value, path=()):
+    if isinstance(value, (dict, list)) and value:
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, entry in entries:
+            yield from leaves(entry, (*path, name))
+    else:
+        yield path
+
+
+def test_no_part_of_a_report_can_be_changed_removed_or_added(run):
+    """Walks over the whole report, so that a key added to it later cannot be forgotten in `verify`."""
+    data = json.loads((run / "report.json").read_text())
+    passed = []
+
+    def attempt(what, path, edit):
+        edited = copy.deepcopy(data)
+        parent = edited
+        for name in path[:-1]:
+            parent = parent[name]
+        edit(parent, path[-1])
+        (run / "report.json").write_text(json.dumps(edited))
+        if verify(run / "ledger.jsonl").ok:
+            passed.append((what, *path))
+
+    whole = list(leaves(data))
+    parts = {leaf[: i + 1] for leaf in whole for i in range(len(leaf))}
+    for path in whole:
+        attempt("changed", path, lambda parent, name: parent.__setitem__(name, ["something else"]))
+    for path in parts:
+        attempt("removed", path, lambda parent, name: parent.__delitem__(name))
+    for path in {(*part[:-1], "really") for part in parts if isinstance(part[-1], str)}:
+        attempt("added", path, lambda parent, name: parent.__setitem__(name, 0.05))
+    assert passed == []
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        '{"epsilon": {"lower": 0.04, "upper": 0.05}, "claim": true, ',
+        '{"statement": "Perfectly private.", ',
+        '{"ledger": {"torn": false, "torn": false}, ',
+        '{"extra": {"a": [{"b": 1, "b": 1}]}, ',
+    ],
+)
+def test_a_key_that_occurs_twice_is_refused(run, prefix):
+    text = (run / "report.json").read_text()
+    (run / "report.json").write_text(prefix + text.lstrip()[1:])
+    outcome = verify(run / "ledger.jsonl")
+    assert not outcome.ok
+    assert "occurs twice" in outcome.failures[0].detail
+
+
+@pytest.mark.parametrize("token", ["NaN", "Infinity", "-Infinity", "1e400", "-1e999"])
+def test_numbers_that_are_not_finite_are_refused(run, token):
+    text = (run / "report.json").read_text()
+    held_out = '{"held_out": {"note": "outside the guarantee", "metrics": {"accuracy": %s}}, '
+    (run / "report.json").write_text(held_out % "0.5" + text.lstrip()[1:])
+    assert verify(run / "ledger.jsonl").ok
+    (run / "report.json").write_text(held_out % token + text.lstrip()[1:])
+    outcome = verify(run / "ledger.jsonl")
+    assert "not a finite number" in outcome.failures[0].detail
+
+
+@pytest.mark.parametrize("upper", [-1.0, 5e-324, pytest.param(10**400, id="10^400"), "inf", "-inf", None, True, "0.05"])
+def test_no_stated_epsilon_makes_verify_raise(run, upper):
+    assert not change(run, lambda r: r["epsilon"].update(upper=upper)).ok
+
+
+def test_another_version_of_the_tool_is_said_and_not_an_error(run):
+    def edit(report):
+        report["accounting"][0].update(version="0.5.9", method="pld, mesh 0.01; lower bound by binned losses")
+
+    outcome = change(run, edit)
+    assert outcome.ok, outcome.failures
+    details = {check.name: check.detail for check in outcome.checks}
+    assert 'stated "0.5.9", recomputed with' in details["accounting: version"]
+
+
+def test_a_report_with_held_out_metrics_is_confirmed_and_excepts_them(run):
+    made = make_report(Ledger.read(run / "ledger.jsonl"), held_out={"accuracy": 0.97})
+    made.write(run / "report.json")
+    assert verify(run / "ledger.jsonl").ok
+    assert "its held-out metrics excepted, is (" in made.to_json()["statement"]
+    assert not change(run, lambda r: r["held_out"].update(epsilon=0.05)).ok
 
 
 def test_a_cautious_report_is_confirmed(run):
