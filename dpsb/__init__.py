@@ -10,8 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 _HOME = {
-    "adapter": ("Adapter", "Factors", "attach", "detach", "merge", "set_gradient"),
-    "basis": ("Basis", "Provenance"),
+    "adapter": ("Adapter", "Basis", "Factors", "Provenance", "attach", "detach", "merge", "set_gradient"),
     "capture": ("per_example_gradients",),
     "config": ("RunConfig",),
     "losses": ("causal_lm_loss", "classification_loss"),

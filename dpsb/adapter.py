@@ -15,7 +15,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -36,6 +36,38 @@ class Factors(NamedTuple):
     A: torch.Tensor
     B: torch.Tensor
     R0: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a basis came from; it goes into the plan, the ledger and the report.
+
+    Args:
+      kind: Name of the method, e.g. ``"weight_svd"``.
+      access: ``"data_free"``, ``"public"``, ``"released"`` (a private release that the ledger charged) or
+        ``"non_private"`` (raw private gradients: every epsilon of such a run is infinite).
+      detail: Further public facts, e.g. the file name of the public data.
+    """
+
+    kind: str
+    access: str
+    detail: Mapping[str, str | int | float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "access": self.access, **self.detail}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Provenance:
+        detail = {name: value for name, value in content.items() if name not in ("kind", "access")}
+        return cls(kind=content["kind"], access=content["access"], detail=detail)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Basis:
+    """Factors for every target weight, and where they came from."""
+
+    factors: Mapping[str, Factors]
+    provenance: Provenance
 
 
 class FrozenDown(nn.Module):
@@ -120,6 +152,7 @@ class Adapter:
     adapter_name: str
     cores: tuple[Core, ...]
     heads: tuple[tuple[str, nn.Module], ...]
+    provenance: Provenance
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and live parameter of every R and head tensor, always in the same order."""
@@ -252,7 +285,7 @@ def _left_over(model: nn.Module, accounted: Collection[nn.Parameter]) -> Iterato
 
 def attach(
     model: nn.Module,
-    factors: Mapping[str, Factors],
+    basis: Basis,
     *,
     allow: Collection[str] = (),
     adapter_name: str = "default",
@@ -267,17 +300,17 @@ def attach(
     Args:
       model: A model returned by ``peft.get_peft_model`` with a plain ``LoraConfig`` (``lora_alpha`` equal to ``r``,
         ``lora_dropout=0``).
-      factors: A, B and perhaps R0 for every target weight, as the functions in ``dpsb.basis`` return them. Public or
-        released; never computed from raw private gradients.
+      basis: A, B and perhaps R0 for every target weight, as the functions in ``dpsb.basis`` return them. Its
+        provenance stays with the adapter, and ``fit`` wants it to be the one that the plan states.
       allow: Names of modules that may be trained besides the cores, e.g. ``("classifier",)``. Their gradients are
         clipped and noised together with the cores'.
       adapter_name: PEFT's name of the adapter.
 
     Raises:
-      ValueError: If a target is not plain linear LoRA, if ``factors`` do not fit, or if a trainable tensor is left
+      ValueError: If a target is not plain linear LoRA, if the factors do not fit, or if a trainable tensor is left
         over that is neither a core nor allowed.
     """
-    layers = lora_layers(model, adapter_name)
+    layers, factors = lora_layers(model, adapter_name), basis.factors
     missing = sorted(set(layers) - set(factors))
     if missing:
         raise ValueError(f"The basis has no factors for {missing[0]} ({len(missing)} of {len(layers)} are missing).")
@@ -303,7 +336,7 @@ def attach(
         layer.lora_A[adapter_name] = FrozenDown(A.to(old.device, dtype).contiguous())
         layer.lora_B[adapter_name] = up
         cores.append(Core(name, layer, up))
-    return Adapter(model, adapter_name, tuple(cores), heads)
+    return Adapter(model, adapter_name, tuple(cores), heads, basis.provenance)
 
 
 def _lora_parameters(layer: LoraLayer, adapter_name: str) -> list[nn.Parameter]:

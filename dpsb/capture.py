@@ -41,6 +41,10 @@ class _CheckpointSafeHooks(GradSampleHooks):
         super().capture_activations_hook(module, forward_input, _forward_output)
 
 
+class CaptureError(RuntimeError):
+    """The model has no per-example gradients to give. The message names the tensor; it depends on no data."""
+
+
 class Rows:
     """Where the per-example gradients of one microbatch arrive; see :func:`per_example_gradients`."""
 
@@ -52,7 +56,7 @@ class Rows:
         """Per-example gradients of theta, shape ``(n, d)``, fp32. Sensitive. Call once, after ``backward()``.
 
         Raises:
-          RuntimeError: If a tensor of theta got no per-example gradient, or one for another number of examples. The
+          CaptureError: If a tensor of theta got no per-example gradient, or one for another number of examples. The
             message names the tensor and the usual causes; it depends on the model, not on the data.
         """
         parts = []
@@ -61,12 +65,12 @@ class Rows:
             if isinstance(sample, list):  # a layer used several times under reentrant checkpointing
                 sample = torch.stack(sample).sum(dim=0)
             if sample is None:
-                raise RuntimeError(
+                raise CaptureError(
                     f"{name} got no per-example gradient: it was not used in the forward pass, its module is in eval "
                     "mode, or something removed the hooks. Call adapter_train_mode(adapter) and use every target."
                 )
             if sample.shape[0] != self._num_examples:
-                raise RuntimeError(
+                raise CaptureError(
                     f"{name} got {sample.shape[0]} per-example gradients for {self._num_examples} examples: its input "
                     "does not have the examples in dimension 0 (as in mixture-of-experts layers). Do not target it."
                 )
@@ -96,7 +100,7 @@ def per_example_gradients(adapter: Adapter, num_examples: int) -> Iterator[Rows]
       :class:`Rows`.
 
     Raises:
-      RuntimeError: If a module of theta is in eval mode.
+      CaptureError: If a module of theta is in eval mode.
 
     References:
       Yousefpour et al. (2021), arXiv:2109.12298 (Opacus).
@@ -121,10 +125,10 @@ def adapter_train_mode(adapter: Adapter) -> None:
 
 
 def check_train_mode(adapter: Adapter) -> None:
-    """Raises RuntimeError if a module of theta is in eval mode: its rows would silently be missing."""
+    """Raises CaptureError if a module of theta is in eval mode: its rows would silently be missing."""
     for module in adapter.trained_modules():
         if not module.training:
-            raise RuntimeError(
+            raise CaptureError(
                 "A core or head is in eval mode, where no per-example gradients are captured; "
                 "call adapter_train_mode(adapter) or model.train() first."
             )

@@ -124,6 +124,10 @@ class RunConfig:
                 re.compile(self.targets.removeprefix("re:"))
             except re.error as error:
                 raise ConfigError(f"targets={self.targets!r} is no regular expression: {error}.") from None
+        if self.eval_data and _same_data(self.eval_data, self.data):
+            raise ConfigError(
+                f"eval_data={self.eval_data!r} is the training data: metrics on it would leak it unnoised."
+            )
         self._check_basis()
 
     def _check_numbers(self) -> None:
@@ -158,7 +162,7 @@ class RunConfig:
                 f"basis='lora-sb' without a public file publishes raw gradients of the training data, so epsilon="
                 f"{self.epsilon} cannot hold. Use 'weight', 'public:FILE' or 'lora-sb:FILE', or epsilon=inf."
             )
-        if source and Path(source).exists() and Path(self.data).exists() and Path(source).samefile(self.data):
+        if source and _same_data(source, self.data):
             raise ConfigError(f"basis={self.basis!r} names the private training data as public.")
 
     @property
@@ -177,6 +181,13 @@ class RunConfig:
     def to_json(self) -> dict[str, Any]:
         """Settings as JSON; an infinite epsilon is the string ``"inf"``."""
         return {name: "inf" if value == math.inf else value for name, value in asdict(self).items()}
+
+
+def _same_data(one: str, other: str) -> bool:
+    """Whether two names are the same file, folder or Hub id. A copy under another name cannot be noticed."""
+    if Path(one).exists() and Path(other).exists():
+        return Path(one).samefile(other)
+    return one.partition(":")[0].strip("/").lower() == other.partition(":")[0].strip("/").lower()
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from dpsb.losses import IGNORED
+from dpsb.sampling import length_buckets
 
 TASKS = ("classification", "causal-lm")
 
@@ -27,9 +29,14 @@ _TEXT = (
     "document",
 )
 _PAIR = ("text_b", "text_pair", "sentence2", "hypothesis", "answer", "context")
-_LABEL = ("label", "labels", "category", "class", "intent", "target")
+_LABEL = ("label", "labels", "category", "class", "intent")
 _PROMPT = ("prompt", "instruction", "source", "input")
 _COMPLETION = ("completion", "response", "output", "target")
+
+
+_HEADER = re.compile(r"[A-Za-z_][\w.-]{0,39}")
+_CSV_BLOCK = 1 << 26  # a row must fit into a block
+_MOST_LABELS, _LONGEST_LABEL = 1000, 64
 
 
 class DataError(ValueError):
@@ -65,8 +72,14 @@ class Table:
           DataError: If there is no such column; the message lists those that exist.
         """
         if name not in self.columns:
-            raise DataError(f"{self.source} has no column {name!r}; it has {', '.join(map(repr, self.columns))}.")
+            raise DataError(f"{self.source} has no column {name!r}; {self.described()}.")
         return self.columns[name]
+
+    def described(self) -> str:
+        """The column names, or only their number where they look like a first row instead of a header."""
+        if all(_HEADER.fullmatch(name) for name in self.columns):
+            return f"it has {', '.join(map(repr, self.columns))}"
+        return f"it has {len(self.columns)} columns, whose names do not look like a header line"
 
     def pick(self, given: str | None, usual: Sequence[str]) -> str | None:
         """The column the user gave, or the first of the usual names that exists."""
@@ -133,10 +146,11 @@ def _read_csv(path: Path) -> Table:
     import pyarrow.csv
 
     parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    with pyarrow.csv.open_csv(path, parse_options=parsing) as reader:
+    reading = pyarrow.csv.ReadOptions(block_size=_CSV_BLOCK)
+    with pyarrow.csv.open_csv(path, parse_options=parsing, read_options=reading) as reader:
         text = dict.fromkeys(reader.schema.names, pyarrow.string())
     conversion = pyarrow.csv.ConvertOptions(column_types=text, strings_can_be_null=False)
-    table = pyarrow.csv.read_csv(path, parse_options=parsing, convert_options=conversion)
+    table = pyarrow.csv.read_csv(path, parse_options=parsing, read_options=reading, convert_options=conversion)
     return Table(str(path), table.to_pydict())
 
 
@@ -185,6 +199,11 @@ def declared_labels(
         labels, origin = tuple(sorted({_text(v) for v in table.column(column) if v is not None})), "from-data"
         if column in table.class_names:
             labels = table.class_names[column]
+        if len(labels) > _MOST_LABELS or any(len(label) > _LONGEST_LABEL for label in labels):
+            raise DataError(
+                f"--labels from-data: column {column!r} holds {len(labels)} different values or long ones, which does "
+                "not look like a public set of labels; declare the labels."
+            )
     elif spec is not None:
         labels, origin = tuple(part.strip() for part in spec.split(",") if part.strip()), "declared"
     elif column in table.class_names:
@@ -210,16 +229,14 @@ def tokenize_classification(
     """
     text = table.pick(columns.text, _TEXT)
     if text is None:
-        raise DataError(f"{table.source} has no text column; name it with --text-column ({', '.join(table.columns)}).")
+        raise DataError(f"{table.source} has no text column; name it with --text-column ({table.described()}).")
     label = table.pick(columns.label, _LABEL)
     if label is None:
-        raise DataError(
-            f"{table.source} has no label column; name it with --label-column ({', '.join(table.columns)})."
-        )
+        raise DataError(f"{table.source} has no label column; name it with --label-column ({table.described()}).")
     pair = table.pick(columns.text_pair, _PAIR)
     texts = [_text(value) for value in table.column(text)]
     pairs = None if pair is None else [_text(value) for value in table.column(pair)]
-    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length) if texts else {}
+    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, verbose=False) if texts else {}
     index = {name: i for i, name in enumerate(labels)}
     names = table.class_names.get(label)
     targets = [
@@ -241,14 +258,15 @@ def tokenize_causal(table: Table, columns: Columns, tokenizer: Any, max_length: 
         if text is None:
             raise DataError(
                 f"{table.source} has neither a text column nor prompt and completion; name them with --text-column, or "
-                f"--prompt-column and --completion-column ({', '.join(table.columns)})."
+                f"--prompt-column and --completion-column ({table.described()})."
             )
         sources, targets = [""] * len(table), table.column(text)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    cut = {"truncation": True, "max_length": max_length, "verbose": False}  # verbose would log a row's length
     examples = []
     for source, target in zip(sources, targets, strict=True):
-        head = tokenizer(_text(source), add_special_tokens=True)["input_ids"] if _text(source) else _start(tokenizer)
-        tail = tokenizer(_text(target), add_special_tokens=False)["input_ids"] + end
+        head = tokenizer(_text(source), **cut)["input_ids"] if _text(source) else _start(tokenizer)
+        tail = tokenizer(_text(target), add_special_tokens=False, **cut)["input_ids"] + end
         ids = (head + tail)[:max_length] or [tokenizer.eos_token_id or 0]
         marks = ([IGNORED] * len(head) + tail)[: len(ids)]
         examples.append({"input_ids": ids, "labels": marks + [IGNORED] * (len(ids) - len(marks))})
@@ -260,7 +278,8 @@ def _start(tokenizer: Any) -> list[int]:
 
 
 def _text(value: Any) -> str:
-    return "" if value is None else str(value)
+    """A value as text; lone surrogates, which no tokenizer takes, become question marks."""
+    return "" if value is None else str(value).encode("utf-8", "replace").decode("utf-8")
 
 
 @dataclass(frozen=True)
@@ -295,17 +314,27 @@ class Collator:
         return [*values, *[filler] * (length - len(values))]
 
 
+def chosen_columns(table: Table, columns: Columns, task: str) -> dict[str, str | None]:
+    """Which columns play which part, found by name where the user gave none. Public: it goes into the plan."""
+    usual = {"text": _TEXT, "text_pair": _PAIR, "label": _LABEL, "prompt": _PROMPT, "completion": _COMPLETION}
+    parts = ("text", "text_pair", "label") if task == "classification" else ("text", "prompt", "completion")
+    return {part: table.pick(getattr(columns, part), usual[part]) for part in parts}
+
+
 def synthetic_examples(
     task: str, vocab_size: int, num_labels: int, max_length: int, token_types: bool = False
 ) -> list[dict[str, Any]]:
-    """Six examples of random tokens and different lengths, for the probe. Public."""
+    """Random tokens for the probe: six examples in the smallest length bucket and six in the largest. Public."""
     generator = torch.Generator().manual_seed(0)
+    buckets = length_buckets(max_length)
+    wanted = [min(length, max_length) for length in (9, 5, 14, 12, 7, 11)]
+    if len(buckets) > 1:
+        wanted += [max(buckets[-2] + 1, max_length - less) for less in (3, 7, 0, 1, 5, 2)]
     examples = []
-    for index, wanted in enumerate((9, 5, 14, 12, 7, 11)):
-        length = max(2, min(wanted, max_length))
-        ids = torch.randint(0, vocab_size, (length,), generator=generator).tolist()
+    for index, length in enumerate(wanted):
+        ids = torch.randint(0, vocab_size, (max(2, length),), generator=generator).tolist()
         labels = index % num_labels if task == "classification" else [IGNORED, *ids[1:]]
         examples.append({"input_ids": ids, "labels": labels})
         if token_types:
-            examples[-1]["token_type_ids"] = [0] * length
+            examples[-1]["token_type_ids"] = [0] * len(ids)
     return examples

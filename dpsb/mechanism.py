@@ -20,6 +20,7 @@ CLIPPINGS = ("flat", "automatic", "none")
 AUTOMATIC_GAMMA = 0.01
 # The noisy sum is rounded to a power of two about this far below the noise.
 _GRID_BITS = 20
+_SMALLEST_NOISE = 1e-100
 _CHUNK_NUMBERS = 1 << 23
 
 
@@ -89,6 +90,13 @@ class Mechanism:
     noise_multiplier: float
     clipping: str
 
+    def __post_init__(self) -> None:
+        if self.clipping != "none" and not _SMALLEST_NOISE < self.noise_std < 1 / _SMALLEST_NOISE:
+            raise ValueError(
+                f"Expected noise_multiplier={self.noise_multiplier!r} times l2_clip_norm={self.l2_clip_norm!r} to be "
+                "positive and of ordinary size."
+            )
+
     @classmethod
     def from_plan(cls, plan: Plan) -> Mechanism:
         """The mechanism that ``plan`` accounts for: the same numbers, read from the same object."""
@@ -134,7 +142,7 @@ class Mechanism:
         """
         if total.dim() != 1 or total.dtype != torch.float64:
             raise ValueError(f"Expected total of shape (d,) in float64, got {tuple(total.shape)} in {total.dtype}.")
-        if self.noise_std == 0.0:
+        if self.clipping == "none":
             return total.clone()
         noisy = total + self.noise_std * randomness.normal(total.numel()).to(total.device)
         grid = 2.0 ** (math.floor(math.log2(self.noise_std)) - _GRID_BITS)

@@ -122,9 +122,20 @@ def load_base(
             base = _load(AutoModelForCausalLM, path, dtype=dtype)
     if task == "classification":
         _start_head(base, head_init_std)
+    embedded = _embedding_rows(base)
+    if len(tokenizer) > embedded:
+        raise ModelError(
+            f"The tokenizer of {model} has {len(tokenizer)} tokens, the model embeds {embedded}: a text with one of "
+            "the others would end the run. Resize the embeddings and save the model again."
+        )
     settings: Any = base.config
     settings.pad_token_id = tokenizer.pad_token_id
     return base, tokenizer
+
+
+def _embedding_rows(base: nn.Module) -> int:
+    inner: Any = base.encoder if isinstance(base, MeanPooledClassifier) else base
+    return int(inner.get_input_embeddings().weight.shape[0])
 
 
 def _is_mean_pooled(path: str) -> bool:
@@ -191,6 +202,9 @@ def peft_part(model: nn.Module) -> PeftModel:
 def longest_input(base: nn.Module, tokenizer: Any) -> int | None:
     """The most tokens the model's position embeddings allow, if they are limited."""
     limits = [getattr(base.config, "max_position_embeddings", None), tokenizer.model_max_length]
+    for name, module in base.named_modules():  # RoBERTa and its kin start counting after the padding index
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)
     usable = [int(limit) for limit in limits if limit is not None and 0 < limit < 10**9]
     return min(usable, default=None)
 

@@ -50,8 +50,8 @@ def make_plan(
       clipping: ``"flat"`` or ``"automatic"`` (AUTO-S).
       basis: Provenance of the basis.
       released_before: Charged releases that come before training, such as a private basis.
-      noise_multiplier: Use this instead of calibrating; the plan's epsilon is then whatever it comes to, and
-        ``epsilon`` must be at least that.
+      noise_multiplier: Use this instead of calibrating; the plan's epsilon, which is what is claimed, is then whatever
+        it comes to, above or below ``epsilon``.
       details: Further public facts for the ledger.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,7 +19,13 @@ from dpsb.losses import LossFn, check_losses
 
 Example = Mapping[str, Any]
 Batch = Mapping[str, torch.Tensor]
-Collate = Callable[[Sequence[Example], int], Batch]
+
+
+class Collate(Protocol):
+    """Examples to model inputs, padded to exactly ``padded_length`` tokens."""
+
+    def __call__(self, examples: Sequence[Example], padded_length: int) -> Batch: ...
+
 
 _PERTURBATION = 0.05
 
@@ -51,12 +57,14 @@ def probe(
     loss_fn: LossFn,
     collate: Callable[[Sequence[Example]], Batch],
     synthetic: Sequence[Example],
+    batch_size: int = 3,
 ) -> None:
     """Refuses what would couple examples or train nothing.
 
     Checks, at a random theta that is put back afterwards: the loss has shape (n,); two passes agree (no dropout or
-    other randomness); the loss and the row of example 0 do not move when the other examples are replaced or removed
-    (batch norm, a token-mean loss, routing, batch-wide quantization); every tensor of theta has rows that are finite,
+    other randomness); the loss and the row of an example do not move when the other examples are replaced or removed or
+    come before it (batch norm, a token-mean loss, routing, batch-wide quantization); a forward pass changes no buffer
+    (running statistics); every tensor of theta has rows that are finite,
     not all zero, and equal to one-by-one autograd; the forward pass uses the tensors that will be trained.
 
     Args:
@@ -64,6 +72,7 @@ def probe(
       loss_fn: Per-example loss.
       collate: Examples to model inputs, always of the same padded length.
       synthetic: At least 5 synthetic or public examples of different lengths that share one padded length.
+      batch_size: How many examples share a batch, at least 3; repeated from ``synthetic`` as needed.
 
     Raises:
       ProbeError: If a check fails.
@@ -71,31 +80,44 @@ def probe(
     """
     if len(synthetic) < 5:
         raise ValueError(f"Expected at least 5 synthetic examples to probe with, got {len(synthetic)}.")
-    first, others, replacements = synthetic[0], list(synthetic[1:3]), list(synthetic[3:5])
+    first, size = synthetic[0], max(2, batch_size - 1)
+    others = [synthetic[1 + i % 2] for i in range(size)]
+    replacements = [synthetic[3 + i % 2] for i in range(size)]
+    batches = {
+        "replaced": (0, [first, *replacements]),
+        "removed": (0, [first]),
+        "put before it": (size, [*others, first]),
+    }
     saved = adapter.state()
+    buffers = {name: buffer.clone() for name, buffer in adapter.model.named_buffers()}
+    tolerance = _tolerance(adapter.model)
     try:
         _perturb(adapter)
         losses, rows = _losses_and_rows(adapter, loss_fn, collate([first, *others]))
         again, _ = _losses_and_rows(adapter, loss_fn, collate([first, *others]))
-        tolerance = _tolerance(adapter.model)
         _check_finite(adapter, losses, rows)
         if _distance(losses, again) > tolerance:
             raise ProbeError(
                 "Two passes over the same batch give different losses: dropout or another source of randomness is "
                 "active in train mode. Set it to 0 in the model's config (or allow_dropout=True if it is dropout)."
             )
-        for what, batch in (("replaced", [first, *replacements]), ("removed", [first])):
+        for what, (position, batch) in batches.items():
             other_losses, other_rows = _losses_and_rows(adapter, loss_fn, collate(batch))
-            moved = max(_distance(losses[:1], other_losses[:1]), _distance(rows[:1], other_rows[:1]))
+            moved = max(_distance(losses[0], other_losses[position]), _distance(rows[0], other_rows[position]))
             if moved > tolerance:
                 raise ProbeError(
-                    f"Example 0 moved by {moved:.1%} when the other examples of its batch were {what}: the examples "
-                    "are coupled, so clipping bounds nothing. Usual causes: a loss averaged over the batch's tokens, "
-                    "batch norm, packing, padding to the longest neighbour, expert routing, batch-wide quantization."
+                    f"An example moved by {moved:.1%} when the others of its batch were {what}: the examples are "
+                    "coupled, so clipping bounds nothing. Usual causes: a loss averaged over the batch's tokens, batch "
+                    "norm, packing, padding to the longest neighbour, expert routing, batch-wide quantization."
                 )
-        _check_against_autograd(adapter, loss_fn, collate([first, *others]), rows, tolerance)
+        for name, buffer in adapter.model.named_buffers():
+            if not torch.equal(buffer, buffers[name]):
+                raise ProbeError(
+                    f"A forward pass changes the buffer {name}: it would carry data outside the guarantee."
+                )
+        _check_against_autograd(adapter, loss_fn, collate([first, *others[:2]]), tolerance)
         adapter.load_state(saved)
-        unperturbed = check_losses(loss_fn(adapter.model, collate([first, *others])), 3)
+        unperturbed = check_losses(loss_fn(adapter.model, collate([first, *others])), size + 1)
         if torch.equal(unperturbed.detach(), losses):
             raise ProbeError("The loss does not change when R changes: the forward pass does not use the adapter.")
     finally:
@@ -156,9 +178,8 @@ def _check_finite(adapter: Adapter, losses: torch.Tensor, rows: torch.Tensor) ->
             raise ProbeError(f"The per-example gradients of {name} are all zero: it would be moved by noise alone.")
 
 
-def _check_against_autograd(
-    adapter: Adapter, loss_fn: LossFn, batch: Batch, rows: torch.Tensor, tolerance: float
-) -> None:
+def _check_against_autograd(adapter: Adapter, loss_fn: LossFn, batch: Batch, tolerance: float) -> None:
+    _, rows = _losses_and_rows(adapter, loss_fn, batch)
     sizes = [parameter.numel() for parameter in adapter.parameters()]
     for i in range(len(rows)):
         loss_fn(adapter.model, batch)[i].backward()  # not autograd.grad: reentrant checkpointing refuses it

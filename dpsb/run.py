@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from dpsb.adapter import Adapter, Factors, attach
+from dpsb.adapter import Adapter, Basis, Provenance, attach
 from dpsb.artifacts import save_run
-from dpsb.basis import Basis, lora_sb, mean_gradients, public, random, weight_svd
-from dpsb.basis._common import Provenance
-from dpsb.checkpoint import remove_checkpoint
+from dpsb.basis import lora_sb, mean_gradients, public, random, weight_svd
+from dpsb.checkpoint import remove_checkpoint, write_durably
 from dpsb.config import ConfigError, RunConfig
 from dpsb.data import (
     Collator,
     Columns,
     DataError,
+    Table,
+    chosen_columns,
     declared_labels,
     read_table,
     synthetic_examples,
@@ -35,12 +34,12 @@ from dpsb.models import HEAD_NAMES, MeanPooledClassifier, add_lora, config_label
 from dpsb.plan import make_plan
 from dpsb.randomness import Randomness, SeededRandomness, SystemRandomness
 from dpsb.sampling import length_buckets
+from dpsb.start import CUT_OFF, START_NAME, attach_again, digest, read_start, start_of
 from dpsb.train import Knobs, Progress, fit
 from dpsb_accounting import Ledger, LedgerError, Plan, Report, make_report
 
-LEDGER_NAME, SETTINGS_NAME, START_NAME = "ledger.jsonl", "run.json", "start.safetensors"
+LEDGER_NAME, SETTINGS_NAME = "ledger.jsonl", "run.json"
 _PUBLIC_BASIS_EXAMPLES = 512
-_CUT_OFF = "The run in {out} was cut off before its first step; delete the folder and start anew."
 
 
 class RunError(RuntimeError):
@@ -80,6 +79,7 @@ class _Prepared:
     examples: Sequence[Any]
     held_out: Sequence[Any] | None
     public: Sequence[Any] | None
+    columns: dict[str, str | None]
     labels: tuple[str, ...]
     label_origin: str
     max_length: int
@@ -118,16 +118,18 @@ def train(config: RunConfig, *, resume: bool = False, callbacks: Callbacks = Cal
     collate = Collator(tokenizer.pad_token_id, next(model.parameters()).device)
     loss_fn = _loss(config)
 
+    existing = Ledger.read(out / LEDGER_NAME).plan if resume else None
+    if existing is None:
+        callbacks.on_status(f"computing the basis ({config.basis})")
+        adapter = attach(model, _basis(config, model, prepared, collate, loss_fn), allow=HEAD_NAMES)
+        start = start_of(adapter)
+    else:
+        start = read_start(out, existing)
+        adapter = attach_again(model, start, existing)
     callbacks.on_status("making the plan")
-    provenance = _provenance(config)
-    ledger_path = out / LEDGER_NAME
-    plan = _plan(config, model, prepared, provenance, Ledger.read(ledger_path).plan if resume else None)
+    plan = _plan(config, model, prepared, adapter.provenance, start, existing)
     callbacks.on_plan(plan)
-    factors, start = _start(config, resume, out, model, prepared, collate, loss_fn, callbacks)
-    adapter = attach(model, factors, allow=HEAD_NAMES)
-    if start is not None:
-        adapter.load_state(start)
-    with _open_ledger(config, resume, out, plan, adapter) as ledger:
+    with _open_ledger(config, resume, out, plan, start) as ledger:
         optimizer, schedule = _optimizer(config, adapter)
         callbacks.on_status("checking the model on synthetic examples")
         fit(
@@ -207,23 +209,25 @@ def _prepare(config: RunConfig, base: Any, tokenizer: Any, labels: tuple[str, ..
     longest = longest_input(base, tokenizer)
     max_length = min(config.max_length, longest or config.max_length)
 
-    def tokenized(source: str | None, columns: Columns) -> list[dict[str, Any]] | None:
+    def tokenized(source: str | Table | None, columns: Columns) -> list[dict[str, Any]] | None:
         if source is None:
             return None
-        table = read_table(source)
+        table = source if isinstance(source, Table) else read_table(source)
         if config.task == "classification":
             return tokenize_classification(table, columns, tokenizer, labels, max_length)
         return tokenize_causal(table, columns, tokenizer, max_length)
 
     columns = _columns(config)
-    examples = tokenized(config.data, columns) or []
-    if not examples:
+    table = read_table(config.data)
+    examples = tokenized(table, columns) or []
+    if not examples and config.num_examples is None:  # with a declared N no number of rows is special
         raise DataError(f"{config.data} holds no rows.")
     public_source = config.basis.partition(":")[2] or None
     return _Prepared(
         examples=examples,
         held_out=tokenized(config.eval_data, columns),
         public=tokenized(public_source, columns),
+        columns=chosen_columns(table, columns, config.task),
         labels=labels,
         label_origin=origin,
         max_length=max_length,
@@ -236,17 +240,9 @@ def _loss(config: RunConfig) -> LossFn:
     return lambda model, batch: causal_lm_loss(model, batch, tokens_per_example=config.tokens_per_example)
 
 
-def _provenance(config: RunConfig) -> Provenance:
-    kind, _, source = config.basis.partition(":")
-    if kind == "lora-sb":
-        access = "public" if source else "non_private"
-        return Provenance(kind="lora_sb", access=access, detail={"source": source or config.data})
-    if kind == "public":
-        return Provenance(kind="public", access="public", detail={"source": source})
-    return Provenance(kind={"weight": "weight_svd", "random": "random"}[kind], access="data_free")
-
-
-def _plan(config: RunConfig, model: Any, prepared: _Prepared, provenance: Provenance, existing: Plan | None) -> Plan:
+def _plan(
+    config: RunConfig, model: Any, prepared: _Prepared, provenance: Provenance, start: bytes, existing: Plan | None
+) -> Plan:
     declared = config.num_examples is not None
     num_examples = config.num_examples if config.num_examples is not None else len(prepared.examples)
     epochs = 10.0 if config.steps is None and config.epochs is None else config.epochs
@@ -263,7 +259,7 @@ def _plan(config: RunConfig, model: Any, prepared: _Prepared, provenance: Proven
         clipping=config.clipping,
         basis=provenance.to_json(),
         noise_multiplier=existing.noise_multiplier if existing is not None and existing.is_private else None,
-        details=_details(config, model, prepared),
+        details=_details(config, model, prepared, start),
     )
     if existing is not None and plan != existing:
         mine, theirs = plan.to_json(), existing.to_json()
@@ -272,10 +268,13 @@ def _plan(config: RunConfig, model: Any, prepared: _Prepared, provenance: Proven
     return plan
 
 
-def _details(config: RunConfig, model: Any, prepared: _Prepared) -> dict[str, Any]:
+def _details(config: RunConfig, model: Any, prepared: _Prepared, start: bytes) -> dict[str, Any]:
     return {
         "model": config.model,
         "data": Path(config.data).name,
+        "columns": prepared.columns,
+        "basis": config.basis,
+        "start_sha256": digest(start),
         "task": config.task,
         "rank": config.rank,
         "targets": config.targets,
@@ -295,29 +294,6 @@ def _details(config: RunConfig, model: Any, prepared: _Prepared) -> dict[str, An
     }
 
 
-def _start(
-    config: RunConfig,
-    resume: bool,
-    out: Path,
-    model: Any,
-    prepared: _Prepared,
-    collate: Collator,
-    loss_fn: LossFn,
-    callbacks: Callbacks,
-) -> tuple[dict[str, Factors], dict[str, torch.Tensor] | None]:
-    """Factors, and where theta starts: computed for a new run, read back for a resumed one."""
-    if resume:
-        try:
-            saved = load_file(out / START_NAME)
-        except (OSError, SafetensorError):
-            raise RunError(_CUT_OFF.format(out=out)) from None
-        names = sorted({key.removesuffix(".A") for key in saved if key.endswith(".A")})
-        factors = {name: Factors(A=saved[f"{name}.A"], B=saved[f"{name}.B"]) for name in names}
-        return factors, {key.removeprefix("theta/"): v for key, v in saved.items() if key.startswith("theta/")}
-    callbacks.on_status(f"computing the basis ({config.basis})")
-    return dict(_basis(config, model, prepared, collate, loss_fn).factors), None
-
-
 def _basis(config: RunConfig, model: Any, prepared: _Prepared, collate: Collator, loss_fn: LossFn) -> Basis:
     kind, _, source = config.basis.partition(":")
     if kind == "weight":
@@ -335,12 +311,13 @@ def _basis(config: RunConfig, model: Any, prepared: _Prepared, collate: Collator
         mean_gradients(model, loss_fn, batches),
         step_size=config.learning_rate,
         access="public" if source else "non_private",
+        source=source or config.data,
         allow_non_private_basis=math.isinf(config.epsilon),
     )
 
 
-def _open_ledger(config: RunConfig, resume: bool, out: Path, plan: Plan, adapter: Adapter) -> Ledger:
-    """Opens the run's ledger; for a new run, first puts down the settings and where training starts."""
+def _open_ledger(config: RunConfig, resume: bool, out: Path, plan: Plan, start: bytes) -> Ledger:
+    """Opens the run's ledger; for a new run, then puts down the settings and where training starts."""
     if resume:
         ledger = Ledger.open(out / LEDGER_NAME)
         if ledger.plan != plan:
@@ -352,13 +329,10 @@ def _open_ledger(config: RunConfig, resume: bool, out: Path, plan: Plan, adapter
         ledger = Ledger.create(out / LEDGER_NAME, plan)
     except OSError as error:
         raise RunError(f"{out} cannot be written: {error.strerror}.") from None
-    tensors = {f"theta/{name}": value for name, value in adapter.state().items()}
-    for name, (A, B, _) in adapter.factors().items():
-        tensors |= {f"{name}.A": A.detach().contiguous(), f"{name}.B": B.detach().contiguous()}
     try:
-        (out / SETTINGS_NAME).write_text(json.dumps(config.to_json(), indent=1) + "\n")
-        save_file(tensors, out / START_NAME)
-    except (OSError, SafetensorError) as error:
+        write_durably(out / SETTINGS_NAME, (json.dumps(config.to_json(), indent=1) + "\n").encode())
+        write_durably(out / START_NAME, start)
+    except OSError as error:
         ledger.close()
         for name in (LEDGER_NAME, SETTINGS_NAME, START_NAME):  # nothing has been charged
             (out / name).unlink(missing_ok=True)
@@ -405,7 +379,7 @@ def resumed_config(out: str, changes: dict[str, Any]) -> RunConfig:
     path = Path(out) / SETTINGS_NAME
     if not path.exists():
         if (Path(out) / LEDGER_NAME).exists():
-            raise RunError(_CUT_OFF.format(out=out))
+            raise RunError(CUT_OFF.format(out=out))
         raise RunError(f"{out} holds no run to resume ({SETTINGS_NAME} is missing); leave --resume out.")
     try:
         return make_config({**read_config(path), **changes, "out": out})

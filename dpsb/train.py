@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from dpsb.adapter import Adapter, set_gradient
-from dpsb.capture import adapter_train_mode, per_example_gradients
+from dpsb.capture import CaptureError, adapter_train_mode, per_example_gradients
 from dpsb.checkpoint import load_checkpoint, save_checkpoint
 from dpsb.losses import LossFn, check_losses
 from dpsb.mechanism import Mechanism
-from dpsb.probe import Collate, Example, check_step_moves_model, probe, without_dropout
+from dpsb.probe import Batch, Collate, Example, ProbeError, check_step_moves_model, probe, without_dropout
 from dpsb.randomness import Randomness, SystemRandomness
 from dpsb.sampling import bucket_of, length_buckets, microbatches, poisson_draw
 from dpsb_accounting import Ledger
+
+_LARGEST_PROBE = 64
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ def fit(
       optimizer: Any torch optimizer over ``adapter.parameters()``.
       loss_fn: ``(model, batch) -> (n,)``: one loss per example, each of that example alone.
       collate: ``(examples, padded_length) -> batch``: model inputs padded to exactly that many tokens.
-      synthetic: At least 5 synthetic or public examples of different lengths that share a length bucket, to probe with.
+      synthetic: Synthetic or public examples to probe with, at least 5 of different lengths in each length bucket that
+        is to be probed; give the smallest and the largest.
       max_length: Largest number of tokens; fixes the public length buckets.
       schedule: Factor on every learning rate, as a function of the share of the plan's steps already charged.
       knobs: Memory and speed.
@@ -90,13 +97,18 @@ def fit(
       LedgerError: If the ledger cannot be written or does not match the checkpoint; training stops before the draw.
       ValueError: If the optimizer does not hold the live tensors of the adapter, or something else is trainable.
       MemoryError: If one example alone does not fit into memory.
+      StepError: If anything else goes wrong while a step's data are in use; the step is charged, the message withheld.
     """
     plan, run_dir = ledger.plan, ledger.path.parent
     mechanism = Mechanism.from_plan(plan)
     randomness = randomness or SystemRandomness()
     buckets = length_buckets(max_length)
-    probe_length = bucket_of(max(len(e["input_ids"]) for e in synthetic), buckets)
-    probe_batch = collate(synthetic[:3], probe_length)
+    if plan.unit != "example":
+        raise ValueError(f"Expected a plan whose unit is 'example', got {plan.unit!r}: fit clips per example.")
+    if dict(plan.basis) != adapter.provenance.to_json():
+        raise ValueError(
+            f"The plan states the basis {dict(plan.basis)}, the adapter has {adapter.provenance.to_json()}."
+        )
     adapter.check_nothing_else_is_trained()
     _check_optimizer(optimizer, adapter)
     base_rates = [float(group["lr"]) for group in optimizer.param_groups]
@@ -104,20 +116,21 @@ def fit(
 
     with _training_mode(adapter):
         with without_dropout(adapter.model):
-            probe(adapter, loss_fn, lambda examples: collate(examples, probe_length), synthetic)
+            probe_batch = _probe_every_bucket(adapter, loss_fn, collate, synthetic, buckets, knobs.token_budget)
         if randomness.tainted:
             ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
-        with nullcontext() if allow_dropout else without_dropout(adapter.model):
+        with _secret_dropout(randomness) if allow_dropout else without_dropout(adapter.model):
             checked = False
             for _ in range(ledger.remaining("train")):
                 number = ledger.charge("train")
-                draw = poisson_draw(len(dataset), plan.sampling_prob, randomness)
-                drawn = [dataset[int(i)] for i in draw]
-                lengths = np.array([bucket_of(len(e["input_ids"]), buckets) for e in drawn], dtype=np.int64)
                 total = torch.zeros(adapter.dimension, dtype=torch.float64, device=_device(adapter))
-                for positions, length in microbatches(np.arange(len(drawn)), lengths, knobs.token_budget):
-                    examples = [drawn[i] for i in positions]
-                    total += _clipped_sum(adapter, mechanism, loss_fn, collate, examples, length)
+                with _messages_withheld(number):
+                    draw = poisson_draw(len(dataset), plan.sampling_prob, randomness)
+                    drawn = [dataset[int(i)] for i in draw]
+                    lengths = np.array([bucket_of(len(e["input_ids"]), buckets) for e in drawn], dtype=np.int64)
+                    for positions, length in microbatches(np.arange(len(drawn)), lengths, knobs.token_budget):
+                        examples = [drawn[i] for i in positions]
+                        total += _clipped_sum(adapter, mechanism, loss_fn, collate, examples, length)
                 released = mechanism.release(total, randomness)
                 factor = schedule(number / plan.steps)
                 before = {} if checked or factor == 0.0 else adapter.state()
@@ -130,6 +143,58 @@ def fit(
                     save_checkpoint(run_dir, adapter, optimizer, ledger)
                 on_step(Progress(number + 1, plan.steps))
     save_checkpoint(run_dir, adapter, optimizer, ledger)
+
+
+class StepError(RuntimeError):
+    """Something went wrong while private data were in use. Only its kind and place are told, never its message."""
+
+
+@contextmanager
+def _messages_withheld(number: int) -> Iterator[None]:
+    """Lets no message of an error out that may quote an example, a label or the size of the draw."""
+    try:
+        yield
+    except (CaptureError, MemoryError):
+        raise
+    except Exception as error:
+        if os.environ.get("DPSB_TRACEBACK"):
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
+        raise StepError(
+            f"Step {number} failed ({place}). It is charged. The message is withheld, because it may quote data; "
+            "DPSB_TRACEBACK=1 shows it. The data set, collate or loss_fn breaks its contract for some example."
+        ) from None
+
+
+@contextmanager
+def _secret_dropout(randomness: Randomness) -> Iterator[None]:
+    """Dropout masks from the operating system too: with a known global seed they would tie an example to its place."""
+    with torch.random.fork_rng():
+        torch.manual_seed(int(randomness.words(1)[0] >> 1))
+        yield
+
+
+def _probe_every_bucket(
+    adapter: Adapter,
+    loss_fn: LossFn,
+    collate: Collate,
+    synthetic: Sequence[Example],
+    buckets: Sequence[int],
+    token_budget: int,
+) -> Batch:
+    """Probes in small batches first, then in full microbatches of the longest; returns a small batch."""
+    by_length: dict[int, list[Example]] = {}
+    for example in synthetic:
+        by_length.setdefault(bucket_of(len(example["input_ids"]), buckets), []).append(example)
+    for length, examples in sorted(by_length.items()):
+        size = 3 if length == min(by_length) else min(_LARGEST_PROBE, max(3, token_budget // length))
+        try:
+            probe(adapter, loss_fn, partial(collate, padded_length=length), examples, size)
+        except IndexError as error:
+            raise ProbeError(f"The model cannot process synthetic examples of {length} tokens: {error}.") from None
+    smallest = min(by_length)
+    return collate(by_length[smallest][:3], smallest)
 
 
 def _clipped_sum(

@@ -4,7 +4,8 @@ A basis is a function of the weights, of public data or of a charged release, ne
 sees the adapter sees A and B. Each function returns a :class:`Basis`, which carries where it came from.
 """
 
-from dpsb.basis._common import Basis, Provenance, truncated_svd
+from dpsb.adapter import Basis, Provenance
+from dpsb.basis._common import truncated_svd
 from dpsb.basis.gradient import mean_gradients
 from dpsb.basis.lora_sb import lora_sb
 from dpsb.basis.public import public

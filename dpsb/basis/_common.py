@@ -1,48 +1,14 @@
-"""What every basis is made of: factors with provenance, and a truncated SVD that owns its randomness."""
+"""What the bases share: the frozen weight, and a truncated SVD that owns its randomness."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 
-from dpsb.adapter import Factors
-
-ACCESSES = ("data_free", "public", "released", "non_private")
-
 _EXACT_UP_TO = 1024
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Provenance:
-    """Where a basis came from; it goes into the plan, the ledger and the report.
-
-    Args:
-      kind: Name of the method, e.g. ``"weight_svd"``.
-      access: ``"data_free"``, ``"public"``, ``"released"`` (a private release that the ledger charged) or
-        ``"non_private"`` (raw private gradients: every epsilon of such a run is infinite).
-      detail: Further public facts, e.g. the file name of the public data.
-    """
-
-    kind: str
-    access: str
-    detail: Mapping[str, str | int | float] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, object]:
-        return {"kind": self.kind, "access": self.access, **self.detail}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Basis:
-    """Factors for every target weight, and where they came from."""
-
-    factors: Mapping[str, Factors]
-    provenance: Provenance
 
 
 def base_weight(layer: LoraLayer) -> torch.Tensor:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from dpsb.adapter import Factors, lora_layers
-from dpsb.basis._common import Basis, Provenance, public_generator, truncated_svd
+from dpsb.adapter import Basis, Factors, Provenance, lora_layers
+from dpsb.basis._common import public_generator, truncated_svd
 
 
 def lora_sb(
@@ -17,6 +17,7 @@ def lora_sb(
     *,
     step_size: float,
     access: str,
+    source: str = "",
     allow_non_private_basis: bool = False,
     adapter_name: str = "default",
 ) -> Basis:
@@ -30,6 +31,7 @@ def lora_sb(
       gradients: Gradient (out, in) of every target, e.g. from :func:`mean_gradients`.
       step_size: eta > 0. Public.
       access: ``"public"``, or ``"non_private"`` when the gradients are of private examples.
+      source: What the examples are, for the report.
       allow_non_private_basis: Must be True for ``access="non_private"``; the run's epsilon is then infinite.
 
     Raises:
@@ -52,4 +54,7 @@ def lora_sb(
         update = -step_size * torch.sign(gradients[name])
         U, S, Vh = truncated_svd(update, layer.r[adapter_name], generator)
         factors[name] = Factors(A=Vh, B=U, R0=torch.diag(S))
-    return Basis(factors=factors, provenance=Provenance(kind="lora_sb", access=access, detail={"step_size": step_size}))
+    return Basis(
+        factors=factors,
+        provenance=Provenance(kind="lora_sb", access=access, detail={"step_size": step_size, "source": source}),
+    )

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from dpsb.adapter import Factors, lora_layers
-from dpsb.basis._common import Basis, Provenance, public_generator, truncated_svd
+from dpsb.adapter import Basis, Factors, Provenance, lora_layers
+from dpsb.basis._common import public_generator, truncated_svd
 from dpsb.basis.gradient import mean_gradients
 from dpsb.losses import LossFn
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dpsb.adapter import Factors, lora_layers
-from dpsb.basis._common import Basis, Provenance, public_generator
+from dpsb.adapter import Basis, Factors, Provenance, lora_layers
+from dpsb.basis._common import public_generator
 
 
 def random(model: nn.Module, adapter_name: str = "default", generator: torch.Generator | None = None) -> Basis:

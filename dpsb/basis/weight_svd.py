@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from dpsb.adapter import Factors, lora_layers
-from dpsb.basis._common import Basis, Provenance, base_weight, public_generator, truncated_svd
+from dpsb.adapter import Basis, Factors, Provenance, lora_layers
+from dpsb.basis._common import base_weight, public_generator, truncated_svd
 
 
 def weight_svd(model: nn.Module, adapter_name: str = "default") -> Basis:

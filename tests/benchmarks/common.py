@@ -54,7 +54,7 @@ class Workload:
     def adapter(self, dtype: torch.dtype = torch.float32, scatter: float = 0.0) -> Adapter:
         """The same model with R-only adapters, in train mode; R = 0, or Gaussian of size ``scatter``."""
         model = self.lora(dtype)
-        adapter = attach(model, bases.random(model).factors, allow=HEAD_NAMES)
+        adapter = attach(model, bases.random(model), allow=HEAD_NAMES)
         model.train()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():

@@ -98,7 +98,7 @@ def build_adapter(base, rank=4, allow=(), scatter=0.3, basis=bases.random, **opt
         frozen_head = {"task_type": None, "target_modules": ["query", "key", "value", "dense"]}
         options = {**frozen_head, **options}
     model = build_lora(base, rank, **options)
-    adapter = attach(model, basis(model).factors, allow=allow)
+    adapter = attach(model, basis(model), allow=allow)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for core in adapter.cores:

@@ -12,7 +12,24 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dpsb import basis as bases
-from dpsb.adapter import CoreUp, Factors, FrozenDown, attach, detach, lora_layers, merge, set_gradient
+from dpsb.adapter import (
+    Basis,
+    CoreUp,
+    Factors,
+    FrozenDown,
+    Provenance,
+    attach,
+    detach,
+    lora_layers,
+    merge,
+    set_gradient,
+)
+
+
+def of(factors):
+    """A basis of these factors."""
+    return Basis(factors=factors, provenance=Provenance(kind="test", access="data_free"))
+
 
 KINDS = ("bert", "llama", "gpt2")
 
@@ -55,7 +72,7 @@ def test_refuses(tiny, case):
     model = tiny.lora(tiny.base("bert"), **{"task_type": None, "target_modules": ["query", "value"], **options})
     before = {name: (p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=message):
-        attach(model, factors)
+        attach(model, of(factors))
     after = dict(model.named_parameters())
     assert set(after) == set(before)  # the model is as it was
     assert all(p.requires_grad == before[n][0] and torch.equal(p, before[n][1]) for n, p in after.items())
@@ -65,14 +82,14 @@ def test_refuses(tiny, case):
 def test_refuses_convolutions(layer):
     model = get_peft_model(nn.Sequential(layer), LoraConfig(r=2, lora_alpha=2, target_modules=["0"]))
     with pytest.raises(ValueError, match="convolution"):
-        attach(model, {"base_model.model.0": Factors(torch.eye(2, 4), torch.eye(4, 2))})
+        attach(model, of({"base_model.model.0": Factors(torch.eye(2, 4), torch.eye(4, 2))}))
 
 
 def test_refuses_a_left_over_trainable_tensor(tiny):
     model = tiny.lora(tiny.base("llama"))
     model.get_base_model().model.norm.weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"model\.norm\.weight \(32,\) would be trained besides the cores"):
-        attach(model, bases.random(model).factors)
+        attach(model, bases.random(model))
 
 
 def test_a_tensor_made_trainable_later_is_found(tiny):
@@ -96,7 +113,7 @@ def test_refuses_a_head_without_per_example_rule(tiny):
     base.classifier = Odd()
     model = tiny.lora(base, task_type=None, target_modules=["query"], modules_to_save=["classifier"])
     with pytest.raises(ValueError, match="no per-example gradient rule"):
-        attach(model, bases.random(model).factors, allow=("classifier",))
+        attach(model, bases.random(model), allow=("classifier",))
 
 
 def test_refuses_factors_that_do_not_fit(tiny):
@@ -111,10 +128,10 @@ def test_refuses_factors_that_do_not_fit(tiny):
         (Factors(A, B, torch.zeros(3, 3)), "Expected R0"),
     ):
         with pytest.raises(ValueError, match=message):
-            attach(model, {**factors, name: wrong})
+            attach(model, of({**factors, name: wrong}))
     del factors[name]
     with pytest.raises(ValueError, match="no factors for"):
-        attach(model, factors)
+        attach(model, of(factors))
 
 
 def test_refuses_a_model_without_lora(tiny):
@@ -125,7 +142,7 @@ def test_refuses_a_model_without_lora(tiny):
 def test_refuses_an_init_that_changes_the_base_weight(tiny):
     model = tiny.lora(tiny.base("llama"), init_lora_weights="pissa")
     with pytest.raises(ValueError, match="init"):
-        attach(model, bases.random(model).factors)
+        attach(model, bases.random(model))
 
 
 # --- what is trained
@@ -362,5 +379,5 @@ def test_merge_gives_the_base_model(tiny, kind):
 def test_r0_is_where_training_starts(tiny):
     model = tiny.lora(tiny.base("llama"), target_modules=["q_proj"])
     factors = {n: f._replace(R0=torch.diag(torch.arange(4.0))) for n, f in bases.random(model).factors.items()}
-    adapter = attach(model, factors)
+    adapter = attach(model, of(factors))
     assert all(torch.equal(p, torch.diag(torch.arange(4.0))) for p in adapter.parameters())

@@ -172,7 +172,7 @@ def test_lora_sb_is_the_papers_start(tiny, kind):
         weight = by_hand.get_submodule(name.removeprefix("base_model.model.")).weight
         with torch.no_grad():
             weight += (start.T if getattr(layer, "fan_in_fan_out", False) else start).float()
-    attach(model, basis.factors, allow=("classifier",))
+    attach(model, basis, allow=("classifier",))
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     with torch.no_grad():
         assert tiny.distance(model.eval()(**inputs).logits, by_hand(**inputs).logits) <= 1e-5

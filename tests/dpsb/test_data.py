@@ -25,6 +25,7 @@ from dpsb.data import (
     tokenize_classification,
 )
 from dpsb.losses import IGNORED
+from dpsb.sampling import bucket_of, length_buckets
 
 CANARY = "zanzibar-4711"
 TEXTS = ["buy now", "see you at noon", ""]
@@ -115,12 +116,31 @@ def test_wrong_column_lists_the_columns(wrong):
 
 
 def test_missing_columns_are_named():
-    with pytest.raises(DataError, match=r"no text column.*--text-column \(x, label\)"):
+    with pytest.raises(DataError, match=r"no text column.*--text-column \(it has 'x', 'label'\)"):
         tokenize_classification(Table("m", {"x": [], "label": []}), Columns(), tokenizer(), ("a", "b"), 9)
-    with pytest.raises(DataError, match=r"no label column.*--label-column \(text, y\)"):
+    with pytest.raises(DataError, match=r"no label column.*--label-column \(it has 'text', 'y'\)"):
         tokenize_classification(Table("m", {"text": [], "y": []}), Columns(), tokenizer(), ("a", "b"), 9)
-    with pytest.raises(DataError, match=r"neither a text column nor prompt.*\(x\)"):
+    with pytest.raises(DataError, match=r"neither a text column nor prompt.*\(it has 'x'\)"):
         tokenize_causal(Table("m", {"x": []}), Columns(), tokenizer(pairs=False, eos_token="</s>"), 9)
+
+
+def test_a_first_row_in_place_of_a_header_is_not_quoted():
+    table = Table("m", {f"Dear Dr Smith, {CANARY}": [], "spam": []})
+    for missing in (lambda: table.column("text"), lambda: table.pick("text", ())):
+        with pytest.raises(DataError, match="2 columns, whose names do not look like a header") as caught:
+            missing()
+        assert CANARY not in str(caught.value)
+
+
+def test_labels_from_data_must_look_like_labels():
+    for values in ([f"value {i}" for i in range(1001)], ["a", "b" * 65]):
+        with pytest.raises(DataError, match="does not look like a public set"):
+            declared_labels("from-data", Table("m", {"label": values}), Columns(), None)
+
+
+def test_a_lone_surrogate_is_a_question_mark():
+    table = Table("m", {"text": ["fine \ud83d"], "label": ["a"]})
+    assert tokenize_classification(table, Columns(), tokenizer(), ("a", "b"), 9)
 
 
 BROKEN = {
@@ -301,7 +321,10 @@ def test_collator_pads_to_exactly_the_given_length():
 def test_synthetic_examples_fit_the_probe(task, max_length):
     examples = synthetic_examples(task, 50, 3, max_length, token_types=True)
     assert len(examples) >= 5
-    assert all(1 <= len(e["input_ids"]) <= min(16, max_length) for e in examples)
+    assert all(1 <= len(e["input_ids"]) <= max_length for e in examples)
+    buckets = [bucket_of(len(e["input_ids"]), length_buckets(max_length)) for e in examples]
+    assert {buckets.count(bucket) for bucket in buckets} == {6}
+    assert set(buckets) == {length_buckets(max_length)[0], max_length}
     assert all(0 <= token < 50 for e in examples for token in e["input_ids"])
     assert examples == synthetic_examples(task, 50, 3, max_length, token_types=True)
 

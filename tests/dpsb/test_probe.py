@@ -87,6 +87,44 @@ def test_refuses_a_model_that_couples_examples(tiny, build):
         probe(simple(tiny, build(tiny)), classification_loss, collate, synthetic(tiny))
 
 
+def carried_to_the_next(tiny):
+    class Carried(tiny.twice):
+        def _once(self, h):
+            h = torch.tanh(self.layer(h))
+            return h + 0.1 * torch.cat([torch.zeros_like(h[:1]), h[:-1]]).detach()
+
+    return Carried()
+
+
+def centred_in_large_batches(tiny):
+    class Large(tiny.twice):
+        def _once(self, h):
+            h = torch.tanh(self.layer(h))
+            return h - 0.1 * h.mean(dim=0, keepdim=True) * (len(h) > 3)
+
+    return Large()
+
+
+@pytest.mark.parametrize("build", [carried_to_the_next, centred_in_large_batches])
+def test_refuses_coupling_that_needs_a_place_or_a_size(tiny, build):
+    with pytest.raises(ProbeError, match="the examples are coupled"):
+        probe(simple(tiny, build(tiny)), classification_loss, collate, synthetic(tiny), batch_size=6)
+
+
+def test_refuses_a_forward_pass_that_writes_a_buffer(tiny):
+    class Observed(tiny.twice):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+        def _once(self, h):
+            self.seen += h.detach().abs().max()
+            return torch.tanh(self.layer(h))
+
+    with pytest.raises(ProbeError, match=r"changes the buffer .*seen"):
+        probe(simple(tiny, Observed()), classification_loss, collate, synthetic(tiny))
+
+
 def token_mean_loss(model, batch):
     """What Hugging Face's loss does, made to look like a vector: divided by the tokens of the batch."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]

@@ -18,6 +18,7 @@ import workbench
 from dpsb import artifacts, checkpoint, run, train
 from dpsb.mechanism import Mechanism
 from dpsb.randomness import Randomness
+from dpsb.start import StartError
 from dpsb_accounting import Ledger, LedgerError, Report, verify
 
 STEPS = 3
@@ -216,11 +217,11 @@ def test_killed_before_training_could_start_says_what_to_do(tmp_path, settings_t
     out = tmp_path / "run"
 
     def killed():
-        at(run, "save_file") if settings_there else at(Path, "write_text", when=named("run.json"))
+        at(Path, "write_bytes", when=named("start.safetensors" if settings_there else "run.json"))
         run.train(workbench.run_config(out))
 
     assert in_a_fork(killed) == signal.SIGKILL
-    with pytest.raises(run.RunError, match="cut off before its first step; delete the folder"):
+    with pytest.raises((run.RunError, StartError), match="cut off before its first step; delete the folder"):
         run.train(run.resumed_config(str(out), {}), resume=True)
     with pytest.raises(run.RunError, match="already holds a run"):
         run.train(workbench.run_config(out))

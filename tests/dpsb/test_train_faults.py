@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from dpsb.checkpoint import remove_checkpoint
 from dpsb.losses import classification_loss
 from dpsb.randomness import SeededRandomness
 from dpsb.sampling import poisson_draw
-from dpsb.train import Knobs, fit
+from dpsb.train import Knobs, StepError, fit
 from dpsb_accounting import BudgetSpent, Ledger, LedgerError
 
 EVERY_STEP = Knobs(checkpoint_every=1)
@@ -166,9 +167,26 @@ def test_another_error_is_not_taken_for_one_of_memory(training, tmp_path):
             raise RuntimeError("something else")
         return classification_loss(model, batch)
 
-    with pytest.raises(RuntimeError, match="something else"):
+    with pytest.raises(StepError, match=r"Step 0 failed \(RuntimeError at .*message is withheld") as caught:
         training(data=data, loss_fn=loss, plan={"num_examples": 24, "expected_batch_size": 24})
+    assert "something else" not in str(caught.value)
     assert charged(tmp_path) == 1
+
+
+# --- what does not belong together
+
+
+def test_a_plan_that_states_another_basis_or_unit_is_refused(training, tmp_path):
+    plan = workbench.fit_plan()
+    for odd, match in (
+        (replace(plan, basis={"kind": "weight_svd", "access": "data_free"}), "the adapter has"),
+        (replace(plan, unit="user"), "unit is 'example'"),
+    ):
+        Ledger.create(tmp_path / "ledger.jsonl", odd).close()
+        with pytest.raises(ValueError, match=match):
+            training()
+        assert charged(tmp_path) == 0
+        (tmp_path / "ledger.jsonl").unlink()
 
 
 # --- the ledger
