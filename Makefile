@@ -30,7 +30,7 @@ $(VENV)/.dev: $(VENV)/.demo
 	touch $@
 
 demo: $(VENV)/.demo
-	$(BIN)/dpsb demo --out demo-run
+	$(BIN)/dpsb demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -51,4 +51,4 @@ bench: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/step_time.py --json
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo-run
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
