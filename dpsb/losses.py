@@ -83,7 +83,8 @@ def _token_losses(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor
         return _scored(nn.Identity(), model(**inputs).logits, labels)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     tokens = max(1, _CHUNK_LOGITS // (hidden.shape[0] * head.weight.shape[0]))
-    if type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
+    plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter  # quantized weights are subclasses of it
+    if plain and not any(parameter.requires_grad for parameter in head.parameters()):
         return cast(torch.Tensor, _FrozenHeadLosses.apply(hidden, head, labels, tokens))
     score = partial(_scored, head)
     chunks = zip(hidden.split(tokens, dim=1), labels.split(tokens, dim=1), strict=True)
