@@ -16,9 +16,9 @@ _HOME = {
     "losses": ("causal_lm_loss", "classification_loss"),
     "mechanism": ("Mechanism", "clip_and_sum"),
     "plan": ("make_plan",),
-    "probe": ("ProbeError", "probe"),
+    "probe": ("ProbeError",),
     "randomness": ("SeededRandomness", "SystemRandomness"),
-    "run": ("Run", "train"),
+    "run": ("Run", "fine_tune"),
     "sampling": ("microbatches", "poisson_draw"),
     "train": ("Knobs", "Progress", "fit"),
 }

@@ -222,15 +222,14 @@ def train(
 
     def run() -> None:
         from dpsb.config import make_config, read_config
-        from dpsb.run import resumed_config
-        from dpsb.run import train as run_training
+        from dpsb.run import fine_tune, resumed_config
 
         settings = {**(read_config(config) if config else {}), **given}
         if resume:
             chosen = resumed_config(str(settings.get("out", "")), {k: v for k, v in settings.items() if k != "out"})
         else:
             chosen = make_config(settings)
-        _train_and_print(lambda callbacks: run_training(chosen, resume=resume, callbacks=callbacks), as_json)
+        _train_and_print(lambda callbacks: fine_tune(chosen, resume=resume, callbacks=callbacks), as_json)
 
     _guarded(run)
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpsb.config import RunConfig
-from dpsb.run import Callbacks, Run, RunError, train
+from dpsb.run import Callbacks, Run, RunError, fine_tune
 from dpsb_accounting import Ledger
 
 LABELS = ("ham", "spam")
@@ -68,13 +68,15 @@ def run_demo(out: Path, *, epsilon: float = 3.0, callbacks: Callbacks = Callback
     """
     if (out / "ledger.jsonl").exists():
         raise RunError(f"{out} already holds a run; look at it with `dpsb report {out}`, or choose another --out.")
-    return train(demo_config(out, epsilon=epsilon), callbacks=callbacks)
+    return fine_tune(demo_config(out, epsilon=epsilon), callbacks=callbacks)
 
 
 def non_private_baseline(evaluate_on: str = "test") -> float:
     """Accuracy of the same adapter and settings without clipping and noise (epsilon infinite)."""
     with tempfile.TemporaryDirectory() as scratch:
-        return train(demo_config(Path(scratch) / "run", epsilon=math.inf, evaluate_on=evaluate_on)).held_out["accuracy"]
+        return fine_tune(demo_config(Path(scratch) / "run", epsilon=math.inf, evaluate_on=evaluate_on)).held_out[
+            "accuracy"
+        ]
 
 
 def frozen_features_baseline(

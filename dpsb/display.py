@@ -73,7 +73,7 @@ class Display:
         self._progress.stop()
 
     def callbacks(self) -> Any:
-        """What :func:`dpsb.run.train` calls."""
+        """What :func:`dpsb.run.fine_tune` calls."""
         from dpsb.run import Callbacks
 
         return Callbacks(on_status=self._status, on_plan=self._plan, on_step=self._step)

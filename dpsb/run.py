@@ -85,7 +85,7 @@ class _Prepared:
     max_length: int
 
 
-def train(config: RunConfig, *, resume: bool = False, callbacks: Callbacks = Callbacks()) -> Run:
+def fine_tune(config: RunConfig, *, resume: bool = False, callbacks: Callbacks = Callbacks()) -> Run:
     """Runs or resumes a private fine-tune and writes its folder.
 
     The folder holds a plain LoRA adapter, the cores in fp32, the ledger, the report and a model card. Nothing is

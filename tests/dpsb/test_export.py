@@ -43,7 +43,7 @@ def finished(tmp_path_factory):
         for kind in KINDS:
             task, changes = settings(kind)
             out = home / kind
-            run.train(workbench.run_config(out, task, learning_rate=0.3, **changes))
+            run.fine_tune(workbench.run_config(out, task, learning_rate=0.3, **changes))
             runs[kind] = {"out": out, "trained": logits_here(kept["adapter"].model, kept["tok"])}
             runs[kind]["adapter"] = kept["adapter"]
             export_merged(out, home / f"{kind}-merged")

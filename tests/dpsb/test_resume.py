@@ -154,13 +154,13 @@ def test_kill_and_resume(tmp_path, notes, point):
 
     def killed():
         POINTS[point]()
-        run.train(config)
+        run.fine_tune(config)
 
     assert in_a_fork(killed) == signal.SIGKILL
     before = Ledger.read(tmp_path / "run" / "ledger.jsonl").charged("train")
     assert before <= STEPS
     assert not (tmp_path / "run" / "report.json").exists()
-    run.train(run.resumed_config(str(tmp_path / "run"), {}), resume=True)
+    run.fine_tune(run.resumed_config(str(tmp_path / "run"), {}), resume=True)
     check_end(tmp_path / "run", notes())
 
 
@@ -169,17 +169,17 @@ def test_killed_again_and_again(tmp_path, notes):
 
     def start():
         at(Mechanism, "release")
-        run.train(workbench.run_config(out, steps=STEPS))
+        run.fine_tune(workbench.run_config(out, steps=STEPS))
 
     def again():
         at(Mechanism, "release")
-        run.train(run.resumed_config(str(out), {}), resume=True)
+        run.fine_tune(run.resumed_config(str(out), {}), resume=True)
 
     assert in_a_fork(start) == signal.SIGKILL
     for _ in range(STEPS - 1):
         assert in_a_fork(again) == signal.SIGKILL
     assert Ledger.read(out / "ledger.jsonl").charged("train") == STEPS
-    finished = run.train(run.resumed_config(str(out), {}), resume=True)
+    finished = run.fine_tune(run.resumed_config(str(out), {}), resume=True)
     assert finished.report.claim
     check_end(out, notes())
 
@@ -189,11 +189,11 @@ def test_charged_all_but_nothing_saved_writes_the_results_without_a_further_char
 
     def killed():
         at(Mechanism, "release", count=STEPS, before=False)
-        run.train(workbench.run_config(out, steps=STEPS))
+        run.fine_tune(workbench.run_config(out, steps=STEPS))
 
     assert in_a_fork(killed) == signal.SIGKILL
     lines = (out / "ledger.jsonl").read_bytes()
-    run.train(run.resumed_config(str(out), {}), resume=True)
+    run.fine_tune(run.resumed_config(str(out), {}), resume=True)
     assert (out / "ledger.jsonl").read_bytes() == lines
     check_end(out, notes())
 
@@ -203,12 +203,12 @@ def test_killed_after_the_report_is_finished_and_its_leftovers_go(tmp_path, note
 
     def killed():
         at(Report, "write", before=False)
-        run.train(workbench.run_config(out, steps=STEPS))
+        run.fine_tune(workbench.run_config(out, steps=STEPS))
 
     assert in_a_fork(killed) == signal.SIGKILL
     assert (out / "checkpoint").exists()
     with pytest.raises(run.RunError, match="is finished: its budget is spent"):
-        run.train(run.resumed_config(str(out), {}), resume=True)
+        run.fine_tune(run.resumed_config(str(out), {}), resume=True)
     check_end(out, notes())
 
 
@@ -218,13 +218,13 @@ def test_killed_before_training_could_start_says_what_to_do(tmp_path, settings_t
 
     def killed():
         at(Path, "write_bytes", when=named("start.safetensors" if settings_there else "run.json"))
-        run.train(workbench.run_config(out))
+        run.fine_tune(workbench.run_config(out))
 
     assert in_a_fork(killed) == signal.SIGKILL
     with pytest.raises((run.RunError, StartError), match="cut off before its first step; delete the folder"):
-        run.train(run.resumed_config(str(out), {}), resume=True)
+        run.fine_tune(run.resumed_config(str(out), {}), resume=True)
     with pytest.raises(run.RunError, match="already holds a run"):
-        run.train(workbench.run_config(out))
+        run.fine_tune(workbench.run_config(out))
 
 
 def stopped(out, after=2, **changes):
@@ -235,11 +235,11 @@ def stopped(out, after=2, **changes):
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        run.train(workbench.run_config(out, **changes), callbacks=run.Callbacks(on_step=stop))
+        run.fine_tune(workbench.run_config(out, **changes), callbacks=run.Callbacks(on_step=stop))
 
 
 def resume(out, **changes):
-    return run.train(run.resumed_config(str(out), changes), resume=True)
+    return run.fine_tune(run.resumed_config(str(out), changes), resume=True)
 
 
 def test_the_schedule_goes_on_and_the_start_is_the_saved_one(tmp_path, monkeypatch):
@@ -307,7 +307,7 @@ def test_the_folder_of_a_lost_ledger_takes_no_new_run(tmp_path):
     stopped(out)
     (out / "ledger.jsonl").unlink()
     with pytest.raises(run.RunError, match=r"remains of a run whose ledger\.jsonl is gone"):
-        run.train(workbench.run_config(out))
+        run.fine_tune(workbench.run_config(out))
     with pytest.raises(run.RunError, match="holds no run to resume"):
         resume(out)
     with pytest.raises(run.RunError, match="holds no run to resume"):

@@ -85,7 +85,7 @@ def test_a_run_end_to_end(tmp_path, capfd, name):
         changes["data"] = str(workbench.data_file("pairs"))
     if "head_lr" in changes:
         changes["head_learning_rate"] = changes.pop("head_lr")
-    finished = run.train(workbench.run_config(tmp_path / "run", task, **changes))
+    finished = run.fine_tune(workbench.run_config(tmp_path / "run", task, **changes))
     _, report = check_folder(finished)
     no_canary(*capfd.readouterr())
     declared = "num_examples" in changes
@@ -101,7 +101,7 @@ def test_a_run_end_to_end(tmp_path, capfd, name):
 
 
 def test_epsilon_infinite_claims_nothing(tmp_path):
-    finished = run.train(workbench.run_config(tmp_path / "run", epsilon=math.inf, basis="lora-sb"))
+    finished = run.fine_tune(workbench.run_config(tmp_path / "run", epsilon=math.inf, basis="lora-sb"))
     _, report = check_folder(finished)
     assert report["claim"] is False
     assert report["epsilon"]["upper"] == "inf"
@@ -112,7 +112,7 @@ def test_epsilon_infinite_claims_nothing(tmp_path):
 def test_a_seeded_run_claims_nothing(tmp_path):
     thetas = []
     for name in ("one", "two"):
-        finished = run.train(workbench.run_config(tmp_path / name, insecure_seed=7))
+        finished = run.fine_tune(workbench.run_config(tmp_path / name, insecure_seed=7))
         assert finished.report.claim is False
         thetas.append(load_file(tmp_path / name / "dpsb_core.safetensors"))
     assert all(torch.equal(thetas[0][key], thetas[1][key]) for key in thetas[0])
@@ -122,14 +122,14 @@ def test_two_default_runs_differ(tmp_path):
     thetas = []
     for name in ("one", "two"):
         torch.manual_seed(0)
-        run.train(workbench.run_config(tmp_path / name, steps=1, targets="query"))
+        run.fine_tune(workbench.run_config(tmp_path / name, steps=1, targets="query"))
         thetas.append(load_file(tmp_path / name / "dpsb_core.safetensors"))
     assert not any(torch.equal(thetas[0][key], thetas[1][key]) for key in thetas[0] if key.endswith(".R"))
 
 
 def test_the_ledger_states_the_plan_and_nothing_of_the_data(tmp_path):
-    run.train(workbench.run_config(tmp_path / "one", num_examples=64, insecure_seed=1))
-    run.train(workbench.run_config(tmp_path / "two", num_examples=64, data=str(workbench.data_file(count=31))))
+    run.fine_tune(workbench.run_config(tmp_path / "one", num_examples=64, insecure_seed=1))
+    run.fine_tune(workbench.run_config(tmp_path / "two", num_examples=64, data=str(workbench.data_file(count=31))))
     found = []
     for name in ("one", "two"):
         plan = Ledger.read(tmp_path / name / "ledger.jsonl").plan
@@ -142,7 +142,7 @@ def test_the_ledger_states_the_plan_and_nothing_of_the_data(tmp_path):
 
 def test_held_out_metrics_are_outside_the_guarantee_and_not_in_the_card(tmp_path):
     held_out = workbench.data_file(seed=5)
-    finished = run.train(workbench.run_config(tmp_path / "run", eval_data=str(held_out)))
+    finished = run.fine_tune(workbench.run_config(tmp_path / "run", eval_data=str(held_out)))
     _, report = check_folder(finished)
     assert finished.held_out["examples"] == 59, "the row with an undeclared label is left out"
     assert 0 <= finished.held_out["accuracy"] <= 1
@@ -152,7 +152,7 @@ def test_held_out_metrics_are_outside_the_guarantee_and_not_in_the_card(tmp_path
 def test_metrics_that_are_not_finite_do_not_keep_a_run_from_ending(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "evaluate", lambda *_args: {"loss_per_token": math.nan, "perplexity": math.inf})
     held_out = str(workbench.data_file("causal-lm", seed=5))
-    finished = run.train(workbench.run_config(tmp_path / "run", "causal-lm", eval_data=held_out))
+    finished = run.fine_tune(workbench.run_config(tmp_path / "run", "causal-lm", eval_data=held_out))
     assert json.loads((finished.out / "report.json").read_text())["held_out"]["metrics"] == {
         "loss_per_token": "nan",
         "perplexity": "inf",
@@ -170,7 +170,7 @@ def test_perplexity_of_a_model_gone_astray(tiny):
 
 def test_a_mean_pooled_classifier(tmp_path):
     changes = {"model": str(workbench.bert_folder(pooled=True)), "eval_data": str(workbench.data_file(seed=5))}
-    finished = run.train(workbench.run_config(tmp_path / "run", **changes))
+    finished = run.fine_tune(workbench.run_config(tmp_path / "run", **changes))
     files, _ = check_folder(finished)
     assert "head.safetensors" in files
     assert Ledger.read(finished.out / "ledger.jsonl").plan.details["pooling"] == "mean"
@@ -178,12 +178,12 @@ def test_a_mean_pooled_classifier(tmp_path):
 
 def test_labels_from_the_model_config_and_from_the_data(tmp_path):
     model = str(workbench.bert_folder(id2label=("ham", "spam")))
-    run.train(workbench.run_config(tmp_path / "one", model=model, labels=None))
+    run.fine_tune(workbench.run_config(tmp_path / "one", model=model, labels=None))
     details = Ledger.read(tmp_path / "one" / "ledger.jsonl").plan.details
     assert (details["labels"], details["labels_origin"]) == (["ham", "spam"], "model config")
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"text": f"{w} now", "label": w[0]}) + "\n" for w in workbench.WORDS))
-    run.train(workbench.run_config(tmp_path / "two", data=str(data), labels="from-data"))
+    run.fine_tune(workbench.run_config(tmp_path / "two", data=str(data), labels="from-data"))
     details = Ledger.read(tmp_path / "two" / "ledger.jsonl").plan.details
     assert details["labels_origin"] == "from-data"
     assert details["labels"] == sorted({word[0] for word in workbench.WORDS})
@@ -193,7 +193,7 @@ def test_texts_are_cut_at_what_the_model_allows(tmp_path):
     data = tmp_path / "long.jsonl"
     rows = [{"text": "buy now " * 100 if i % 2 else "see", "label": ("ham", "spam")[i % 2]} for i in range(40)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    finished = run.train(workbench.run_config(tmp_path / "run", data=str(data), max_length=500))
+    finished = run.fine_tune(workbench.run_config(tmp_path / "run", data=str(data), max_length=500))
     details = Ledger.read(finished.out / "ledger.jsonl").plan.details
     assert details["max_length"] == 64
     assert details["length_buckets"][-1] == 64
@@ -209,9 +209,9 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_run(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("dpsb.checkpoint.save_file", full)
         with pytest.raises(OSError, match=r"checkpoint in .* cannot be written"):
-            run.train(workbench.run_config(out))
+            run.fine_tune(workbench.run_config(out))
     assert Ledger.read(out / "ledger.jsonl").charged("train") == 1
-    check_folder(run.train(run.resumed_config(str(out), {}), resume=True))
+    check_folder(run.fine_tune(run.resumed_config(str(out), {}), resume=True))
 
 
 def test_a_full_disk_before_the_first_step_leaves_nothing(tmp_path, monkeypatch):
@@ -221,9 +221,9 @@ def test_a_full_disk_before_the_first_step_leaves_nothing(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr("dpsb.run.write_durably", full)
         with pytest.raises(run.RunError, match="nothing was started"):
-            run.train(workbench.run_config(tmp_path / "run"))
+            run.fine_tune(workbench.run_config(tmp_path / "run"))
     assert workbench.written(tmp_path / "run") == {}
-    run.train(workbench.run_config(tmp_path / "run"))
+    run.fine_tune(workbench.run_config(tmp_path / "run"))
 
 
 def test_private_texts_are_in_no_file_of_a_run_that_failed(tmp_path, monkeypatch, capfd):
@@ -232,7 +232,7 @@ def test_private_texts_are_in_no_file_of_a_run_that_failed(tmp_path, monkeypatch
 
     monkeypatch.setattr("dpsb.train._step", broken)
     with pytest.raises(RuntimeError, match="the optimizer broke"):
-        run.train(workbench.run_config(tmp_path / "run", "causal-lm"))
+        run.fine_tune(workbench.run_config(tmp_path / "run", "causal-lm"))
     files = workbench.written(tmp_path / "run")
     assert "ledger.jsonl" in files
     no_canary(*files.values(), *capfd.readouterr())
