@@ -81,7 +81,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 def _minilm(dtype: torch.dtype) -> nn.Module:
-    return load_base("minilm", "classification", LABELS, dtype=dtype)[0]
+    return load_base("minilm", "classification", LABELS, dtype=dtype, pooling="native")[0]
 
 
 def llama(dtype: torch.dtype, hidden: int = 512, layers: int = 8, intermediate: int = 1408) -> nn.Module:
