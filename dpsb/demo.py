@@ -144,7 +144,9 @@ def print_comparison(console: Console, out: Path, *, rerun: bool = False) -> Non
         table.add_column(heading, justify="left" if heading == "method" else "right")
     upper = report["epsilon"]["upper"]
     spent = f"{upper:.3f}" if isinstance(upper, float) else str(upper)
-    table.add_row("[bold]this run[/bold]: R-only, private", spent, f"{report['held_out']['accuracy']:.4f}", "1")
+    table.add_row(
+        "[bold]this run[/bold]: R-only, private", spent, f"{report['held_out']['metrics']['accuracy']:.4f}", "1"
+    )
     recorded = recorded_baselines()
     reruns: dict[str, Callable[[], float]] = {
         "frozen_features": frozen_features_baseline,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,7 +181,9 @@ def add_lora(base: nn.Module, task: str, rank: int, targets: str | Sequence[str]
         task_type=task_type,
     )
     try:
-        adapted = get_peft_model(base.encoder if isinstance(base, MeanPooledClassifier) else base, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks transformers 5 by old names
+            adapted = get_peft_model(base.encoder if isinstance(base, MeanPooledClassifier) else base, config)
     except ValueError as error:
         raise ModelError(f"targets={names!r} do not fit this model: {error}") from None
     for name, module in adapted.named_modules():
