@@ -14,8 +14,6 @@ import torch
 from dpsb.losses import IGNORED
 from dpsb.sampling import length_buckets
 
-TASKS = ("classification", "causal-lm")
-
 _TEXT = (
     "text",
     "text_a",

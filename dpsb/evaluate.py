@@ -12,7 +12,7 @@ from torch import nn
 
 from dpsb.losses import IGNORED, causal_lm_loss
 from dpsb.probe import Collate
-from dpsb.sampling import bucket_of, length_buckets, microbatches
+from dpsb.sampling import length_buckets, microbatches, padded_lengths
 
 
 @torch.no_grad()
@@ -23,8 +23,7 @@ def evaluate(
 
     Rows with an undeclared label or without labelled tokens are left out.
     """
-    buckets = length_buckets(max_length)
-    padded = np.array([bucket_of(len(e["input_ids"]), buckets) for e in examples], dtype=np.int64)
+    padded = padded_lengths(examples, length_buckets(max_length))
     was_training = model.training
     model.eval()
     right, nll, count = 0, 0.0, 0

@@ -107,11 +107,12 @@ def fine_tune(config: RunConfig, *, resume: bool = False, callbacks: Callbacks =
     _check_folder(out, resume)
     callbacks.on_status("reading data and model")
     dtype = getattr(torch, config.dtype)
-    labels, origin = _labels(config)
+    table = read_table(config.data)
+    labels, origin = _labels(config, table)
     base, tokenizer = load_base(
         config.model, config.task, labels, dtype=dtype, pooling=config.pooling, head_init_std=config.head_init_std
     )
-    prepared = _prepare(config, base, tokenizer, labels, origin)
+    prepared = _prepare(config, table, base, tokenizer, labels, origin)
     model = add_lora(base, config.task, config.rank, _targets(config.targets))
     if torch.cuda.is_available():
         model.to("cuda")
@@ -183,10 +184,10 @@ def _check_folder(out: Path, resume: bool) -> None:
         raise RunError(f"{out} holds remains of a run whose {LEDGER_NAME} is gone; choose another --out.")
 
 
-def _labels(config: RunConfig) -> tuple[tuple[str, ...], str]:
+def _labels(config: RunConfig, table: Table) -> tuple[tuple[str, ...], str]:
     if config.task != "classification":
         return (), "none"
-    return declared_labels(config.labels, read_table(config.data), _columns(config), config_labels(config.model))
+    return declared_labels(config.labels, table, _columns(config), config_labels(config.model))
 
 
 def _columns(config: RunConfig) -> Columns:
@@ -205,7 +206,9 @@ def _targets(targets: str) -> str | list[str]:
     return [name.strip() for name in targets.split(",") if name.strip()]
 
 
-def _prepare(config: RunConfig, base: Any, tokenizer: Any, labels: tuple[str, ...], origin: str) -> _Prepared:
+def _prepare(
+    config: RunConfig, table: Table, base: Any, tokenizer: Any, labels: tuple[str, ...], origin: str
+) -> _Prepared:
     longest = longest_input(base, tokenizer)
     max_length = min(config.max_length, longest or config.max_length)
 
@@ -218,7 +221,6 @@ def _prepare(config: RunConfig, base: Any, tokenizer: Any, labels: tuple[str, ..
         return tokenize_causal(table, columns, tokenizer, max_length)
 
     columns = _columns(config)
-    table = read_table(config.data)
     examples = tokenized(table, columns) or []
     if not examples and config.num_examples is None:  # with a declared N no number of rows is special
         raise DataError(f"{config.data} holds no rows.")

@@ -6,7 +6,8 @@ The cut is a matter of speed and memory only: the same examples give the same su
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +75,11 @@ def bucket_of(length: int, buckets: Sequence[int]) -> int:
         if length <= bucket:
             return bucket
     raise ValueError("An example is longer than the largest bucket; truncate it to max_length first.")
+
+
+def padded_lengths(examples: Sequence[Mapping[str, Any]], buckets: Sequence[int]) -> np.ndarray:
+    """The bucket of each example's ``input_ids``, shape ``(n,)``, int64. Sensitive where the examples are."""
+    return np.array([bucket_of(len(example["input_ids"]), buckets) for example in examples], dtype=np.int64)
 
 
 def microbatches(draw: np.ndarray, padded_lengths: np.ndarray, token_budget: int) -> Iterator[tuple[np.ndarray, int]]:

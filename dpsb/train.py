@@ -20,7 +20,7 @@ from dpsb.losses import LossFn, check_losses
 from dpsb.mechanism import Mechanism
 from dpsb.probe import Batch, Collate, Example, ProbeError, check_step_moves_model, probe, without_dropout
 from dpsb.randomness import Randomness, SystemRandomness
-from dpsb.sampling import bucket_of, length_buckets, microbatches, poisson_draw
+from dpsb.sampling import bucket_of, length_buckets, microbatches, padded_lengths, poisson_draw
 from dpsb_accounting import Ledger
 
 _LARGEST_PROBE = 64
@@ -127,7 +127,7 @@ def fit(
                 with _messages_withheld(number):
                     draw = poisson_draw(len(dataset), plan.sampling_prob, randomness)
                     drawn = [dataset[int(i)] for i in draw]
-                    lengths = np.array([bucket_of(len(e["input_ids"]), buckets) for e in drawn], dtype=np.int64)
+                    lengths = padded_lengths(drawn, buckets)
                     for positions, length in microbatches(np.arange(len(drawn)), lengths, knobs.token_budget):
                         examples = [drawn[i] for i in positions]
                         total += _clipped_sum(adapter, mechanism, loss_fn, collate, examples, length)

@@ -14,7 +14,7 @@ from dpsb.losses import IGNORED
 from dpsb.mechanism import Mechanism
 from dpsb.probe import Collate
 from dpsb.randomness import Randomness, SystemRandomness
-from dpsb.sampling import bucket_of, length_buckets, microbatches, poisson_draw
+from dpsb.sampling import length_buckets, microbatches, padded_lengths, poisson_draw
 from dpsb_accounting import Ledger
 
 
@@ -23,8 +23,7 @@ def mean_pooled_features(
     encoder: nn.Module, examples: Sequence[Any], collate: Collate, max_length: int, token_budget: int
 ) -> torch.Tensor:
     """Mean over an example's own tokens of the encoder's last hidden states, shape ``(n, f)``, fp32. Sensitive."""
-    buckets = length_buckets(max_length)
-    padded = np.array([bucket_of(len(e["input_ids"]), buckets) for e in examples], dtype=np.int64)
+    padded = padded_lengths(examples, length_buckets(max_length))
     encoder.eval()
     features: torch.Tensor | None = None
     for indices, length in microbatches(np.arange(len(examples)), padded, token_budget):
