@@ -58,7 +58,7 @@ def delta(composition: Composition, epsilon: float, neighboring: str) -> Ends:
     if not composition.subsampled:
         low, high = gaussian.delta(_gaussian_noise(composition, neighboring), epsilon)
         return low, high, "exact Gaussian"
-    from dpsb_accounting import binned
+    from dpsb_accounting.engines import binned
 
     guard = binned.float_guard(composition.count)
     best, mesh = 1.0, _first_mesh(composition, neighboring)
@@ -76,12 +76,12 @@ def delta(composition: Composition, epsilon: float, neighboring: str) -> Ends:
 @functools.lru_cache(maxsize=256)
 def upper_epsilon(composition: Composition, delta: float, neighboring: str) -> tuple[float, float, str]:
     """Returns (upper bound on epsilon, mesh, method) of a composition that has subsampled parts."""
-    from dpsb_accounting import binned
+    from dpsb_accounting.engines import binned
 
     guard = binned.float_guard(composition.count)
     mesh = _first_mesh(composition, neighboring)
     if guard > _GUARD_SHARE * delta:
-        from dpsb_accounting import renyi
+        from dpsb_accounting.engines import renyi
 
         found = renyi.epsilon(composition, delta, neighboring)
         if math.isinf(found):
@@ -132,14 +132,14 @@ def _affordable(composition: Composition, neighboring: str, mesh: float) -> bool
 
 @functools.lru_cache(maxsize=256)
 def _spans(composition: Composition, neighboring: str) -> tuple[float, float]:
-    from dpsb_accounting import binned
+    from dpsb_accounting.engines import binned
 
     return binned.spans(composition, neighboring)
 
 
 @functools.lru_cache(maxsize=16)
 def _lower_tails(composition: Composition, neighboring: str, mesh: float) -> tuple[Any, ...]:
-    from dpsb_accounting import binned
+    from dpsb_accounting.engines import binned
 
     return tuple(binned.tails(composition, neighboring, mesh, 4 * _MOST_COMPOSED))
 

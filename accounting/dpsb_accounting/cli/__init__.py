@@ -1,0 +1,26 @@
+"""The command line of the auditor: `dpsb-accounting`. One file per group of commands."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from dpsb_accounting import accountant
+from dpsb_accounting.cli import bounds, runs
+from dpsb_accounting.cli._shared import app
+from dpsb_accounting.engines import ResourceLimit
+from dpsb_accounting.ledger import LedgerError
+
+COMMANDS = (bounds, runs)  # importing them registers their commands, in this order
+
+__all__ = ["COMMANDS", "app", "main"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; bad input ends with one sentence on stderr and exit code 1."""
+    try:
+        app(args=arguments)
+    except (ValueError, LedgerError, ResourceLimit, accountant.CalibrationInfeasible) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,5 @@
+"""`python -m dpsb_accounting.cli`."""
+
+from dpsb_accounting.cli import main
+
+main()
