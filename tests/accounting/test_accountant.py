@@ -12,7 +12,6 @@ from dpsb_accounting import (
     Phase,
     PoissonGaussian,
     ResourceLimit,
-    binned,
     delta,
     engines,
     epsilon,
@@ -20,6 +19,7 @@ from dpsb_accounting import (
     renyi,
 )
 from dpsb_accounting.composition import Composition
+from dpsb_accounting.engines import binned
 
 RELATIONS = ["add_or_remove_one", "zero_out", "replace_one"]
 
