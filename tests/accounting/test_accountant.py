@@ -16,10 +16,9 @@ from dpsb_accounting import (
     engines,
     epsilon,
     gaussian,
-    renyi,
 )
 from dpsb_accounting.composition import Composition
-from dpsb_accounting.engines import binned
+from dpsb_accounting.engines import binned, renyi
 
 RELATIONS = ["add_or_remove_one", "zero_out", "replace_one"]
 
