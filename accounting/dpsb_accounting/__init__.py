@@ -6,13 +6,12 @@ Torch-free. Start with `epsilon` (a ledger, a plan or events in, a `Bound` out),
 from __future__ import annotations
 
 from dpsb_accounting.accountant import (
-    CalibrationInfeasible,
     delta,
     epsilon,
-    noise_multiplier_for,
     spent,
 )
 from dpsb_accounting.bound import Bound
+from dpsb_accounting.calibrate import CalibrationInfeasible, noise_multiplier_for
 from dpsb_accounting.engines import ResourceLimit
 from dpsb_accounting.events import (
     Event,

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from dpsb_accounting import accountant
+from dpsb_accounting.calibrate import CalibrationInfeasible
 from dpsb_accounting.cli import bounds, runs
 from dpsb_accounting.cli._shared import app
 from dpsb_accounting.engines import ResourceLimit
@@ -21,6 +21,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; bad input ends with one sentence on stderr and exit code 1."""
     try:
         app(args=arguments)
-    except (ValueError, LedgerError, ResourceLimit, accountant.CalibrationInfeasible) as error:
+    except (ValueError, LedgerError, ResourceLimit, CalibrationInfeasible) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)

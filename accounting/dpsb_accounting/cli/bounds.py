@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dpsb_accounting import accountant
+from dpsb_accounting import accountant, calibrate
 from dpsb_accounting.cli._shared import (
     AsJson,
     Delta,
@@ -51,7 +51,7 @@ def noise_multiplier_command(
 
     Example:  dpsb-accounting noise-multiplier --epsilon 3 --sampling-prob 0.01 --steps 1000 --delta 1e-5
     """
-    noise = accountant.noise_multiplier_for(
+    noise = calibrate.noise_multiplier_for(
         target_epsilon=epsilon,
         delta=delta,
         sampling_prob=sampling_prob,
