@@ -24,9 +24,9 @@ from peft.tuners.lora.layer import Conv2d as _LoraConv2d
 from peft.tuners.lora.layer import Embedding as _LoraEmbedding
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
-from torch.nn import functional as F
 
-CORE_DTYPE = torch.float32
+from dpsb.layers import CORE_DTYPE, CoreUp, FrozenDown, fuse, unfuse
+
 _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -68,68 +68,6 @@ class Basis:
 
     factors: Mapping[str, Factors]
     provenance: Provenance
-
-
-class FrozenDown(nn.Module):
-    """Takes the place of ``lora_A[name]``: x -> A x. Keeps no activation for the backward pass."""
-
-    weight: torch.Tensor
-
-    def __init__(self, A: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", A)
-        self.bias = None
-        self.out_features, self.in_features = A.shape
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight)
-
-
-class CoreUp(nn.Module):
-    """Takes the place of ``lora_B[name]``: h -> B R h. ``core`` (R, fp32) is the only parameter.
-
-    ``weight`` is the product B R, which is what PEFT merges and what ``state_dict`` writes.
-    """
-
-    up: torch.Tensor
-
-    def __init__(self, B: torch.Tensor, R: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("up", B)
-        self.core = nn.Linear(B.shape[1], B.shape[1], bias=False, device=B.device, dtype=CORE_DTYPE)
-        with torch.no_grad():
-            self.core.weight.copy_(R)
-        self.bias = None
-        self.out_features, self.in_features = B.shape
-
-    @property
-    def weight(self) -> torch.Tensor:
-        return (self.up.to(CORE_DTYPE) @ self.core.weight).to(self.up.dtype)
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.core(h.to(CORE_DTYPE)).to(self.up.dtype), self.up)
-
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        destination = kwargs.get("destination", args[0] if args else None)
-        destination = {} if destination is None else destination
-        destination[prefix + "weight"] = self.weight.detach()
-        return destination
-
-    def _load_from_state_dict(  # type: ignore[no-untyped-def]
-        self, state_dict, prefix, _local_metadata, _strict, missing_keys, _unexpected_keys, error_msgs
-    ) -> None:
-        """Reads a plain LoRA factor W' = B R back: R by least squares, refused where W' leaves the span of B."""
-        saved = state_dict.pop(f"{prefix}weight", None)
-        if saved is None:
-            missing_keys.append(f"{prefix}weight")
-            R = self.core.weight.detach()
-        else:
-            B, target = self.up.double(), saved.to(self.up.device).double()
-            R = torch.linalg.lstsq(B, target).solution
-            rounding = max(1e-4, 2 * torch.finfo(saved.dtype).eps)
-            if not float((B @ R - target).norm()) <= rounding * float(target.norm()):
-                error_msgs.append(f"{prefix}weight is not in the span of this adapter's B: attach its own basis first")
-        state_dict[f"{prefix}core.weight"] = R.to(CORE_DTYPE)  # read next, by the child
 
 
 class Core(NamedTuple):
@@ -335,6 +273,7 @@ def attach(
         up = CoreUp(B.to(old.device, dtype).contiguous(), R.to(old.device, CORE_DTYPE))
         layer.lora_A[adapter_name] = FrozenDown(A.to(old.device, dtype).contiguous())
         layer.lora_B[adapter_name] = up
+        fuse(layer)
         cores.append(Core(name, layer, up))
     return Adapter(model, adapter_name, tuple(cores), heads, basis.provenance)
 
@@ -375,6 +314,7 @@ def detach(adapter: Adapter) -> None:
             with torch.no_grad():
                 plain.weight.copy_(weight)
             slot[adapter.adapter_name] = plain.requires_grad_(False)
+        unfuse(core.layer)
 
 
 def merge(adapter: Adapter) -> nn.Module:
