@@ -175,4 +175,5 @@ class _Leave(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, None, None, None]:
         weight, B = ctx.saved_tensors
+        g = g.contiguous()  # both products need it so
         return (g @ weight if ctx.needs_input_grad[0] else None), g @ B, None, None, None
