@@ -7,8 +7,8 @@ from typing import TypeAlias
 
 from dpsb_accounting import _checks, engines
 from dpsb_accounting.bound import Bound
-from dpsb_accounting.composition import Composition
-from dpsb_accounting.events import Event, Gaussian, NonPrivate, PoissonGaussian
+from dpsb_accounting.composition import Composition, alternatives
+from dpsb_accounting.events import EVENT_CLASSES, Event
 from dpsb_accounting.ledger import LedgerRecord
 from dpsb_accounting.plan import Phase, Plan
 
@@ -49,8 +49,8 @@ def epsilon(schedule: Schedule, delta: float | None = None, neighboring: str | N
         >>> print(f"{epsilon([(step, 1000)], delta=1e-5).upper:.3f}")
         1.828
     """
-    composition, delta, neighboring, unit = _asked(schedule, delta, neighboring)
-    low, high, method = engines.epsilon(composition, delta, neighboring)
+    choices, delta, neighboring, unit = _asked(schedule, delta, neighboring)
+    low, high, method = _worst(engines.epsilon(choice, delta, neighboring) for choice in choices)
     return Bound(lower=low, upper=high, delta=delta, neighboring=neighboring, unit=unit, method=method)
 
 
@@ -92,12 +92,23 @@ def delta(schedule: Schedule, epsilon: float, neighboring: str | None = None) ->
         The bounds on delta; the bound's own `delta` is None and its `epsilon` is the one given. Public.
     """
     at = _checks.nonnegative(epsilon=epsilon)
-    composition, _, neighboring, unit = _asked(schedule, 0.5, neighboring)
-    low, high, method = engines.delta(composition, at, neighboring)
+    choices, _, neighboring, unit = _asked(schedule, 0.5, neighboring)
+    low, high, method = _worst(engines.delta(choice, at, neighboring) for choice in choices)
     return Bound(lower=low, upper=high, delta=None, epsilon=at, neighboring=neighboring, unit=unit, method=method)
 
 
-def _asked(schedule: Schedule, delta: float | None, neighboring: str | None) -> tuple[Composition, float, str, str]:
+def _worst(found: Iterable[engines.Ends]) -> engines.Ends:
+    """The worst of the alternatives that parallel events leave: both ends are maxima."""
+    ends = list(found)
+    if len(ends) == 1:
+        return ends[0]
+    worst = max(ends, key=lambda end: end[1])
+    return max(end[0] for end in ends), worst[1], f"worst of {len(ends)} parallel alternatives: {worst[2]}"
+
+
+def _asked(
+    schedule: Schedule, delta: float | None, neighboring: str | None
+) -> tuple[tuple[Composition, ...], float, str, str]:
     plan = schedule.plan if isinstance(schedule, LedgerRecord) else schedule
     unit = plan.unit if isinstance(plan, Plan) else "example"
     if isinstance(plan, Plan):
@@ -109,21 +120,21 @@ def _asked(schedule: Schedule, delta: float | None, neighboring: str | None) -> 
             )
     elif delta is None:
         raise ValueError("delta must be given where there is no plan to take it from")
-    composition = Composition.of(parts_of(plan.phases if isinstance(plan, Plan) else plan))
+    choices = alternatives(parts_of(plan.phases if isinstance(plan, Plan) else plan))
     delta = _checks.probability(open_interval=True, delta=delta)
     neighboring = _checks.one_of(choices=_checks.RELATIONS, neighboring=neighboring or "add_or_remove_one")
-    return composition, delta, neighboring, unit
+    return choices, delta, neighboring, unit
 
 
 def parts_of(entries: Iterable[Phase | Event | tuple[Event, int]]) -> list[tuple[Event, int]]:
     """Returns the events with their counts that phases, events or pairs stand for."""
-    if isinstance(entries, (Gaussian, PoissonGaussian, NonPrivate, Phase)):
+    if isinstance(entries, (*EVENT_CLASSES, Phase)):
         entries = [entries]
     parts: list[tuple[Event, int]] = []
     for entry in entries:
         if isinstance(entry, Phase):
             parts.append((entry.event, entry.count))
-        elif isinstance(entry, (Gaussian, PoissonGaussian, NonPrivate)):
+        elif isinstance(entry, EVENT_CLASSES):
             parts.append((entry, 1))
         elif isinstance(entry, tuple) and len(entry) == 2:
             parts.append((entry[0], _checks.whole(at_least=0, count=entry[1])))

@@ -10,14 +10,17 @@ from dataclasses import dataclass, field, fields
 
 from dpsb_accounting import _checks
 from dpsb_accounting.events import (
+    EVENT_CLASSES,
     Event,
     Gaussian,
     NonPrivate,
     PoissonGaussian,
+    contains_non_private,
     event_from_json,
     event_to_json,
     refuse_other_fields,
 )
+from dpsb_accounting.relations import refuse_relation
 
 UNITS = ("example", "user", "client")
 CLIPPINGS = ("flat", "automatic", "none")
@@ -41,7 +44,7 @@ class Phase:
 
     def __post_init__(self) -> None:
         _checks.text(name=self.name)
-        if not isinstance(self.event, (Gaussian, PoissonGaussian, NonPrivate)):
+        if not isinstance(self.event, EVENT_CLASSES):
             raise ValueError(f"event of phase {self.name!r} must be an event, not {self.event!r}")
         object.__setattr__(self, "count", _checks.whole(at_least=1, count=self.count))
 
@@ -125,7 +128,7 @@ class Plan:
         self._check_together()
 
     def _check_together(self) -> None:
-        non_private = [isinstance(phase.event, NonPrivate) for phase in self.phases]
+        non_private = [contains_non_private(phase.event) for phase in self.phases]
         if not all(non_private):
             if self.delta >= 1 / self.num_examples:
                 raise ValueError(
@@ -144,7 +147,14 @@ class Plan:
                 "is not declared, the true number counts as public, and a relation that changes it protects "
                 "nothing; use 'zero_out' or 'replace_one'"
             )
+        for phase in self.phases:
+            refuse_relation(phase.event, self.neighboring)
         event = self.train.event
+        if not isinstance(event, (Gaussian, PoissonGaussian, NonPrivate)):
+            raise ValueError(
+                f"the train event must be Gaussian, PoissonGaussian or NonPrivate, which the trainer can sample, "
+                f"not {event!r}"
+            )
         if isinstance(event, PoissonGaussian) and event.sampling_prob != self.sampling_prob:
             raise ValueError(
                 f"sampling_prob={self.sampling_prob!r} must equal that of the train event, {event.sampling_prob!r}"
@@ -184,7 +194,7 @@ class Plan:
     def noise_multiplier(self) -> float:
         """Noise standard deviation divided by `l2_clip_norm` of a training step; 0 if it is not private."""
         event = self.train.event
-        return 0.0 if isinstance(event, NonPrivate) else event.noise_multiplier
+        return event.noise_multiplier if isinstance(event, (Gaussian, PoissonGaussian)) else 0.0
 
     @property
     def noise_std(self) -> float:
@@ -194,7 +204,7 @@ class Plan:
     @property
     def is_private(self) -> bool:
         """Whether no phase is NonPrivate, so that a finite epsilon can be claimed."""
-        return not any(isinstance(phase.event, NonPrivate) for phase in self.phases)
+        return not any(contains_non_private(phase.event) for phase in self.phases)
 
     def phase(self, name: str) -> Phase:
         """Returns the phase of that name; ValueError names those there are."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from dpsb_accounting import gaussian
 from dpsb_accounting.composition import Composition
+from dpsb_accounting.relations import resolved
 
 _TOLERANCE = 1e-3  # of epsilon, at which the mesh is fine enough
 _SMALLEST = 1e-5  # ... or this, where epsilon itself is tiny
@@ -41,6 +42,8 @@ def epsilon(composition: Composition, delta: float, neighboring: str) -> Ends:
     closed = _closed_form(composition)
     if closed is not None:
         return closed
+    composition = resolved(composition, neighboring)
+    _refuse_others(composition)
     if not composition.subsampled:
         low, high = gaussian.epsilon(_gaussian_noise(composition, neighboring), delta)
         return low, high, "exact Gaussian"
@@ -55,6 +58,8 @@ def delta(composition: Composition, epsilon: float, neighboring: str) -> Ends:
     closed = _closed_form(composition)
     if closed is not None:
         return 0.0, min(closed[1], 1.0), closed[2]
+    composition = resolved(composition, neighboring)
+    _refuse_others(composition)
     if not composition.subsampled:
         low, high = gaussian.delta(_gaussian_noise(composition, neighboring), epsilon)
         return low, high, "exact Gaussian"
@@ -78,6 +83,7 @@ def upper_epsilon(composition: Composition, delta: float, neighboring: str) -> t
     """Returns (upper bound on epsilon, mesh, method) of a composition that has subsampled parts."""
     from dpsb_accounting.engines import binned
 
+    _refuse_others(composition)
     guard = binned.float_guard(composition.count)
     mesh = _first_mesh(composition, neighboring)
     if guard > _GUARD_SHARE * delta:
@@ -101,9 +107,14 @@ def upper_epsilon(composition: Composition, delta: float, neighboring: str) -> t
 def _closed_form(composition: Composition) -> Ends | None:
     if composition.non_private:
         return math.inf, math.inf, "non-private release"
-    if not composition.subsampled and math.isinf(composition.noise_multiplier):
+    if not composition.subsampled and not composition.others and math.isinf(composition.noise_multiplier):
         return 0.0, 0.0, "nothing was released"
     return None
+
+
+def _refuse_others(composition: Composition) -> None:
+    if composition.others:
+        raise ResourceLimit(f"no engine computes {composition.others[0][0]!r} yet")
 
 
 def _gaussian_noise(composition: Composition, neighboring: str) -> float:
