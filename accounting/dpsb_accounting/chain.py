@@ -25,6 +25,8 @@ from dpsb_accounting.plan import Phase, Plan
 
 SCHEMA = "dpsb-ledger/1"
 NO_HASH = "0" * 64
+LONGEST_LINE = 1 << 24  # bytes; only a plan is longer than a few hundred
+_PLAN_BEGINS = b'{"created_utc":'
 _COMMON = {"index", "kind", "prev", "hash"}
 _FIELDS = {
     "plan": {"schema", "run_id", "created_utc", "software", "plan"},
@@ -168,9 +170,7 @@ class Chain:
         return True
 
     def _parse(self, line: bytes) -> dict[str, object]:
-        data = json.loads(line.decode("ascii"))
-        if not isinstance(data, dict):
-            raise ValueError("it is not a JSON object")
+        data = _json_object(line)
         kind = _checks.one_of(choices=_FIELDS, kind=data.get("kind"))
         if (kind == "plan") != (self.length == 0):
             raise ValueError("the first line, and no other, must be the plan")
@@ -214,6 +214,16 @@ class Chain:
         self.repairs += 1
 
 
+def _json_object(line: bytes) -> dict[str, object]:
+    try:
+        data = json.loads(line.decode("ascii"))
+    except (ValueError, RecursionError):
+        raise ValueError("it is not JSON in ASCII; it was damaged, or the file is no ledger") from None
+    if not isinstance(data, dict):
+        raise ValueError("it is not a JSON object")
+    return data
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tail:
     """The end of a file whose writer crashed inside a line.
@@ -243,6 +253,11 @@ def read_chain(lines: Iterable[bytes]) -> tuple[Chain, Tail | None, bool]:
     chain, offset, iterator = Chain(), 0, iter(lines)
     pending = next(iterator, b"")
     while pending:
+        if len(pending) > LONGEST_LINE:
+            raise LedgerError(
+                f"line {chain.length + 1} of the ledger is wrong: it has more than {LONGEST_LINE} bytes, so this is no "
+                "ledger"
+            )
         following = next(iterator, b"")
         if not following and (not pending.endswith(b"\n") or b"\0" in pending):
             return _read_tail(chain, pending, offset)
@@ -259,9 +274,11 @@ def _read_tail(chain: Chain, tail: bytes, offset: int) -> tuple[Chain, Tail | No
         chain.append(tail + b"\n")
         return chain, None, True
     except LedgerError as error:
-        if not chain.length:
-            raise LedgerError(f"the plan, its first line, is unfinished, so no data was drawn ({error})") from None
         written = tail.rstrip(b"\0")
+        if not chain.length:
+            if not written.startswith(_PLAN_BEGINS[: len(written)]):
+                raise
+            raise LedgerError(f"the plan, its first line, is unfinished, so no data was drawn ({error})") from None
         for phase in chain.plan.phases[chain._phase :]:
             if chain.charged(phase.name) < phase.count and _begins(chain.charge_line(phase), written):
                 return chain, Tail(start=offset, size=len(tail), phase=phase.name), False

@@ -9,7 +9,7 @@ import os
 import platform
 import secrets
 import threading
-from collections.abc import Mapping
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -19,13 +19,12 @@ from dpsb_accounting.chain import (
     BudgetSpent,
     Chain,
     LedgerError,
-    Tail,
     Taint,
-    read_chain,
 )
 from dpsb_accounting.plan import Plan
+from dpsb_accounting.record import LedgerRecord, in_use, read_file
 
-__all__ = ["BudgetSpent", "Ledger", "LedgerError", "LedgerRecord", "Taint"]
+__all__ = ["BudgetSpent", "Ledger", "LedgerError", "LedgerRecord", "Taint", "in_use"]
 
 _RECORDED = (
     "dpsb",
@@ -37,105 +36,6 @@ _RECORDED = (
     "peft",
     "opacus",
 )
-
-
-class LedgerRecord:
-    """What a ledger says: its plan, its charges, its taints; read-only.
-
-    Made by `Ledger.read`. A line that a crash left unfinished is tolerated: `torn` says so, and if it was a
-    charge then `charged` counts it, because a reader cannot know whether the step went on.
-    """
-
-    def __init__(self, path: Path, chain: Chain, tail: Tail | None = None) -> None:
-        self._path = path
-        self._chain = chain
-        self._tail = tail
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self._path
-
-    @property
-    def plan(self) -> Plan:
-        """The plan: the ledger's first line."""
-        return self._chain.plan
-
-    @property
-    def run_id(self) -> str:
-        """Random name of the run."""
-        return self._chain.run_id
-
-    @property
-    def created_utc(self) -> str:
-        """When the ledger was created, ISO 8601."""
-        return self._chain.created_utc
-
-    @property
-    def software(self) -> Mapping[str, str]:
-        """The versions of the programs that made the ledger."""
-        return dict(self._chain.software)
-
-    @property
-    def taints(self) -> tuple[Taint, ...]:
-        """What voids the claim of this run; empty for an honest one."""
-        return tuple(self._chain.taints)
-
-    @property
-    def torn(self) -> bool:
-        """Whether the last line is unfinished, as a crash leaves it."""
-        return self._tail is not None
-
-    @property
-    def repairs(self) -> int:
-        """How often an unfinished line was dropped when the run was continued."""
-        return self._chain.repairs
-
-    @property
-    def length(self) -> int:
-        """The number of whole lines."""
-        return self._chain.length
-
-    @property
-    def head(self) -> str:
-        """The hash of the last whole line, hexadecimal."""
-        return self._chain.head
-
-    def hash_at(self, index: int) -> str:
-        """Returns the hash of line `index`, counted from 0; LedgerError if there is none."""
-        return self._chain.hash_at(index)
-
-    def charged(self, phase: str) -> int:
-        """Returns how many steps of the phase are charged, an unfinished line counted; ValueError if unknown."""
-        torn = self._tail is not None and self._tail.phase == phase
-        return self._chain.charged(phase) + int(torn)
-
-    def remaining(self, phase: str) -> int:
-        """Returns how many steps of the phase the plan still allows."""
-        planned = self.plan.phase(phase)
-        phases = self.plan.phases
-        if any(self.charged(later.name) for later in phases[phases.index(planned) + 1 :]):
-            return 0
-        return planned.count - self.charged(phase)
-
-    def check_not_behind(self, length: int, head: str) -> None:
-        """Refuses a ledger that was rolled back to before a state that a checkpoint or a report has seen.
-
-        Args:
-            length: The number of lines seen then, at least 1.
-            head: The hash of the last line seen then.
-
-        Raises:
-            LedgerError: If the ledger is shorter, or its line `length` - 1 is another one.
-        """
-        _checks.whole(at_least=1, length=length)
-        if self.length < length:
-            raise LedgerError(
-                f"{self._path} is behind: it has {self.length} lines, but {length} were there before; "
-                "charged steps are missing"
-            )
-        if self.hash_at(length - 1) != head:
-            raise LedgerError(f"{self._path} is another ledger than the one seen before: line {length} differs")
 
 
 class Ledger(LedgerRecord):
@@ -210,7 +110,7 @@ class Ledger(LedgerRecord):
         try:
             _lock(descriptor, path)
             with os.fdopen(os.dup(descriptor), "rb") as file:
-                chain, tail, newline_lacks = _read(path, file)
+                chain, tail, newline_lacks = read_file(path, file)
             size = os.fstat(descriptor).st_size
             ledger = cls(path, chain, descriptor, size)
             if newline_lacks:
@@ -237,9 +137,11 @@ class Ledger(LedgerRecord):
                 `torn`).
         """
         path = Path(path)
+        if path.is_dir():
+            raise LedgerError(f"{path} is a directory; name the ledger in it, such as {path / 'ledger.jsonl'}")
         try:
             with path.open("rb") as file:
-                chain, tail, _ = _read(path, file)
+                chain, tail, _ = read_file(path, file)
         except OSError as error:
             raise LedgerError(f"cannot read {path}: {error.strerror}") from None
         return LedgerRecord(path, chain, tail)
@@ -334,18 +236,15 @@ class Ledger(LedgerRecord):
         return self._descriptor
 
 
-def _read(path: Path, file: object) -> tuple[Chain, Tail | None, bool]:
-    try:
-        return read_chain(file)  # type: ignore[arg-type]
-    except LedgerError as error:
-        raise LedgerError(f"{path}: {error}") from None
-
-
 def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise LedgerError(f"{path} is in use by another run; only one may write it") from None
+    for wait in (0.02, 0.1, 0.0):  # `in_use` may hold the lock for an instant
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if not wait:
+                raise LedgerError(f"{path} is in use by another run; only one may write it") from None
+            time.sleep(wait)
     there = os.stat(path)
     here = os.fstat(descriptor)
     if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino):
