@@ -95,6 +95,8 @@ def _answer(lower: float, upper: float) -> Answer:
 def _refuse(composition: Composition, delta: float) -> None:
     if composition.non_private:
         raise Unavailable("something was released with no guarantee")
+    if composition.others:
+        raise Unavailable(f"quadrature does not know {type(composition.others[0][0]).__name__}")
     if not composition.subsampled and math.isinf(composition.noise_multiplier):
         raise Unavailable("nothing was released")
     if delta < _SMALLEST_DELTA:
@@ -220,7 +222,7 @@ def _invert(direction: _Direction, delta: float, tau: float, finer: float) -> fl
     step = _step(direction, delta, tau, guess, width) / finer
     top = 9.0 * finer / math.sqrt(variance + 1 / tau**2)
     while True:
-        heights = step * np.arange(math.ceil(top / step) + 1)
+        heights: Array = step * np.arange(math.ceil(top / step) + 1, dtype=np.float64)
         shape = _tilted_transform(direction, tau, heights, step, finer)
         found, left_out = _root(shape, heights, tau, value, mean, math.log(delta), guess, step)
         if left_out < _NEGLIGIBLE:
