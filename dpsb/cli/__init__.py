@@ -1,0 +1,17 @@
+"""The command line ``dpsb``: it reads options and prints, the work is elsewhere. One file per group of commands."""
+
+from __future__ import annotations
+
+import sys
+
+from dpsb.cli import runs, train
+from dpsb.cli._shared import app
+
+COMMANDS = (runs, train)  # importing them registers their commands
+
+__all__ = ["COMMANDS", "app", "main"]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(app())

@@ -1,0 +1,5 @@
+"""`python -m dpsb.cli`."""
+
+from dpsb.cli import main
+
+main()
