@@ -27,6 +27,7 @@ from torch import nn
 
 from dpsb.layers import CORE_DTYPE, CoreUp, FrozenDown, fuse, unfuse
 
+_SCALED_BASES = ("lora_xs",)  # kinds whose A is not orthonormal: rows, clipping and noise then live in a skewed space
 _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -80,7 +81,7 @@ class Core(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is trained in a model: the cores, and the heads that were allowed by name.
+    """What is trained in a model: the cores, and modules that are trained as they are (a head, a baseline's factors).
 
     Parameters are looked up in the modules at every call, never kept: PEFT may replace a parameter behind one's back,
     and an optimizer that goes on moving the old one trains nothing.
@@ -89,14 +90,14 @@ class Adapter:
     model: nn.Module
     adapter_name: str
     cores: tuple[Core, ...]
-    heads: tuple[tuple[str, nn.Module], ...]
+    direct: tuple[tuple[str, nn.Module], ...]
     provenance: Provenance
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Name and live parameter of every R and head tensor, always in the same order."""
+        """Name and live parameter of every R and every directly trained tensor, always in the same order."""
         for core in self.cores:
             yield f"{core.name}.R", cast(nn.Parameter, core.up.core.weight)
-        for name, module in self.heads:
+        for name, module in self.direct:
             for part, parameter in module.named_parameters(recurse=False):
                 if parameter.requires_grad:
                     yield f"{name}.{part}", parameter
@@ -105,17 +106,17 @@ class Adapter:
         return [parameter for _, parameter in self.named_parameters()]
 
     def check_nothing_else_is_trained(self) -> None:
-        """Raises ValueError if a tensor of the model requires a gradient and is neither a core nor an allowed head."""
+        """Raises ValueError if a tensor of the model requires a gradient and is no part of theta."""
         for name, parameter in _left_over(self.model, self.parameters()):
             raise ValueError(f"{name} {tuple(parameter.shape)} requires a gradient but is no part of the adapter.")
 
     def trained_modules(self) -> list[nn.Module]:
-        """The modules whose parameters make up theta: each core's ``nn.Linear``, then the heads."""
-        return [core.up.core for core in self.cores] + [module for _, module in self.heads]
+        """The modules whose parameters make up theta: each core's ``nn.Linear``, then the direct ones."""
+        return [core.up.core for core in self.cores] + [module for _, module in self.direct]
 
     @property
     def dimension(self) -> int:
-        """d, the length of theta: the sum of r*r over the cores plus the size of the heads."""
+        """d, the length of theta: the sum of r*r over the cores plus the size of what is trained directly."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -199,21 +200,25 @@ def _check_plain(name: str, layer: LoraLayer, adapter_name: str) -> None:
         raise ValueError(f"{name} is a {type(layer).__name__} with unknown factors; only plain linear LoRA is handled.")
 
 
-def trained_heads(model: nn.Module, allow: Collection[str]) -> tuple[tuple[str, nn.Module], ...]:
-    """The modules under a name in ``allow`` that own a trainable parameter themselves.
+def trained_directly(model: nn.Module, allow: Collection[str] | None = None) -> tuple[tuple[str, nn.Module], ...]:
+    """The modules that own a trainable parameter themselves; only those under a name in ``allow``, if it is given.
 
     Raises:
-      ValueError: If one of them is of a kind for which Opacus has no per-example rule.
+      ValueError: If one of them is of a kind for which Opacus has no per-example rule, or two of them share a tensor.
     """
-    heads = []
+    found: list[tuple[str, nn.Module]] = []
+    owners: dict[int, str] = {}
     for name, module in model.named_modules():
-        owns = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        if not owns or not set(name.split(".")) & set(allow):
+        owned = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
+        if not owned or (allow is not None and not set(name.split(".")) & set(allow)):
             continue
         if type(module) not in GradSampleHooks.GRAD_SAMPLERS:
             raise ValueError(f"{name} is a {type(module).__name__}, which has no per-example gradient rule; freeze it.")
-        heads.append((name, module))
-    return tuple(heads)
+        for parameter in owned:
+            if owners.setdefault(id(parameter), name) != name:
+                raise ValueError(f"{name} shares a tensor with {owners[id(parameter)]}; freeze it.")
+        found.append((name, module))
+    return tuple(found)
 
 
 def _left_over(model: nn.Module, accounted: Collection[nn.Parameter]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -253,8 +258,10 @@ def attach(
     if missing:
         raise ValueError(f"The basis has no factors for {missing[0]} ({len(missing)} of {len(layers)} are missing).")
     for name, layer in layers.items():
-        _check_factors(name, factors[name], layer, adapter_name)
-    heads = trained_heads(model, allow)
+        _check_shapes(name, factors[name], layer, adapter_name)
+        if basis.provenance.kind not in _SCALED_BASES:
+            _check_orthonormal(name, factors[name])
+    heads = trained_directly(model, allow)
     accounted = [p for layer in layers.values() for p in _lora_parameters(layer, adapter_name)]
     accounted += [p for _, module in heads for p in module.parameters(recurse=False)]
     for name, parameter in _left_over(model, accounted):
@@ -282,7 +289,7 @@ def _lora_parameters(layer: LoraLayer, adapter_name: str) -> list[nn.Parameter]:
     return [*layer.lora_A[adapter_name].parameters(), *layer.lora_B[adapter_name].parameters()]
 
 
-def _check_factors(name: str, factors: Factors, layer: LoraLayer, adapter_name: str) -> None:
+def _check_shapes(name: str, factors: Factors, layer: LoraLayer, adapter_name: str) -> None:
     A, B, R0 = factors
     down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
     if A.shape != down.shape or B.shape != up.shape:
@@ -293,7 +300,11 @@ def _check_factors(name: str, factors: Factors, layer: LoraLayer, adapter_name: 
     rank = A.shape[0]
     if R0 is not None and R0.shape != (rank, rank):
         raise ValueError(f"Expected R0 of {name} with shape {(rank, rank)}, got {tuple(R0.shape)}.")
-    identity = torch.eye(rank, dtype=torch.float64)
+
+
+def _check_orthonormal(name: str, factors: Factors) -> None:
+    A, B, _ = factors
+    identity = torch.eye(A.shape[0], dtype=torch.float64)
     for label, gram in (
         ("rows of A", A.double() @ A.double().T),
         ("columns of B", B.double().T @ B.double()),

@@ -157,20 +157,33 @@ def _start_head(base: nn.Module, std: float) -> None:
             heads[-1].bias.zero_()
 
 
-def add_lora(base: nn.Module, task: str, rank: int, targets: str | Sequence[str] = "all-linear") -> nn.Module:
+def peft_task(base: nn.Module, task: str) -> TaskType:
+    """What PEFT calls the task; it trains a head of transformers' own, and none on a bare encoder."""
+    if task != "classification":
+        return TaskType.CAUSAL_LM
+    return TaskType.FEATURE_EXTRACTION if isinstance(base, MeanPooledClassifier) else TaskType.SEQ_CLS
+
+
+def add_lora(
+    base: nn.Module,
+    task: str,
+    rank: int,
+    targets: str | Sequence[str] = "all-linear",
+    *,
+    init: bool | str = True,
+) -> nn.Module:
     """A plain LoRA adapter of uniform rank, scale 1 and no dropout on ``base``, ready for :func:`dpsb.attach`.
 
     Args:
       rank: r, at most the smaller side of every target weight.
       targets: ``"all-linear"``, names of modules such as ``["query", "value"]``, or one regular expression that the
         whole name must match.
+      init: PEFT's ``init_lora_weights``.
 
     Raises:
       ModelError: If a target does not exist or is smaller than ``rank``.
     """
     pooled = isinstance(base, MeanPooledClassifier)
-    classes = TaskType.FEATURE_EXTRACTION if pooled else TaskType.SEQ_CLS
-    task_type = classes if task == "classification" else TaskType.CAUSAL_LM
     names = targets if isinstance(targets, str) else list(targets)
     config = LoraConfig(
         r=rank,
@@ -178,7 +191,8 @@ def add_lora(base: nn.Module, task: str, rank: int, targets: str | Sequence[str]
         lora_dropout=0.0,
         target_modules=names,
         exclude_modules=".*pooler.*" if pooled else None,  # not used when the tokens are averaged
-        task_type=task_type,
+        task_type=peft_task(base, task),
+        init_lora_weights=init,
     )
     try:
         with warnings.catch_warnings():

@@ -1,0 +1,104 @@
+"""The methods by name. Needs no torch, so that settings can be checked at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+METHODS = {
+    "sb": "R-only (this package): W0 + B R A with A and B frozen and orthonormal, only R trained",
+    "lora-xs": "R-only in the weight's singular directions with the singular values in A, as LoRA-XS was published",
+    "lora": "LoRA: A and B trained, B = 0 at the start",
+    "lora-plus": "LoRA with a larger learning rate for B",
+    "ffa-lora": "FFA-LoRA: A frozen, random and orthonormal; B trained",
+    "bitfit": "the biases of linear and normalization layers",
+    "head-only": "the classification head on the frozen model",
+    "full": "every linear and normalization layer; embedding tables stay frozen",
+}
+PEFT_INITS = {
+    "pissa": "LoRA from the weight's leading singular triples",
+    "olora": "LoRA from a QR factorization of the weight",
+    "orthogonal": "LoRA with orthogonal factors whose product is 0",
+    "mica": "LoRA in the weight's smallest singular directions, A trained",
+}
+"""Starts of PEFT's LoRA that need no data, for ``peft:NAME``."""
+
+_BARE = (
+    "it trains bare tensors, for which Opacus has no exact per-example rule (its fallback would build per-example "
+    "gradients of the frozen weights)"
+)
+_NO_ROWS = "its trained tensors do not see the examples in dimension 0, so there are no per-example gradients of them"
+REFUSED = {
+    **dict.fromkeys(
+        "Adamss Beft BOFT C3A Deft Delora FourierFT Frod Glora Gralora Hira HRA IA3 LoHa LoKr Miss OSF Pvera RandLora "
+        "Shira Supertuning TinyLora TrainableTokens UniLora VBLoRA Vera WaveFT AdaLora Road Poly XLora".split(),
+        _BARE,
+    ),
+    **dict.fromkeys(
+        "AdaptionPrompt Cartridge CPT PromptTuning MultitaskPromptTuning PromptEncoder PrefixTuning".split(), _NO_ROWS
+    ),
+    **dict.fromkeys(("OFT", "Psoft"), "it keeps its factor orthogonal, and noise on every coordinate leaves that set"),
+    "Lily": "it routes by an average over the whole batch, so that one example moves the gradients of the others",
+    "Peanut": "it multiplies with its factors without calling them as layers, so that their rows are never seen",
+    "Shadow": "it copies normalization layers for which Opacus has no exact per-example rule",
+    "eva": "its start reads data; only the bases of this package (--basis public:FILE) keep account of which",
+    "lora_ga": "its start reads data; only the bases of this package (--basis public:FILE) keep account of which",
+    "corda": "its start reads data; only the bases of this package (--basis public:FILE) keep account of which",
+    "loftq": "it quantizes the base weights as it starts; quantize the model first and use 'lora'",
+}
+"""Why a method of PEFT is not offered, by the name of its ``PeftConfig`` (without "Config") or of LoRA's start."""
+
+
+class MethodError(ValueError):
+    """A method that does not exist or cannot be made private exactly; the message says why and which there are."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a model is trained.
+
+    Args:
+      name: As the user gave it.
+      kind: ``"cores"`` (R-only), ``"peft"`` (an adapter of PEFT's) or ``"model"`` (parts of the model itself).
+      peft: For ``peft:NAME``: the name of a start of LoRA's or of a ``PeftConfig`` class.
+    """
+
+    name: str
+    kind: str
+    peft: str | None = None
+
+    @property
+    def has_basis(self) -> bool:
+        """Whether the user chooses the basis."""
+        return self.name == "sb"
+
+
+def method_named(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+      MethodError: If there is none, or it has no exact per-example gradients.
+
+    Example:
+      >>> method_named("lora").kind
+      'peft'
+      >>> method_named("peft:IA3Config")
+      Traceback (most recent call last):
+      dpsb.baselines.methods.MethodError: method='peft:IA3Config' is refused: it trains bare tensors, ...
+    """
+    family, _, rest = name.partition(":")
+    if family == "peft":
+        plain = rest.removesuffix("Config")
+        if not rest:
+            raise MethodError(f"Expected method={name!r} to name a start of LoRA or a PeftConfig; {_listed()}.")
+        for refused, reason in REFUSED.items():
+            if plain.lower().replace("-", "_") == refused.lower():
+                raise MethodError(f"method={name!r} is refused: {reason}.")
+        return Method(name, "peft", rest)
+    if rest or family not in METHODS:
+        raise MethodError(f"Expected method={name!r} to be one of those that exist: {_listed()}.")
+    kinds = {"sb": "cores", "lora-xs": "cores", "bitfit": "model", "head-only": "model", "full": "model"}
+    return Method(name, kinds.get(name, "peft"))
+
+
+def _listed() -> str:
+    return f"{', '.join(METHODS)}, peft:{', peft:'.join(PEFT_INITS)}, peft:<name of a PeftConfig>"
