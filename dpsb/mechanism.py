@@ -56,24 +56,45 @@ def clip_and_sum(rows: torch.Tensor, l2_clip_norm: float, clipping: str = "flat"
       >>> clip_and_sum(rows, l2_clip_norm=1.0)
       tensor([0.9000, 1.2000], dtype=torch.float64)
     """
-    if clipping not in CLIPPINGS:
-        raise ValueError(f"Expected clipping={clipping!r} to be 'flat', 'automatic' or 'none'.")
-    if clipping != "none" and not (0.0 < l2_clip_norm < math.inf):
-        raise ValueError(f"Expected l2_clip_norm={l2_clip_norm!r} to be positive and finite.")
+    clip_scale(torch.zeros(0), l2_clip_norm, clipping)  # refuses bad arguments also where there is no row
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     for chunk in rows.split(max(1, _CHUNK_NUMBERS // max(1, rows.shape[1]))):
         exact = chunk.to(torch.float64)
         norms = exact.norm(dim=1)
-        if clipping == "flat":
-            scale = (l2_clip_norm / norms).clamp(max=1.0)
-        elif clipping == "automatic":
-            scale = l2_clip_norm / (norms + AUTOMATIC_GAMMA)
-        else:
-            scale = torch.ones_like(norms)
         usable = torch.isfinite(norms)
-        scale = torch.where(usable, scale, 0.0)
-        total += scale @ torch.where(usable[:, None], exact, 0.0)
+        total += clip_scale(norms, l2_clip_norm, clipping) @ torch.where(usable[:, None], exact, 0.0)
     return total
+
+
+def clip_scale(norms: torch.Tensor, l2_clip_norm: float, clipping: str) -> torch.Tensor:
+    """The factor that brings a row of each norm into the ball, by the rules of :func:`clip_and_sum`.
+
+    Guarantees:
+      * Factor times norm is at most ``l2_clip_norm`` (not for ``"none"``); a norm that is not finite has factor 0, and
+        whoever uses it must also leave that row's numbers out.
+
+    Args:
+      norms: L2 norms, shape ``(n,)``, float64. Sensitive.
+      l2_clip_norm: C. Public.
+      clipping: ``"flat"``, ``"automatic"`` or ``"none"``. Public.
+
+    Returns:
+      Factors, shape ``(n,)``. Sensitive.
+
+    Raises:
+      ValueError: As for :func:`clip_and_sum`.
+    """
+    if clipping not in CLIPPINGS:
+        raise ValueError(f"Expected clipping={clipping!r} to be 'flat', 'automatic' or 'none'.")
+    if clipping != "none" and not (0.0 < l2_clip_norm < math.inf):
+        raise ValueError(f"Expected l2_clip_norm={l2_clip_norm!r} to be positive and finite.")
+    if clipping == "flat":
+        scale = (l2_clip_norm / norms).clamp(max=1.0)
+    elif clipping == "automatic":
+        scale = l2_clip_norm / (norms + AUTOMATIC_GAMMA)
+    else:
+        scale = torch.ones_like(norms)
+    return torch.where(torch.isfinite(norms), scale, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +135,10 @@ class Mechanism:
     def clip_and_sum(self, rows: torch.Tensor) -> torch.Tensor:
         """:func:`clip_and_sum` with this mechanism's clip norm and rule. Sensitive in, sensitive out."""
         return clip_and_sum(rows, self.l2_clip_norm, self.clipping)
+
+    def scale(self, norms: torch.Tensor) -> torch.Tensor:
+        """:func:`clip_scale` with this mechanism's clip norm and rule. Sensitive in, sensitive out."""
+        return clip_scale(norms, self.l2_clip_norm, self.clipping)
 
     def release(self, total: torch.Tensor, randomness: Randomness) -> torch.Tensor:
         r"""Turns a sensitive sum into a released one: the only exit.

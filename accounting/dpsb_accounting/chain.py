@@ -7,6 +7,7 @@ of the canonical JSON of the line without `hash`). Kinds:
 * "plan": the first line and only there: `schema`, `run_id`, `created_utc`, `software`, `plan`.
 * "charge": one step, written before its data is drawn: `phase`, `number` (from 0 within the phase), `event`.
 * "taint": `name` and `reason` of something that voids the claim.
+* "file": the name and SHA-256 of a file that charged releases produced, such as a private basis; once for a name.
 * "repair": the writer that opened the file after a crash dropped `dropped_bytes` of an unfinished line.
 
 The chain shows that the lines are consistent with each other, not that an honest program wrote them.
@@ -32,6 +33,7 @@ _FIELDS = {
     "plan": {"schema", "run_id", "created_utc", "software", "plan"},
     "charge": {"phase", "number", "event"},
     "taint": {"name", "reason"},
+    "file": {"name", "sha256"},
     "repair": {"dropped_bytes"},
 }
 
@@ -75,6 +77,7 @@ class Chain:
         self.created_utc = ""
         self.software: dict[str, str] = {}
         self.taints: list[Taint] = []
+        self.files: dict[str, str] = {}
         self.repairs = 0
         self._counts: dict[str, int] = {}
         self._phase = 0  # the phase charged last; an earlier one is closed
@@ -209,6 +212,14 @@ class Chain:
         name = _checks.text(name=content["name"])
         self.taints.append(Taint(name=name, reason=_checks.text(reason=content["reason"])))
 
+    def _take_file(self, content: Mapping[str, object]) -> None:
+        name, digest = _checks.text(name=content["name"]), _checks.text(sha256=content["sha256"])
+        if name in self.files:
+            raise ValueError(f"the file {name!r} is bound already")
+        if len(digest) != len(NO_HASH) or set(digest) - set("0123456789abcdef"):
+            raise ValueError(f"sha256 must be 64 hexadecimal digits, not {digest!r}")
+        self.files[name] = digest
+
     def _take_repair(self, content: Mapping[str, object]) -> None:
         _checks.whole(at_least=0, dropped_bytes=content["dropped_bytes"])
         self.repairs += 1
@@ -293,7 +304,7 @@ def _begins(line: bytes, tail: bytes) -> bool:
 
 
 def _begins_other_line(chain: Chain, written: bytes) -> bool:
-    """Whether this is the beginning of a taint or repair line, most of whose text cannot be foretold."""
+    """Whether this is the beginning of a taint, file or repair line, most of whose text cannot be foretold."""
     openings = (b'{"hash":"', b'{"dropped_bytes":')
     if not any(written.startswith(opening) or opening.startswith(written) for opening in openings):
         return False

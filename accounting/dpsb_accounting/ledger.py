@@ -175,6 +175,18 @@ class Ledger(LedgerRecord):
             if taint not in self._chain.taints:
                 self._write(self._chain.next_line("taint", {"name": name, "reason": reason}))
 
+    def bind_file(self, name: str, sha256: str) -> None:
+        """Records the hash of a file that charged releases produced, so that no other can take its place.
+
+        Raises:
+            LedgerError: If the name is bound already, or the line could not be made durable.
+        """
+        with self._lock:
+            self._require_writable()
+            if name in self._chain.files:
+                raise LedgerError(f"{self._path} has bound the file {name!r} already")
+            self._write(self._chain.next_line("file", {"name": name, "sha256": sha256}))
+
     def close(self) -> None:
         """Releases the lock; the ledger can then be read but not written."""
         if self._descriptor is not None:

@@ -1,0 +1,263 @@
+"""Per-example gradients of the target weights themselves: joint norms and clipped sums, never one gradient each.
+
+The gradient of example i in a weight is :math:`G_i = \\sum_t g_{it} x_{it}^\\top` over its tokens, x what the layer
+received and g the gradient of what it returned. Norms come from x and g alone (the Gram trick), sums from a second
+backward pass that weighs every example, so no tensor of shape (n, out, in) is ever made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from dpsb.capture import CaptureError
+from dpsb.losses import LossFn, check_losses
+from dpsb.mechanism import Mechanism
+
+_CHUNK_NUMBERS = 1 << 22
+_ROUNDING = 2.0**-20
+
+Batch = Mapping[str, torch.Tensor]
+
+
+class Sketch(NamedTuple):
+    """What is looked at of a gradient G: ``left.T @ G @ right``; a side that is None is kept whole.
+
+    Args:
+      left: Shape ``(out, k)`` or None. Public or released.
+      right: Shape ``(in, k)`` or None. Public or released.
+    """
+
+    left: torch.Tensor | None = None
+    right: torch.Tensor | None = None
+
+    def of(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The sketch of a matrix of shape ``(out, in)``."""
+        matrix = matrix if self.left is None else self.left.T @ matrix
+        return matrix if self.right is None else matrix @ self.right
+
+    @property
+    def is_small(self) -> bool:
+        """Whether both sides are cut, so that the tokens of a whole model can be kept."""
+        return self.left is not None and self.right is not None
+
+
+WHOLE = Sketch()
+
+
+class PartlyAdded(Exception):
+    """A sum holds part of a microbatch and cannot be released."""
+
+
+def squared_norms(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    r"""The squared Frobenius norm of :math:`\sum_t g_t x_t^\top` for each example.
+
+    By :math:`\sum_{t,t'} (x_t\cdot x_{t'})(g_t\cdot g_{t'})` where the tokens are few, otherwise from the products
+    themselves, a few examples at a time.
+
+    Guarantees:
+      * Never less than the exact value by more than float32 rounding of the result: the Gram form, whose terms may
+        cancel, is raised by a bound on its own rounding.
+
+    Args:
+      x: Shape ``(n, t, a)``, fp32. Sensitive.
+      g: Shape ``(n, t, b)``, fp32. Sensitive.
+
+    Returns:
+      Shape ``(n,)``, float64. Sensitive.
+
+    References:
+      Goodfellow (2015), arXiv:1510.01799; Li et al. (2022), arXiv:2110.05679, Section 4 (ghost clipping).
+    """
+    (_, tokens, a), b = x.shape, g.shape[2]
+    if tokens * (a + b) <= a * b:
+        terms = (x @ x.mT).mul_(g @ g.mT)
+        largest = (x.norm(dim=2) * g.norm(dim=2)).sum(dim=1, dtype=torch.float64).square()
+        return terms.sum(dim=(1, 2), dtype=torch.float64).clamp(min=0.0) + _ROUNDING * largest
+    size = max(1, _CHUNK_NUMBERS // (a * b))
+    chunks = zip(x.split(size), g.split(size), strict=True)
+    return torch.cat([(gs.mT @ xs).square_().sum(dim=(1, 2), dtype=torch.float64) for xs, gs in chunks])
+
+
+class _Watch:
+    """Hands the (x, g) of each target layer to ``on_pair`` while a backward pass runs.
+
+    A layer that is used several times gives one pair, its uses side by side, because their gradients add up. Activation
+    checkpointing runs forward hooks again inside the backward pass: such a call counts only where the first one ran
+    without gradients and so kept nothing (reentrant checkpointing).
+    """
+
+    def __init__(self, num_examples: int) -> None:
+        self.num_examples = num_examples
+        self.on_pair: Callable[[str, torch.Tensor, torch.Tensor], None] = lambda _name, _x, _g: None
+        self._uses: dict[str, int] = {}
+        self._kept_nothing: set[str] = set()
+        self._waiting: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def hook(self, name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        def forward_hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            in_backward = torch._C._current_graph_task_id() != -1
+            if not in_backward:
+                self._uses[name] = self._uses.get(name, 0) + 1
+                if not torch.is_grad_enabled():
+                    self._kept_nothing.add(name)
+                    return
+            elif name not in self._kept_nothing:
+                return
+            x = inputs[0].detach()
+            if x.dim() < 2 or x.shape[0] != self.num_examples:
+                raise CaptureError(
+                    f"{name} received {tuple(x.shape)} for {self.num_examples} examples: they are not "
+                    "in dimension 0 (as in mixture-of-experts layers). Do not target it."
+                )
+            if not output.requires_grad:  # the first layer: nothing before it is trained
+                output.requires_grad_()
+            output.register_hook(lambda g: self._arrived(name, x, g.detach()))
+
+        return forward_hook
+
+    def _arrived(self, name: str, x: torch.Tensor, g: torch.Tensor) -> None:
+        waiting = self._waiting.setdefault(name, [])
+        waiting.append((x, g))
+        if len(waiting) == self._uses[name]:
+            self._hand_over(name)
+
+    def _hand_over(self, name: str) -> None:
+        pairs = [(_by_token(x), _by_token(g)) for x, g in self._waiting.pop(name)]
+        x, g = (torch.cat(side, dim=1) if len(side) > 1 else side[0] for side in zip(*pairs, strict=True))
+        self.on_pair(name, x, g)
+
+    def finish(self) -> None:
+        """After a backward pass: layers of which some use had no influence on the loss."""
+        for name in list(self._waiting):
+            self._hand_over(name)
+
+
+def _by_token(values: torch.Tensor) -> torch.Tensor:
+    """Shape (n, tokens, width) in fp32; further dimensions count as tokens."""
+    return values.reshape(values.shape[0], -1, values.shape[-1]).float()
+
+
+@contextmanager
+def watched(layers: Mapping[str, LoraLayer], model: nn.Module, num_examples: int) -> Iterator[_Watch]:
+    """Watches the base layers under ``layers`` with every adapter off and nothing trainable; undone afterwards."""
+    watch = _Watch(num_examples)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handles = [layer.get_base_layer().register_forward_hook(watch.hook(name)) for name, layer in layers.items()]
+    disabled = {name: layer.disable_adapters for name, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            layer._disable_adapters = True
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, layer in layers.items():
+            layer._disable_adapters = disabled[name]
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def example_norms(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Batch,
+    layers: Mapping[str, LoraLayer],
+    sketches: list[Mapping[str, Sketch]],
+) -> torch.Tensor:
+    """Joint norms over all layers of each example's gradient, one column per collection of sketches.
+
+    Returns:
+      Shape ``(n, len(sketches))``, float64. Sensitive.
+    """
+    size = len(next(iter(batch.values())))
+    squared = torch.zeros(size, len(sketches), dtype=torch.float64, device=next(model.parameters()).device)
+
+    def on_pair(name: str, x: torch.Tensor, g: torch.Tensor) -> None:
+        for column, sketch in enumerate(sketches):
+            squared[:, column] += squared_norms(*_cut(x, g, sketch[name]))
+
+    with watched(layers, model, size) as watch:
+        watch.on_pair = on_pair
+        check_losses(loss_fn(model, batch), size).sum().backward()
+        watch.finish()
+    return squared.sqrt()
+
+
+def add_clipped_sum(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Batch,
+    layers: Mapping[str, LoraLayer],
+    sketches: Mapping[str, Sketch],
+    mechanism: Mechanism,
+    totals: Mapping[str, torch.Tensor],
+) -> None:
+    r"""Adds :math:`\sum_i c_i\,L^\top G_i R` of one microbatch to ``totals``, each example clipped jointly over layers.
+
+    :math:`c_i` brings the norm over *all* layers together to at most C, by the rule of ``mechanism``.
+
+    Guarantees:
+      * One example changes all totals together by at most C in L2 norm, up to rounding; one with a NaN or an infinity
+        anywhere contributes exactly zero.
+      * ``.grad`` of no parameter is touched; hooks are gone afterwards, also after an exception.
+
+    Args:
+      model: With PEFT LoRA layers, whose adapters are switched off meanwhile.
+      loss_fn: Per-example loss.
+      batch: Examples. Sensitive.
+      layers: Target layers by name.
+      sketches: What is summed of each layer's gradient.
+      mechanism: Clip norm and rule.
+      totals: Sums by layer, float64, changed in place. Sensitive.
+
+    Raises:
+      PartlyAdded: If the second pass failed, so that ``totals`` hold part of the microbatch.
+    """
+    size = len(next(iter(batch.values())))
+    device = next(model.parameters()).device
+    squared = torch.zeros(size, dtype=torch.float64, device=device)
+    keep = all(sketch.is_small for sketch in sketches.values())
+    kept: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+    def measure(name: str, x: torch.Tensor, g: torch.Tensor) -> None:
+        x, g = _cut(x, g, sketches[name])
+        squared.add_(squared_norms(x, g))
+        if keep:
+            kept.append((name, x, g))
+
+    with watched(layers, model, size) as watch:
+        losses = check_losses(loss_fn(model, batch), size)
+        watch.on_pair = measure
+        losses.sum().backward(retain_graph=not keep)
+        watch.finish()
+        norms = squared.sqrt()
+        scale = mechanism.scale(norms).float()
+        usable = torch.isfinite(norms)
+
+        def add(name: str, x: torch.Tensor, g: torch.Tensor) -> None:
+            weighted = torch.where(usable[:, None, None], g * scale[:, None, None], 0.0)
+            known = torch.where(usable[:, None, None], x, 0.0)
+            totals[name].add_(weighted.flatten(0, 1).T @ known.flatten(0, 1))
+
+        if keep:
+            for name, x, g in kept:
+                add(name, x, g)
+        else:
+            watch.on_pair = lambda name, x, g: add(name, *_cut(x, g, sketches[name]))
+            try:
+                losses.sum().backward()
+                watch.finish()
+            except (RuntimeError, MemoryError) as error:
+                raise PartlyAdded from error
+
+
+def _cut(x: torch.Tensor, g: torch.Tensor, sketch: Sketch) -> tuple[torch.Tensor, torch.Tensor]:
+    return (x if sketch.right is None else x @ sketch.right), (g if sketch.left is None else g @ sketch.left)
