@@ -56,6 +56,11 @@ class LedgerRecord:
         return tuple(self._chain.taints)
 
     @property
+    def files(self) -> Mapping[str, str]:
+        """SHA-256 by name of the files that charged releases produced."""
+        return dict(self._chain.files)
+
+    @property
     def torn(self) -> bool:
         """Whether the last line is unfinished, as a crash leaves it."""
         return self._tail is not None
