@@ -66,7 +66,7 @@ def sensitivity_after_rounding(
     scaled = _checks.positive(l2_clip_norm=l2_clip_norm) * _checks.positive(scale=scale)
     dimension = _checks.whole(at_least=1, dimension=dimension)
     _checks.one_of(choices=_checks.RELATIONS, neighboring=neighboring)
-    l2 = (scaled + math.sqrt(dimension)) * (2 if neighboring == "replace_one" else 1)
+    l2 = (scaled + math.sqrt(dimension)) * (2.0 if neighboring == "replace_one" else 1.0)
     return Sensitivity(l1=min(math.sqrt(dimension) * l2, l2**2), l2_squared=l2**2)
 
 
@@ -125,7 +125,7 @@ def epsilon(
     count = _checks.whole(at_least=1, count=count)
     delta = _checks.probability(open_interval=True, delta=delta)
     precision = math.fsum(times / _checks.positive(noise=noise) ** 2 for noise, times in gaussians)
-    found = []
+    found: list[float] = []
     for order in _ORDERS:
         divergence = count * renyi(order, variance, sensitivity) + order * precision / 2
         conversion = math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1)

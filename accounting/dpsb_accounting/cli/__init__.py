@@ -7,12 +7,12 @@ import sys
 import typer
 
 from dpsb_accounting.calibrate import CalibrationInfeasible
-from dpsb_accounting.cli import bounds, comparison, runs
+from dpsb_accounting.cli import bounds, comparison, federation, runs
 from dpsb_accounting.cli._shared import app
 from dpsb_accounting.engines import ResourceLimit
 from dpsb_accounting.ledger import LedgerError
 
-COMMANDS = (bounds, runs, comparison)  # importing them registers their commands, in this order
+COMMANDS = (bounds, runs, comparison, federation)  # importing them registers their commands, in this order
 
 __all__ = ["COMMANDS", "app", "main"]
 
