@@ -32,8 +32,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import ndtr
 
-from dpsb_accounting.composition import Composition
+from dpsb_accounting import gaussian
+from dpsb_accounting.composition import Composition, Subsampled
 from dpsb_accounting.engines.answer import Answer, Unavailable
 
 Array = npt.NDArray[np.float64]
@@ -43,7 +45,7 @@ _AGREEMENT = 1e-6  # of epsilon (or absolutely, below 1), between the two contou
 _MOST_WORK = 1.5e9  # points on the contour times points of the inner grids: about two seconds
 _MOST_POINTS = 2_000_000
 _SMALLEST_DELTA = 1e-100
-_SMALLEST_NOISE = 0.2  # below it one release alone has an epsilon of dozens, and the inner grids grow long
+_SMALLEST_NOISE = 0.04  # below it one release alone has an epsilon of dozens, and the inner grids grow long
 _DEPTH = 45.0  # inner integrands are summed where they exceed e^-45 of their peak
 
 
@@ -76,6 +78,8 @@ def epsilon(composition: Composition, delta: float, neighboring: str) -> Answer:
         Unavailable: If the integrand falls too slowly, the two contours disagree, or an event is of another kind.
     """
     _refuse(composition, delta)
+    if composition.count == 1 and composition.subsampled and neighboring != "replace_one":
+        return _single(composition.subsampled[0], delta)
     found, error = 0.0, 0.0
     for direction in _directions(composition, neighboring):
         value, doubt = _solve(direction, delta)
@@ -90,6 +94,23 @@ def _answer(lower: float, upper: float) -> Answer:
     return Answer(
         engine="quadrature", lower=lower, upper=upper, rigorous=False, method="contour integral, two contours agree"
     )
+
+
+def _single(part: Subsampled, delta: float) -> Answer:
+    """One release, in closed form: amplification of one Gaussian, at which the other direction is checked."""
+    prob, noise = part.sampling_prob, part.noise_multiplier
+    if delta >= prob:
+        return _answer(0.0, 0.0)
+    low, high = gaussian.epsilon(noise, delta / prob)
+    low, high = (value + math.log(prob - (prob - 1) * math.exp(-value)) for value in (low, high))
+    # Adding: P(x < z) - e^epsilon Q(x < z) at the z where the two densities meet.
+    rest = 1 - (1 - prob) * math.exp(high)
+    if rest > 0:
+        z = noise**2 * (math.log(rest / prob) - high) + 0.5
+        added = rest * ndtr(z / noise) - prob * math.exp(high) * ndtr((z - 1) / noise)
+        if added > delta * (1 + 1e-6):
+            raise Unavailable("adding costs more than removing")
+    return Answer(engine="quadrature", lower=low, upper=high, rigorous=False, method="closed form of one release")
 
 
 def _refuse(composition: Composition, delta: float) -> None:
