@@ -128,10 +128,9 @@ def _asked(
 
 def parts_of(entries: Iterable[Phase | Event | tuple[Event, int]]) -> list[tuple[Event, int]]:
     """Returns the events with their counts that phases, events or pairs stand for."""
-    if isinstance(entries, (*EVENT_CLASSES, Phase)):
-        entries = [entries]
+    single: tuple[object, ...] = (entries,) if isinstance(entries, (*EVENT_CLASSES, Phase)) else tuple(entries)
     parts: list[tuple[Event, int]] = []
-    for entry in entries:
+    for entry in single:
         if isinstance(entry, Phase):
             parts.append((entry.event, entry.count))
         elif isinstance(entry, EVENT_CLASSES):

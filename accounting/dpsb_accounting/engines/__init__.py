@@ -1,28 +1,32 @@
 """Engines: a composition in, bounds on epsilon or delta out. Which one answers is decided here and recorded.
 
-* No subsampling: one Gaussian, exactly.
-* Otherwise the upper bound is dp-accounting's pessimistic privacy loss distribution (PLD, connect the dots),
-  with an adaptive mesh and a guard against its float errors; where delta is too small for the guard, Rényi
-  divergences by quadrature (`renyi`).
+* Gaussians only: one Gaussian, exactly.
+* Otherwise the upper bound is dp-accounting's pessimistic privacy loss distribution (`pld`: adaptive mesh, guarded
+  against its float errors). Where it cannot answer (delta too small, epsilon too large, too many cells, an event
+  for which only Rényi divergences are known), the least of `rdp` and `plain`, with the reason in `method`.
 * The lower bound is our own, by post-processing (`binned`): it shares no code with the upper one.
+* `answers` asks every engine, for the cross-check and the report.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from dpsb_accounting import gaussian
 from dpsb_accounting.composition import Composition
-from dpsb_accounting.relations import resolved
+from dpsb_accounting.engines.answer import Answer, Unavailable
+from dpsb_accounting.relations import needs_two_steps, resolved
 
-_TOLERANCE = 1e-3  # of epsilon, at which the mesh is fine enough
-_SMALLEST = 1e-5  # ... or this, where epsilon itself is tiny
-_FIRST_SINGLE = 8_000  # cells of one release on the first mesh
-_MOST_SINGLE = 150_000  # cells of one release: about a second
-_MOST_COMPOSED = 1 << 22  # cells of the composition: about a second
-_GUARD_SHARE = 0.05
+__all__ = ["Answer", "Ends", "ResourceLimit", "Unavailable", "answers", "delta", "epsilon", "upper_epsilon"]
+
+_MOST_LOWER_CELLS = 1 << 24
+_COARSE_MESH = 1e-2  # of the lower bound, where the upper one has none
+_MOST_ROUNDS = 60
+_DEEPEST = 690.0  # -log of the smallest delta that floats hold
 
 Ends = tuple[float, float, str]
 
@@ -31,77 +35,196 @@ class ResourceLimit(Exception):
     """A bound would need more memory than is sensible, or more precision than floats have; says which."""
 
 
+class _Upper(NamedTuple):
+    """An upper bound, the mesh for the lower one, and how it was found."""
+
+    value: float
+    mesh: float
+    method: str
+
+
 def epsilon(composition: Composition, delta: float, neighboring: str) -> Ends:
     """Returns (lower, upper, method) for epsilon at `delta`.
 
     Guarantees: lower ≤ true epsilon ≤ upper, also in floating point; deterministic.
 
     Raises:
+        ValueError: If an event has no meaning under the relation.
         ResourceLimit: If no engine can answer; the message names the cause.
     """
     closed = _closed_form(composition)
     if closed is not None:
         return closed
-    composition = resolved(composition, neighboring)
-    _refuse_others(composition)
-    if not composition.subsampled:
-        low, high = gaussian.epsilon(_gaussian_noise(composition, neighboring), delta)
+    parts = resolved(composition, neighboring)
+    if _is_gaussian(parts):
+        low, high = gaussian.epsilon(_gaussian_noise(parts, neighboring), delta)
         return low, high, "exact Gaussian"
     high, mesh, method = upper_epsilon(composition, delta, neighboring)
-    low = max((tail.epsilon(delta) for tail in _lower_tails(composition, neighboring, mesh)), default=0.0)
+    low = max((tail.epsilon(delta) for tail in _tails(composition, neighboring, mesh)), default=0.0)
     # If float errors ever put them in the wrong order, the looser one is the upper bound.
-    return min(low, high), max(low, high), f"{method}; lower bound by binned losses"
+    return min(low, high), max(low, high), _with_lower(method, low)
 
 
 def delta(composition: Composition, epsilon: float, neighboring: str) -> Ends:
     """Returns (lower, upper, method) for delta at `epsilon`; see `epsilon`."""
     closed = _closed_form(composition)
     if closed is not None:
-        return 0.0, min(closed[1], 1.0), closed[2]
-    composition = resolved(composition, neighboring)
-    _refuse_others(composition)
-    if not composition.subsampled:
-        low, high = gaussian.delta(_gaussian_noise(composition, neighboring), epsilon)
+        return 0.0 if closed[0] == 0 else 1.0, min(closed[1], 1.0), closed[2]
+    parts = resolved(composition, neighboring)
+    if _is_gaussian(parts):
+        low, high = gaussian.delta(_gaussian_noise(parts, neighboring), epsilon)
         return low, high, "exact Gaussian"
-    from dpsb_accounting.engines import binned
+    high, mesh, method = _upper_delta(composition, epsilon, neighboring)
+    low = max((tail.delta(epsilon) for tail in _tails(composition, neighboring, mesh)), default=0.0)
+    return min(low, high), max(low, high), _with_lower(method, low)
 
-    guard = binned.float_guard(composition.count)
-    best, mesh = 1.0, _first_mesh(composition, neighboring)
-    while True:
-        found = float(_pld(composition, neighboring, mesh).get_delta_for_epsilon(epsilon)) + guard
-        gain, best = best - found, min(best, found)
-        finer = mesh / 4
-        if gain <= 15 * max(_TOLERANCE * best, guard) or not _affordable(composition, neighboring, finer):
-            break
-        mesh = finer
-    low = max((tail.delta(epsilon) for tail in _lower_tails(composition, neighboring, mesh)), default=0.0)
-    return min(low, best), max(low, best), f"pld, mesh {mesh:.2g}; lower bound by binned losses"
+
+def _with_lower(method: str, low: float) -> str:
+    return f"{method}; lower bound by binned losses" if low else f"{method}; no lower bound"
+
+
+def _tails(composition: Composition, neighboring: str, mesh: float) -> tuple[Any, ...]:
+    """Tails for the lower bound; zeroing a unit is one way to replace it, so zero_out bounds replace_one below."""
+    relation = "zero_out" if needs_two_steps(composition, neighboring) else neighboring
+    return _lower_tails(resolved(composition, relation), relation, mesh)
 
 
 @functools.lru_cache(maxsize=256)
 def upper_epsilon(composition: Composition, delta: float, neighboring: str) -> tuple[float, float, str]:
-    """Returns (upper bound on epsilon, mesh, method) of a composition that has subsampled parts."""
-    from dpsb_accounting.engines import binned
+    """Returns (upper bound on epsilon, mesh, method); the same upper end as `epsilon`, without the lower one."""
+    closed = _closed_form(composition)
+    if closed is not None:
+        return closed[1], _COARSE_MESH, closed[2]
+    if needs_two_steps(composition, neighboring):
+        return _two_steps_epsilon(composition, delta)
+    parts = resolved(composition, neighboring)
+    if _is_gaussian(parts):
+        return gaussian.epsilon(_gaussian_noise(parts, neighboring), delta)[1], _COARSE_MESH, "exact Gaussian"
+    return _least("epsilon", parts, delta, neighboring, math.inf)
 
-    _refuse_others(composition)
-    guard = binned.float_guard(composition.count)
-    mesh = _first_mesh(composition, neighboring)
-    if guard > _GUARD_SHARE * delta:
-        from dpsb_accounting.engines import renyi
 
-        found = renyi.epsilon(composition, delta, neighboring)
-        if math.isinf(found):
-            raise ResourceLimit(f"delta={delta!r} is too small for {composition.count} steps with so little noise")
-        return found, mesh, "rdp, as delta is too small for pld"
-    best = math.inf
-    while True:
-        found = float(_pld(composition, neighboring, mesh).get_epsilon_for_delta(delta - guard))
-        gain, best = best - found, min(best, found)
-        finer = mesh / 4
-        # The error is O(h^2), so a mesh four times finer gains 15/16 of it.
-        if gain <= 15 * max(_TOLERANCE * best, _SMALLEST) or not _affordable(composition, neighboring, finer):
-            return best, mesh, f"pld, mesh {mesh:.2g}"
-        mesh = finer
+@functools.lru_cache(maxsize=256)
+def _upper_delta(composition: Composition, epsilon: float, neighboring: str) -> _Upper:
+    if needs_two_steps(composition, neighboring):
+        half = epsilon / 2
+        found = delta(composition, half, "zero_out")
+        value = min(1.0, found[1] * (1 + math.exp(min(half, 700.0))) * (1 + 1e-12))
+        return _Upper(value, _COARSE_MESH, f"two steps of zero_out (group privacy): {found[2]}")
+    return _least("delta", resolved(composition, neighboring), epsilon, neighboring, 1.0)
+
+
+def _least(what: str, parts: Composition, at: float, neighboring: str, nothing: float) -> _Upper:
+    """The least upper bound on epsilon or delta that an engine certifies."""
+    from dpsb_accounting.engines import plain, pld, rdp
+
+    pairs: list[tuple[float, str]] = []
+    mesh, reason = _COARSE_MESH, ""
+    try:
+        value, mesh = getattr(pld, what)(parts, at, neighboring)
+        pairs.append((value, f"pld, mesh {mesh:.2g}"))
+    except Unavailable as error:
+        reason = str(error)
+        mesh = _lower_mesh(parts, neighboring)
+        pairs.append((getattr(rdp, what)(parts, at, neighboring), f"rdp, as {reason}"))
+    if reason or parts.others:
+        pairs.append((getattr(plain, what)(parts, at, neighboring), "without amplification by sampling"))
+    value, method = min(pairs)
+    if reason and method.startswith("without"):
+        method += f", as {reason}"
+    if not value < nothing and what == "epsilon":
+        raise ResourceLimit(f"no finite bound on epsilon can be computed at delta={at!r}: {reason or method}")
+    return _Upper(value, mesh, method)
+
+
+def _two_steps_epsilon(composition: Composition, delta: float) -> tuple[float, float, str]:
+    r"""replace_one as two steps of zero_out: (e, d) gives (2e, d (1 + e^e)); Vadhan (2017), Lemma 2.2."""
+    depth = -math.log(delta)  # of the share of delta that each step gets, on a logarithmic scale
+    for round_ in range(_MOST_ROUNDS):
+        found = upper_epsilon(composition, math.exp(-depth), "zero_out")
+        needed = -math.log(delta) + math.log1p(math.exp(min(found[0], _DEEPEST))) + 1e-9
+        if depth >= needed:
+            return 2 * found[0], found[1], f"two steps of zero_out (group privacy): {found[2]}"
+        depth = needed + 1e-3 * round_ * (needed - depth)  # rises to the fixed point from below, then past it
+        if depth > _DEEPEST:
+            break
+    raise ResourceLimit(f"replace_one costs too much to be bounded by two steps of zero_out at delta={delta!r}")
+
+
+def answers(composition: Composition, delta: float, neighboring: str) -> list[Answer | tuple[str, str]]:
+    """Returns what every engine says of epsilon at `delta`: its Answer, or its name and why it has none.
+
+    Guarantees: nothing is raised for an engine that fails; of the engines that are marked rigorous, every interval
+        holds the true value.
+    """
+    known: list[tuple[str, Callable[[Composition, float, str], Answer]]] = [
+        ("gaussian", _gaussian_answer),
+        ("pld", _pld_answer),
+        ("binned", _binned_answer),
+        ("rdp", _rdp_answer),
+        *((name, functools.partial(_further, module)) for name, module in _FURTHER),
+    ]
+    found: list[Answer | tuple[str, str]] = []
+    for name, engine in known:
+        try:
+            if composition.non_private:
+                raise Unavailable("something was released with no guarantee")
+            if needs_two_steps(composition, neighboring):
+                raise Unavailable("replace_one is bounded by two steps of zero_out here")
+            found.append(engine(resolved(composition, neighboring), delta, neighboring))
+        except (Unavailable, ResourceLimit) as error:
+            found.append((name, str(error)))
+        except (ArithmeticError, RuntimeError, MemoryError) as error:
+            found.append((name, f"failed: {type(error).__name__}"))
+    return found
+
+
+_FURTHER = (("prv", "prv"), ("quadrature", "quadrature"), ("gdp_clt", "clt"))
+
+
+def _further(module: str, parts: Composition, delta: float, neighboring: str) -> Answer:
+    """An engine that knows Gaussian sums only."""
+    if parts.others:
+        raise Unavailable(f"it does not know {type(parts.others[0][0]).__name__}")
+    try:
+        engine = importlib.import_module(f"dpsb_accounting.engines.{module}")
+    except ImportError:
+        raise Unavailable("it is not installed") from None
+    found: Answer = engine.epsilon(parts, delta, neighboring)
+    return found
+
+
+def _gaussian_answer(parts: Composition, delta: float, neighboring: str) -> Answer:
+    if not _is_gaussian(parts):
+        raise Unavailable("not a Gaussian alone")
+    low, high = gaussian.epsilon(_gaussian_noise(parts, neighboring), delta)
+    return Answer(engine="gaussian", lower=low, upper=high, rigorous=True, method="closed form (Balle and Wang)")
+
+
+def _pld_answer(parts: Composition, delta: float, neighboring: str) -> Answer:
+    from dpsb_accounting.engines import pld
+
+    high, mesh = pld.epsilon(parts, delta, neighboring)
+    return Answer(engine="pld", lower=0.0, upper=high, rigorous=True, method=f"mesh {mesh:.2g}, float guard")
+
+
+def _binned_answer(parts: Composition, delta: float, neighboring: str) -> Answer:
+    mesh = _lower_mesh(parts, neighboring)
+    if not _is_gaussian(parts):
+        mesh = upper_epsilon(parts, delta, neighboring)[1]
+    tails = _lower_tails(parts, neighboring, mesh)
+    if not tails:
+        raise Unavailable("no pair of distributions of these events is known to it, or too many cells")
+    low = max(tail.epsilon(delta) for tail in tails)
+    return Answer(engine="binned", lower=low, upper=math.inf, rigorous=True, method=f"mesh {mesh:.2g}")
+
+
+def _rdp_answer(parts: Composition, delta: float, neighboring: str) -> Answer:
+    from dpsb_accounting.engines import rdp
+
+    high = rdp.epsilon(parts, delta, neighboring)
+    if math.isinf(high):
+        raise Unavailable("no order gives a finite bound")
+    return Answer(engine="rdp", lower=0.0, upper=high, rigorous=True, method="best Rényi order")
 
 
 def _closed_form(composition: Composition) -> Ends | None:
@@ -112,9 +235,8 @@ def _closed_form(composition: Composition) -> Ends | None:
     return None
 
 
-def _refuse_others(composition: Composition) -> None:
-    if composition.others:
-        raise ResourceLimit(f"no engine computes {composition.others[0][0]!r} yet")
+def _is_gaussian(parts: Composition) -> bool:
+    return not parts.subsampled and not parts.others
 
 
 def _gaussian_noise(composition: Composition, neighboring: str) -> float:
@@ -122,61 +244,16 @@ def _gaussian_noise(composition: Composition, neighboring: str) -> float:
     return composition.noise_multiplier / (2 if neighboring == "replace_one" else 1)
 
 
-def _first_mesh(composition: Composition, neighboring: str) -> float:
-    widest, _ = _spans(composition, neighboring)
-    mesh = max(min(1e-2, 0.3 / math.sqrt(composition.count)), widest / _FIRST_SINGLE)
-    while not _affordable(composition, neighboring, mesh):
-        if mesh > 0.1:
-            _, total = _spans(composition, neighboring)
-            raise ResourceLimit(
-                f"the privacy loss of {composition.count} releases spreads over {total:.3g}, too much to compute; "
-                "the noise is too small for so many steps to give a meaningful epsilon"
-            )
-        mesh *= 2
-    return mesh
-
-
-def _affordable(composition: Composition, neighboring: str, mesh: float) -> bool:
-    widest, total = _spans(composition, neighboring)
-    return widest / mesh <= _MOST_SINGLE and total / mesh <= _MOST_COMPOSED
-
-
-@functools.lru_cache(maxsize=256)
-def _spans(composition: Composition, neighboring: str) -> tuple[float, float]:
+def _lower_mesh(parts: Composition, neighboring: str) -> float:
+    """A mesh for the lower bound where the upper one was found without."""
     from dpsb_accounting.engines import binned
 
-    return binned.spans(composition, neighboring)
+    _, total = binned.spans(parts, neighboring)
+    return max(min(_COARSE_MESH, 0.1 / math.sqrt(max(parts.count, 1))), total / _MOST_LOWER_CELLS)
 
 
 @functools.lru_cache(maxsize=16)
-def _lower_tails(composition: Composition, neighboring: str, mesh: float) -> tuple[Any, ...]:
+def _lower_tails(parts: Composition, neighboring: str, mesh: float) -> tuple[Any, ...]:
     from dpsb_accounting.engines import binned
 
-    return tuple(binned.tails(composition, neighboring, mesh, 4 * _MOST_COMPOSED))
-
-
-def _pld(composition: Composition, neighboring: str, mesh: float) -> Any:
-    """dp-accounting's pessimistic distribution of the composition; floats and flat events only."""
-    from dp_accounting import NeighboringRelation
-    from dp_accounting.pld import privacy_loss_distribution
-
-    relation = {
-        "add_or_remove_one": NeighboringRelation.ADD_OR_REMOVE_ONE,
-        "zero_out": NeighboringRelation.REPLACE_SPECIAL,
-        "replace_one": NeighboringRelation.REPLACE_ONE,
-    }[neighboring]
-    total = None
-    parts = [(part.noise_multiplier, part.sampling_prob, part.count) for part in composition.subsampled]
-    if math.isfinite(composition.noise_multiplier):
-        parts.append((composition.noise_multiplier, 1.0, 1))
-    for noise, prob, count in parts:
-        part = privacy_loss_distribution.from_gaussian_mechanism(
-            noise,
-            value_discretization_interval=mesh,
-            sampling_prob=prob,
-            use_connect_dots=True,
-            neighboring_relation=relation,
-        )
-        part = part.self_compose(count) if count > 1 else part
-        total = part if total is None else total.compose(part)
-    return total
+    return tuple(binned.tails(parts, neighboring, mesh, _MOST_LOWER_CELLS))

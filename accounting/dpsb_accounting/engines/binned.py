@@ -26,6 +26,7 @@ from scipy import fft
 from scipy.special import ndtr
 
 from dpsb_accounting.composition import Composition
+from dpsb_accounting.engines import atoms
 
 Array = npt.NDArray[np.float64]
 SMALLEST_NOISE = 0.05  # below this, probabilities of the cells underflow
@@ -75,13 +76,16 @@ def float_guard(count: int) -> float:
 
 
 def tails(composition: Composition, neighboring: str, mesh: float, most_cells: int) -> list[Tails]:
-    """Returns the tails for each direction of the relation; empty if they would need more than `most_cells`."""
+    """Returns the tails for each direction of the relation; empty if they would need more than `most_cells`.
+
+    Events of which no pair of distributions is known here are left out: the bound is then that of the others.
+    """
     directions = ("replace",) if neighboring == "replace_one" else ("remove", "add")
-    if min([composition.noise_multiplier, *(part.noise_multiplier for part in composition.subsampled)]) < (
-        SMALLEST_NOISE
-    ):
-        return []
-    found = [_tails(_cells(composition, direction, mesh), mesh, most_cells) for direction in directions]
+    found = []
+    for direction in directions:
+        parts = _cells(composition, neighboring, direction, mesh)
+        if parts:
+            found.append(_tails(parts, mesh, most_cells))
     return [entry for entry in found if entry is not None]
 
 
@@ -155,8 +159,24 @@ def _masses(edges: Array, mean: float, noise: float) -> Array:
     return masses
 
 
-def _cells(composition: Composition, direction: str, mesh: float) -> list[_Cells]:
-    return [_cells_of(noise, prob, count, direction, mesh) for noise, prob, count in _parts(composition)]
+def _cells(composition: Composition, neighboring: str, direction: str, mesh: float) -> list[_Cells]:
+    sums = [(noise, prob, count, direction) for noise, prob, count in _parts(composition)]
+    found = []
+    for event, count in composition.others:
+        simple = atoms.as_sum(event, neighboring)
+        if simple is not None:
+            sums.append((simple[0], simple[1], count, "remove" if simple[2] else direction))
+            continue
+        known = atoms.cells(event, neighboring, direction, mesh)
+        if known is not None:
+            first, p, q = known
+            with np.errstate(over="ignore", invalid="ignore"):
+                tilted = q * np.exp((first + np.arange(len(q))) * mesh)
+            if np.all(np.isfinite(tilted)) and tilted.sum() > 0:
+                found.append(_Cells(first, p, tilted, count))
+    return found + [
+        _cells_of(noise, prob, count, way, mesh) for noise, prob, count, way in sums if noise >= SMALLEST_NOISE
+    ]
 
 
 def _tails(parts: list[_Cells], mesh: float, most_cells: int) -> Tails | None:

@@ -1,0 +1,232 @@
+"""The default upper bound: dp-accounting's pessimistic privacy loss distributions, wrapped.
+
+* An adaptive mesh: coarse first, then four times finer until that gains less than 1e-3 of epsilon.
+* A guard against float errors: its pessimistic values lose about 3e-16 of delta per composed release, so they are
+  asked for a delta that is smaller by that much.
+* A size check before anything is allocated.
+* One mesh for all parts, equal parts composed at once; floats and single releases only, since dp-accounting miscounts
+  some nested ones.
+
+References:
+    Doroshenko et al. (2022), arXiv:2207.04380; composition: Zhu, Dong and Wang (2022), arXiv:2106.08567, Theorem 10.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+
+from dpsb_accounting.composition import Composition
+from dpsb_accounting.engines import binned, profiles
+from dpsb_accounting.engines.answer import Unavailable
+from dpsb_accounting.events import (
+    DiscreteLaplace,
+    Event,
+    Laplace,
+    PoissonLaplace,
+    PureEpsilon,
+    TruncatedPoissonGaussian,
+)
+
+_TOLERANCE = 1e-3  # of epsilon, at which the mesh is fine enough
+_SMALLEST = 1e-5  # ... or this, where epsilon itself is tiny
+_FIRST_SINGLE = 8_000  # cells of one release on the first mesh
+_MOST_SINGLE = 150_000  # cells of one release: about a second
+_MOST_COMPOSED = 1 << 22  # cells of the composition: about a second
+_GUARD_SHARE = 0.05
+_LARGEST = 700.0  # beyond, exp(-loss) underflows inside dp-accounting
+_MOST_SENSITIVITY = 10_000  # of an integer sum; beyond, its pure epsilon is used
+_TRIAL_CELLS = 500
+_MARGIN = 10.0  # standard deviations that dp-accounting keeps
+
+
+def epsilon(composition: Composition, delta: float, neighboring: str) -> tuple[float, float]:
+    """Returns (upper bound on epsilon, mesh) of a resolved composition; Unavailable where it would not be a bound."""
+    mesh = first_mesh(composition, neighboring)
+    guard = binned.float_guard(composition.count)
+    if guard > _GUARD_SHARE * delta:
+        raise Unavailable("delta is too small for pld")
+    best = math.inf
+    while True:
+        found = float(distribution(composition, neighboring, mesh).get_epsilon_for_delta(delta - guard))
+        if math.isnan(found):
+            raise Unavailable("pld found no number")
+        # The error is O(h^2), so a mesh four times finer gains 15/16 of it.
+        gain, best = best - found, min(best, found)
+        finer = mesh / 4
+        if best > _LARGEST:
+            raise Unavailable(f"epsilon is above {_LARGEST:g}, where the floats of pld fail")
+        if gain <= 15 * max(_TOLERANCE * best, _SMALLEST) or not _affordable(composition, neighboring, finer):
+            return best, mesh
+        mesh = finer
+
+
+def delta(composition: Composition, epsilon: float, neighboring: str) -> tuple[float, float]:
+    """Returns (upper bound on delta, mesh) of a resolved composition at `epsilon`."""
+    mesh = first_mesh(composition, neighboring)
+    guard = binned.float_guard(composition.count)
+    if epsilon > _LARGEST:
+        raise Unavailable(f"epsilon is above {_LARGEST:g}, where the floats of pld fail")
+    best = 1.0
+    while True:
+        found = float(distribution(composition, neighboring, mesh).get_delta_for_epsilon(epsilon)) + guard
+        if math.isnan(found):
+            raise Unavailable("pld found no number")
+        gain, best = best - found, min(best, found)
+        finer = mesh / 4
+        if gain <= 15 * max(_TOLERANCE * best, guard) or not _affordable(composition, neighboring, finer):
+            return best, mesh
+        mesh = finer
+
+
+def first_mesh(composition: Composition, neighboring: str) -> float:
+    """Returns the mesh to begin with; Unavailable if none is affordable, or an event has no distribution here."""
+    widest, total = _spans(composition, neighboring)
+    mesh = max(min(1e-2, 0.3 / math.sqrt(composition.count)), widest / _FIRST_SINGLE)
+    while not _affordable(composition, neighboring, mesh):
+        if mesh > 0.1:
+            raise Unavailable(
+                f"the privacy loss of {composition.count} releases spreads over {total:.3g}, too much for pld"
+            )
+        mesh *= 2
+    return mesh
+
+
+def _affordable(composition: Composition, neighboring: str, mesh: float) -> bool:
+    widest, total = _spans(composition, neighboring)
+    return widest / mesh <= _MOST_SINGLE and total / mesh <= _MOST_COMPOSED
+
+
+@functools.lru_cache(maxsize=256)
+def _spans(composition: Composition, neighboring: str) -> tuple[float, float]:
+    """The widths, in loss, of the widest single release and of the composition (both roughly)."""
+    widest, total = binned.spans(composition, neighboring)
+    for event, count in composition.others:
+        mesh, masses = trial(event, neighboring)
+        low, high = _window(masses, count)
+        total += mesh * (high - low + 1)
+        widest = max(widest, mesh * len(masses))
+    return widest, total
+
+
+def _window(masses: Any, count: int) -> tuple[int, int]:
+    from dp_accounting.pld import common
+
+    low, high = common.compute_self_convolve_bounds(masses, count, 1e-15)
+    return int(low), int(high)
+
+
+def trial(event: Event, neighboring: str) -> tuple[float, Any]:
+    """A coarse mesh on which the losses of one release fill some cells, and their probabilities."""
+    mesh = 0.5
+    while True:
+        cells = single(event, neighboring, mesh)._pmf_remove.to_dense_pmf()
+        if cells.size >= _TRIAL_CELLS or mesh < 1e-9:
+            return mesh, np.asarray(cells._probs)
+        mesh /= 8
+
+
+@functools.lru_cache(maxsize=4)
+def distribution(composition: Composition, neighboring: str, mesh: float) -> Any:
+    """Returns dp-accounting's pessimistic distribution of the composition."""
+    parts: list[tuple[Any, int]] = []
+    for part in composition.subsampled:
+        parts.append((_gaussian(part.noise_multiplier, part.sampling_prob, neighboring, mesh), part.count))
+    if math.isfinite(composition.noise_multiplier):
+        parts.append((_gaussian(composition.noise_multiplier, 1.0, neighboring, mesh), 1))
+    for event, count in composition.others:
+        parts.append((single(event, neighboring, mesh), count))
+    total = None
+    for part, count in parts:
+        composed = part.self_compose(count) if count > 1 else part
+        total = composed if total is None else total.compose(composed)
+    return total
+
+
+def single(event: Event, neighboring: str, mesh: float) -> Any:
+    """Returns the distribution of one release that is no plain Gaussian sum; Unavailable if it has none here."""
+    from dp_accounting.pld import privacy_loss_distribution
+
+    steps = 2 if neighboring == "replace_one" else 1
+    if _rough_span(event, steps) > 4 * _MOST_SINGLE * mesh:
+        raise Unavailable(f"the losses of {type(event).__name__} spread too far for pld")
+    if isinstance(event, TruncatedPoissonGaussian):
+        return privacy_loss_distribution.from_truncated_subsampled_gaussian_mechanism(
+            event.num_examples,
+            event.sampling_prob,
+            event.max_batch_size,
+            event.noise_multiplier,
+            value_discretization_interval=mesh,
+            neighboring_relation=_relation(neighboring),
+        )
+    if isinstance(event, Laplace) or (isinstance(event, PoissonLaplace) and steps == 1):
+        return privacy_loss_distribution.from_laplace_mechanism(
+            event.noise_multiplier / steps,
+            value_discretization_interval=mesh,
+            sampling_prob=event.sampling_prob if isinstance(event, PoissonLaplace) else 1.0,
+        )
+    if isinstance(event, DiscreteLaplace):
+        if steps * event.sensitivity > _MOST_SENSITIVITY:
+            event = PureEpsilon(epsilon=event.noise_parameter * event.sensitivity)
+        else:
+            return privacy_loss_distribution.from_discrete_laplace_mechanism(
+                event.noise_parameter,
+                steps * event.sensitivity,
+                value_discretization_interval=mesh,
+                use_connect_dots=True,
+            )
+    found = profiles.of(event, neighboring)
+    if found is None:
+        raise Unavailable(f"{type(event).__name__} has only a bound by Rényi divergences")
+    pmfs = [_connected(profile, mesh) for profile in found]
+    return privacy_loss_distribution.PrivacyLossDistribution(*pmfs)
+
+
+def _rough_span(event: Event, steps: int) -> float:
+    """At least the width of the losses of one release that dp-accounting would put on the mesh."""
+    if isinstance(event, TruncatedPoissonGaussian):
+        noise = event.noise_multiplier / 2
+        return (1 + 2 * _MARGIN * noise) / noise**2
+    if isinstance(event, (Laplace, PoissonLaplace)):
+        return 2 * steps / event.noise_multiplier
+    if isinstance(event, DiscreteLaplace) and steps * event.sensitivity <= _MOST_SENSITIVITY:
+        return 2 * steps * event.sensitivity * event.noise_parameter
+    return 0.0
+
+
+def _connected(profile: profiles.Profile, mesh: float) -> Any:
+    from dp_accounting.pld import pld_pmf
+
+    first, last = math.floor(profile.low / mesh), math.ceil(profile.high / mesh)
+    if last - first > 4 * _MOST_SINGLE:
+        raise Unavailable(f"one release would need {last - first:.2g} cells in pld")
+    if first == last:
+        first, last = first - 1, last + 1
+    deltas = profile.deltas(np.asarray(np.arange(first, last + 1) * mesh, dtype=np.float64))
+    deltas = np.minimum.accumulate(np.clip(deltas, 0.0, 1.0))
+    return pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(mesh, first, last, deltas)
+
+
+def _gaussian(noise: float, prob: float, neighboring: str, mesh: float) -> Any:
+    from dp_accounting.pld import privacy_loss_distribution
+
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        noise,
+        value_discretization_interval=mesh,
+        sampling_prob=prob,
+        use_connect_dots=True,
+        neighboring_relation=_relation(neighboring),
+    )
+
+
+def _relation(neighboring: str) -> Any:
+    from dp_accounting import NeighboringRelation
+
+    return {
+        "add_or_remove_one": NeighboringRelation.ADD_OR_REMOVE_ONE,
+        "zero_out": NeighboringRelation.REPLACE_SPECIAL,
+        "replace_one": NeighboringRelation.REPLACE_ONE,
+    }[neighboring]
