@@ -323,7 +323,7 @@ class _Search:
 
     def _good_enough(self, value: float, safe: float, unsafe: float) -> bool:
         close = self.target * (1 - _PRECISION) <= value <= self.target
-        finest = unsafe - safe <= 1 if self.whole else unsafe <= safe * (1 + _PRECISION / 10)
+        finest = unsafe - safe <= 1 if self.whole else unsafe <= safe * (1 + _PRECISION / 3)
         return safe >= self.limits[1] or finest or (close and not self.whole) or (close and safe > 1000)
 
     def _next(self, points: list[tuple[float, float]], slope: float, safe: float, unsafe: float) -> float:
