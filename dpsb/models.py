@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 EMBEDDED = "minilm"
@@ -214,6 +216,18 @@ def add_lora(
 def peft_part(model: nn.Module) -> PeftModel:
     """The PEFT model inside what :func:`add_lora` returned."""
     return model.encoder if isinstance(model, MeanPooledClassifier) else model
+
+
+def target_shapes(model: nn.Module) -> list[dict[str, int]] | None:
+    """The shapes of the weights that the adapter is added to, each with how often it occurs. Public.
+
+    Returns:
+      Objects with ``out_features``, ``in_features`` and ``count``, sorted; None if the model has no LoRA layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    found = Counter((int(layer.out_features), int(layer.in_features)) for layer in layers)
+    rows = [{"out_features": out, "in_features": into, "count": count} for (out, into), count in sorted(found.items())]
+    return rows or None
 
 
 def longest_input(base: nn.Module, tokenizer: Any) -> int | None:
