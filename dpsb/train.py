@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from dpsb.adapter import Adapter, set_gradient
 from dpsb.capture import CaptureError, adapter_train_mode, per_example_gradients
@@ -114,9 +115,10 @@ def fit(
     base_rates = [float(group["lr"]) for group in optimizer.param_groups]
     load_checkpoint(run_dir, adapter, optimizer, ledger)  # whatever the ledger holds: it may have been rolled back
 
-    with _training_mode(adapter):
+    with training_mode(adapter.model):
+        adapter_train_mode(adapter)
         with without_dropout(adapter.model):
-            probe_batch = _probe_every_bucket(adapter, loss_fn, collate, synthetic, buckets, knobs.token_budget)
+            probe_batch = probe_every_bucket(adapter, loss_fn, collate, synthetic, buckets, knobs.token_budget)
         if randomness.tainted:
             ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
         with _secret_dropout(randomness) if allow_dropout else without_dropout(adapter.model):
@@ -124,7 +126,7 @@ def fit(
             for _ in range(ledger.remaining("train")):
                 number = ledger.charge("train")
                 total = torch.zeros(adapter.dimension, dtype=torch.float64, device=_device(adapter))
-                with _messages_withheld(number):
+                with messages_withheld(f"Step {number}"):
                     draw = poisson_draw(len(dataset), plan.sampling_prob, randomness)
                     drawn = [dataset[int(i)] for i in draw]
                     lengths = padded_lengths(drawn, buckets)
@@ -150,7 +152,7 @@ class StepError(RuntimeError):
 
 
 @contextmanager
-def _messages_withheld(number: int) -> Iterator[None]:
+def messages_withheld(what: str) -> Iterator[None]:
     """Lets no message of an error out that may quote an example, a label or the size of the draw."""
     try:
         yield
@@ -162,7 +164,7 @@ def _messages_withheld(number: int) -> Iterator[None]:
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
         raise StepError(
-            f"Step {number} failed ({place}). It is charged. The message is withheld, because it may quote data; "
+            f"{what} failed ({place}). It is charged. The message is withheld, because it may quote data; "
             "DPSB_TRACEBACK=1 shows it. The data set, collate or loss_fn breaks its contract for some example."
         ) from None
 
@@ -175,7 +177,7 @@ def _secret_dropout(randomness: Randomness) -> Iterator[None]:
         yield
 
 
-def _probe_every_bucket(
+def probe_every_bucket(
     adapter: Adapter,
     loss_fn: LossFn,
     collate: Collate,
@@ -211,7 +213,7 @@ def _clipped_sum(
             check_losses(loss_fn(adapter.model, collate(examples, padded_length)), len(examples)).sum().backward()
             return mechanism.clip_and_sum(rows.get())
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         if len(examples) == 1:
             raise MemoryError(
@@ -247,11 +249,10 @@ def _step(optimizer: torch.optim.Optimizer, adapter: Adapter, base_rates: Sequen
 
 
 @contextmanager
-def _training_mode(adapter: Adapter) -> Iterator[None]:
-    """Train mode for the model (checkpointing needs it) and for the cores (Opacus needs it); undone afterwards."""
-    modes = {module: module.training for module in adapter.model.modules()}
-    adapter.model.train()
-    adapter_train_mode(adapter)
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Train mode for the model, which activation checkpointing needs; undone afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.train()
     try:
         yield
     finally:
@@ -263,6 +264,7 @@ def _device(adapter: Adapter) -> torch.device:
     return adapter.parameters()[0].device
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the processor or on a device."""
     marks = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(mark in str(error) for mark in marks)

@@ -1,0 +1,180 @@
+"""The only way from private examples to a basis: charge, one pass over the data, clip jointly, noise in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NoReturn
+
+import numpy as np
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from dpsb.adapter import attach, detach
+from dpsb.basis.budget import PHASE
+from dpsb.basis.per_example import PartlyAdded, Sketch, add_clipped_sum
+from dpsb.basis.random import random
+from dpsb.capture import adapter_train_mode
+from dpsb.losses import LossFn
+from dpsb.mechanism import Mechanism
+from dpsb.models import HEAD_NAMES
+from dpsb.probe import Collate, Example, without_dropout
+from dpsb.randomness import Randomness
+from dpsb.sampling import bucket_of, length_buckets, microbatches, padded_lengths, poisson_draw
+from dpsb.train import is_out_of_memory, messages_withheld, probe_every_bucket, training_mode
+from dpsb_accounting import Gaussian, Ledger, PoissonGaussian
+
+_REHEARSED_AT_LEAST = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateExamples:
+    """A model, the private examples, and the ledger that pays for looking at them.
+
+    Args:
+      model: With PEFT LoRA layers as ``add_lora`` makes them; the head as training will begin with it.
+      layers: Its target layers by name.
+      dataset: Examples of at most ``max_length`` tokens. Sensitive.
+      loss_fn: Per-example loss.
+      collate: Examples to model inputs of a given padded length.
+      synthetic: Synthetic or public examples to probe with, as for ``fit``.
+      max_length: Largest number of tokens. Public.
+      token_budget: Tokens per microbatch: memory and speed only.
+      ledger: Open for writing; its plan has a phase "basis" and says in ``plan.basis`` how examples are clipped.
+      randomness: Of the draw and of the noise; a seeded one taints the run.
+      on_pass: Told the number of each pass and how many there are.
+    """
+
+    model: nn.Module
+    layers: Mapping[str, LoraLayer]
+    dataset: Sequence[Example]
+    loss_fn: LossFn
+    collate: Collate
+    synthetic: Sequence[Example]
+    max_length: int
+    token_budget: int
+    ledger: Ledger
+    randomness: Randomness
+    on_pass: Callable[[int, int], None] = lambda _number, _of: None
+    _rehearsed: list[bool] = field(default_factory=list)
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """The mechanism of a basis release, read from the plan that accounts for it."""
+        plan = self.ledger.plan
+        event, facts = plan.phase(PHASE).event, plan.basis
+        if not isinstance(event, (Gaussian, PoissonGaussian)):
+            raise ValueError(f"Expected the plan's phase {PHASE!r} to be a Gaussian release, got {event!r}.")
+        clip_norm, clipping = facts.get("l2_clip_norm"), facts.get("clipping")
+        if not isinstance(clip_norm, (int, float)) or clipping not in ("flat", "automatic"):
+            raise ValueError(f"Expected the plan's basis to state l2_clip_norm and clipping, got {dict(facts)!r}.")
+        return Mechanism(
+            l2_clip_norm=float(clip_norm), noise_multiplier=event.noise_multiplier, clipping=str(clipping)
+        )
+
+    def release(self, sketches: Mapping[str, Sketch]) -> dict[str, torch.Tensor]:
+        r"""One charged release of :math:`\sum_i c_i L^\top G_i R + N(0, (\sigma C)^2)` for every layer together.
+
+        Guarantees:
+          * The charge is on disk before any example is drawn or read; a failure afterwards leaves it spent.
+          * All layers are one vector with one joint clip C, and every coordinate of every layer gets noise of standard
+            deviation :math:`\sigma C` (not C times a layer's share of it), once, in float64.
+          * Model, loss and collator have passed the isolation probe and a rehearsal on synthetic examples before the
+            first charge.
+
+        Args:
+          sketches: What of each target weight's gradient is released. Public or released.
+
+        Returns:
+          Noisy sums by layer, float64. Released.
+
+        Raises:
+          ProbeError: If the examples are coupled; nothing has been charged.
+          BudgetSpent: If the plan allows no further release.
+          StepError, MemoryError: If the pass fails; the release is spent.
+        """
+        if self.randomness.tainted:
+            self.ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
+        totals = self._zeros(sketches)
+        with training_mode(self.model), without_dropout(self.model):
+            if not self._rehearsed:
+                self._check_isolation()
+                self._rehearsed.append(True)
+            self._rehearse(sketches, totals)
+            for total in totals.values():
+                total.zero_()
+            mechanism, event = self.mechanism, self.ledger.plan.phase(PHASE).event
+            number = self.ledger.charge(PHASE)
+            self.on_pass(number + 1, self.ledger.plan.phase(PHASE).count)
+            with messages_withheld("The pass for the basis"):
+                prob = event.sampling_prob if isinstance(event, PoissonGaussian) else 1.0
+                drawn = [self.dataset[int(i)] for i in poisson_draw(len(self.dataset), prob, self.randomness)]
+                lengths = padded_lengths(drawn, length_buckets(self.max_length))
+                for positions, length in microbatches(np.arange(len(drawn)), lengths, self.token_budget):
+                    self._add([drawn[i] for i in positions], length, sketches, mechanism, totals)
+        released = {}
+        for name in list(totals):  # layer by layer, so that the noise of one layer is all that is held besides
+            total = totals.pop(name)
+            released[name] = mechanism.release(total.flatten(), self.randomness).view_as(total)
+        return released
+
+    def _zeros(self, sketches: Mapping[str, Sketch]) -> dict[str, torch.Tensor]:
+        device = next(self.model.parameters()).device
+        totals = {}
+        for name, layer in self.layers.items():
+            left, right = sketches[name]
+            shape = (layer.out_features if left is None else left.shape[1], layer.in_features)
+            shape = shape if right is None else (shape[0], right.shape[1])
+            totals[name] = torch.zeros(shape, dtype=torch.float64, device=device)
+        return totals
+
+    def _check_isolation(self) -> None:
+        """The probe that ``fit`` runs, on cores with a random basis that are taken off again."""
+        adapter = attach(self.model, random(self.model), allow=HEAD_NAMES)
+        try:
+            adapter_train_mode(adapter)
+            buckets = length_buckets(self.max_length)
+            probe_every_bucket(adapter, self.loss_fn, self.collate, self.synthetic, buckets, self.token_budget)
+        finally:
+            detach(adapter)
+
+    def _rehearse(self, sketches: Mapping[str, Sketch], totals: Mapping[str, torch.Tensor]) -> None:
+        """The pass with synthetic examples in the largest microbatch, so that what can fail does so uncharged."""
+        buckets = length_buckets(self.max_length)
+        longest = max(bucket_of(len(example["input_ids"]), buckets) for example in self.synthetic)
+        size = max(_REHEARSED_AT_LEAST, self.token_budget // longest)
+        examples = [self.synthetic[i % len(self.synthetic)] for i in range(size)]
+        self._add(examples, longest, sketches, self.mechanism, totals)
+
+    def _add(
+        self,
+        examples: Sequence[Example],
+        length: int,
+        sketches: Mapping[str, Sketch],
+        mechanism: Mechanism,
+        totals: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Adds a microbatch; halves it while memory runs out."""
+        add = partial(add_clipped_sum, layers=self.layers, sketches=sketches, mechanism=mechanism, totals=totals)
+        try:
+            add(self.model, self.loss_fn, self.collate(examples, length))
+            return
+        except PartlyAdded as error:
+            _give_up(error.__cause__ or error)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(examples) == 1:
+                _give_up(error)
+        half = len(examples) // 2
+        for part in (examples[:half], examples[half:]):
+            self._add(part, length, sketches, mechanism, totals)
+
+
+def _give_up(error: BaseException) -> NoReturn:
+    if not is_out_of_memory(error):
+        raise error
+    raise MemoryError("Out of memory in the pass for the basis. Lower token_budget or max_length.") from None
+
