@@ -19,6 +19,7 @@ from dpsb_accounting.composition import Composition, alternatives
 from dpsb_accounting.engines.answer import Answer, Unavailable
 from dpsb_accounting.ledger import LedgerRecord
 from dpsb_accounting.plan import Plan, number_to_json
+from dpsb_accounting.relations import needs_two_steps, resolved
 
 SecondEngine: TypeAlias = Callable[[Composition, float, str], Answer]
 
@@ -109,10 +110,13 @@ def second_opinion(composition: Composition, delta: float, neighboring: str) -> 
     Raises:
         Unavailable: If none has; the message gives every engine's reason.
     """
+    if needs_two_steps(composition, neighboring):
+        raise Unavailable("replace_one is bounded by two steps of zero_out here")
+    parts = resolved(composition, neighboring)
     reasons = []
     for engine in SECOND_ENGINES:
         try:
-            return engine(composition, delta, neighboring)
+            return engine(parts, delta, neighboring)
         except Unavailable as refusal:
             reasons.append(str(refusal))
     raise Unavailable("; ".join(dict.fromkeys(reasons)))

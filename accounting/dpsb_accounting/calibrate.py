@@ -390,8 +390,5 @@ class _Search:
 
 
 def _upper(parts: _Parts, delta: float, neighboring: str) -> float:
-    """The same upper end that `epsilon` reports, without the lower one where that saves time."""
-    choices = alternatives(parts)
-    if len(choices) == 1 and choices[0].subsampled and not choices[0].others and not choices[0].non_private:
-        return engines.upper_epsilon(choices[0], delta, neighboring)[0]
-    return epsilon(parts, delta, neighboring).upper
+    """The same upper end that `epsilon` reports, without the lower one."""
+    return max(engines.upper_epsilon(choice, delta, neighboring)[0] for choice in alternatives(parts))
