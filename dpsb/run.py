@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from dpsb.adapter import Adapter, Basis, Provenance, attach
+from dpsb.adapter import Basis, Provenance, attach
 from dpsb.artifacts import save_run
+from dpsb.baselines.build import adapt, add_method, lora_xs
+from dpsb.baselines.methods import method_named
 from dpsb.basis import lora_sb, mean_gradients, public, random, weight_svd
 from dpsb.checkpoint import remove_checkpoint, write_durably
 from dpsb.config import ConfigError, RunConfig
@@ -30,7 +32,8 @@ from dpsb.data import (
 )
 from dpsb.evaluate import evaluate
 from dpsb.losses import LossFn, causal_lm_loss, classification_loss
-from dpsb.models import HEAD_NAMES, MeanPooledClassifier, add_lora, config_labels, load_base, longest_input
+from dpsb.models import HEAD_NAMES, MeanPooledClassifier, add_lora, config_labels, load_base, longest_input, target_shapes
+from dpsb.optimizers import make_optimizer
 from dpsb.plan import make_plan
 from dpsb.randomness import Randomness, SeededRandomness, SystemRandomness
 from dpsb.sampling import length_buckets
@@ -113,7 +116,11 @@ def fine_tune(config: RunConfig, *, resume: bool = False, callbacks: Callbacks =
         config.model, config.task, labels, dtype=dtype, pooling=config.pooling, head_init_std=config.head_init_std
     )
     prepared = _prepare(config, table, base, tokenizer, labels, origin)
-    model = add_lora(base, config.task, config.rank, _targets(config.targets))
+    method = method_named(config.method)
+    if method.kind == "cores":
+        model = add_lora(base, config.task, config.rank, _targets(config.targets))
+    else:
+        model = add_method(base, method, config.task, config.rank, _targets(config.targets))
     if torch.cuda.is_available():
         model.to("cuda")
     collate = Collator(tokenizer.pad_token_id, next(model.parameters()).device)
@@ -121,8 +128,11 @@ def fine_tune(config: RunConfig, *, resume: bool = False, callbacks: Callbacks =
 
     existing = Ledger.read(out / LEDGER_NAME).plan if resume else None
     if existing is None:
-        callbacks.on_status(f"computing the basis ({config.basis})")
-        adapter = attach(model, _basis(config, model, prepared, collate, loss_fn), allow=HEAD_NAMES)
+        if method.kind == "cores":
+            callbacks.on_status(f"computing the basis ({config.basis})")
+            adapter = attach(model, _basis(config, model, prepared, collate, loss_fn), allow=HEAD_NAMES)
+        else:
+            adapter = adapt(model, method)
         start = start_of(adapter)
     else:
         start = read_start(out, existing)
@@ -131,7 +141,7 @@ def fine_tune(config: RunConfig, *, resume: bool = False, callbacks: Callbacks =
     plan = _plan(config, model, prepared, adapter.provenance, start, existing)
     callbacks.on_plan(plan)
     with _open_ledger(config, resume, out, plan, start) as ledger:
-        optimizer, schedule = _optimizer(config, adapter)
+        optimizer, schedule = make_optimizer(config, adapter, plan)
         callbacks.on_status("checking the model on synthetic examples")
         fit(
             adapter,
@@ -275,11 +285,13 @@ def _details(config: RunConfig, model: Any, prepared: _Prepared, start: bytes) -
         "model": config.model,
         "data": Path(config.data).name,
         "columns": prepared.columns,
+        "method": config.method,
         "basis": config.basis,
         "start_sha256": digest(start),
         "task": config.task,
         "rank": config.rank,
         "targets": config.targets,
+        "target_shapes": target_shapes(model),
         "pooling": "mean" if isinstance(model, MeanPooledClassifier) else "native",
         "head_init_std": config.head_init_std,
         "max_length": prepared.max_length,
@@ -287,6 +299,9 @@ def _details(config: RunConfig, model: Any, prepared: _Prepared, start: bytes) -
         "labels": list(prepared.labels),
         "labels_origin": prepared.label_origin,
         "optimizer": config.optimizer,
+        "momentum": config.momentum,
+        "weight_decay": config.weight_decay,
+        "lora_plus_ratio": config.lora_plus_ratio,
         "learning_rate": config.learning_rate,
         "head_learning_rate": config.head_learning_rate or config.learning_rate,
         "schedule": config.schedule,
@@ -298,6 +313,8 @@ def _details(config: RunConfig, model: Any, prepared: _Prepared, start: bytes) -
 
 def _basis(config: RunConfig, model: Any, prepared: _Prepared, collate: Collator, loss_fn: LossFn) -> Basis:
     kind, _, source = config.basis.partition(":")
+    if config.method == "lora-xs":
+        return lora_xs(model)
     if kind == "weight":
         return weight_svd(model)
     if kind == "random":
@@ -340,24 +357,6 @@ def _open_ledger(config: RunConfig, resume: bool, out: Path, plan: Plan, start: 
             (out / name).unlink(missing_ok=True)
         raise RunError(f"{out} cannot be written ({error}); nothing was started.") from None
     return ledger
-
-
-def _optimizer(config: RunConfig, adapter: Adapter) -> tuple[torch.optim.Optimizer, Callable[[float], float]]:
-    cores = [core.up.core.weight for core in adapter.cores]
-    known = {id(parameter) for parameter in cores}
-    heads = [parameter for parameter in adapter.parameters() if id(parameter) not in known]
-    groups: list[dict[str, Any]] = [{"params": cores, "lr": config.learning_rate}]
-    if heads:
-        groups.append({"params": heads, "lr": config.head_learning_rate or config.learning_rate})
-    optimizer: torch.optim.Optimizer = (
-        torch.optim.Adam(groups) if config.optimizer == "adam" else torch.optim.SGD(groups, momentum=0.9)
-    )
-    decays: dict[str, Callable[[float], float]] = {
-        "constant": lambda _done: 1.0,
-        "linear": lambda done: 1.0 - done,
-        "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
-    }
-    return optimizer, decays[config.schedule]
 
 
 def _synthetic(config: RunConfig, base: Any, tokenizer: Any, prepared: _Prepared) -> list[dict[str, Any]]:

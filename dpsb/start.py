@@ -7,9 +7,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load, save
 
 from dpsb.adapter import Adapter, Basis, Factors, Provenance, attach
+from dpsb.baselines.build import adapt, frozen_factors
+from dpsb.baselines.methods import method_named
 from dpsb.models import HEAD_NAMES
 from dpsb_accounting import Plan
 
@@ -27,10 +30,11 @@ def digest(start: bytes) -> str:
 
 
 def start_of(adapter: Adapter) -> bytes:
-    """A, B and where theta starts, as a safetensors file: what a resumed run must find again, bit for bit."""
+    """Frozen factors and where theta starts, as a safetensors file: what a resumed run must find again, bit for bit."""
     tensors = {f"theta/{name}": value.cpu() for name, value in adapter.state().items()}
     for name, (A, B, _) in adapter.factors().items():
         tensors |= {f"{name}.A": A.detach().cpu().contiguous(), f"{name}.B": B.detach().cpu().contiguous()}
+    tensors |= {f"frozen/{name}": value.cpu().contiguous() for name, value in frozen_factors(adapter).items()}
     return bytes(save(tensors))
 
 
@@ -48,9 +52,18 @@ def read_start(out: Path, plan: Plan) -> bytes:
 def attach_again(model: Any, start: bytes, plan: Plan) -> Adapter:
     """The adapter as the interrupted run began with it."""
     saved = load(start)
+    details: Mapping[str, Any] = plan.details
+    method = method_named(details.get("method", "sb"))
+    adapter = adapt(model, method) if method.kind != "cores" else _attach_cores(model, saved, plan)
+    adapter.load_state({key.removeprefix("theta/"): v for key, v in saved.items() if key.startswith("theta/")})
+    with torch.no_grad():
+        for name, tensor in frozen_factors(adapter).items():
+            tensor.copy_(saved[f"frozen/{name}"])
+    return adapter
+
+
+def _attach_cores(model: Any, saved: Mapping[str, torch.Tensor], plan: Plan) -> Adapter:
     names = sorted({key.removesuffix(".A") for key in saved if key.endswith(".A")})
     factors = {name: Factors(A=saved[f"{name}.A"], B=saved[f"{name}.B"]) for name in names}
     basis = Basis(factors=factors, provenance=Provenance.from_json(plan.basis))
-    adapter = attach(model, basis, allow=HEAD_NAMES)
-    adapter.load_state({key.removeprefix("theta/"): v for key, v in saved.items() if key.startswith("theta/")})
-    return adapter
+    return attach(model, basis, allow=HEAD_NAMES)

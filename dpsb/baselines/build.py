@@ -13,8 +13,8 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 
 from dpsb.adapter import Adapter, Basis, Factors, Provenance, lora_layers, trained_directly
-from dpsb.basis._common import base_weight, public_generator, truncated_svd
 from dpsb.baselines.methods import PEFT_INITS, Method, MethodError
+from dpsb.basis._common import base_weight, public_generator, truncated_svd
 from dpsb.models import HEAD_NAMES, MeanPooledClassifier, ModelError, add_lora, peft_part, peft_task
 
 INITS_THAT_MOVE_THE_BASE = ("pissa", "olora")
@@ -172,4 +172,3 @@ def _peft_config(method: Method, base: nn.Module, task: str, rank: int, targets:
     }
     accepted = inspect.signature(found).parameters
     return found(**{key: value for key, value in wanted.items() if key in accepted})
-

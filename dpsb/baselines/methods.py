@@ -27,15 +27,16 @@ _BARE = (
     "gradients of the frozen weights)"
 )
 _NO_ROWS = "its trained tensors do not see the examples in dimension 0, so there are no per-example gradients of them"
+_BARE_METHODS = """
+Adamss AdaLora Beft BOFT C3A Deft Delora FourierFT Frod Glora Gralora Hira HRA IA3 LoHa LoKr Miss OSF Poly Pvera
+RandLora Road Shira Supertuning TinyLora TrainableTokens UniLora VBLoRA Vera WaveFT XLora
+"""
+_PROMPT_METHODS = """
+AdaptionPrompt Cartridge CPT MultitaskPromptTuning PrefixTuning PromptEncoder PromptTuning
+"""
 REFUSED = {
-    **dict.fromkeys(
-        "Adamss Beft BOFT C3A Deft Delora FourierFT Frod Glora Gralora Hira HRA IA3 LoHa LoKr Miss OSF Pvera RandLora "
-        "Shira Supertuning TinyLora TrainableTokens UniLora VBLoRA Vera WaveFT AdaLora Road Poly XLora".split(),
-        _BARE,
-    ),
-    **dict.fromkeys(
-        "AdaptionPrompt Cartridge CPT PromptTuning MultitaskPromptTuning PromptEncoder PrefixTuning".split(), _NO_ROWS
-    ),
+    **dict.fromkeys(_BARE_METHODS.split(), _BARE),
+    **dict.fromkeys(_PROMPT_METHODS.split(), _NO_ROWS),
     **dict.fromkeys(("OFT", "Psoft"), "it keeps its factor orthogonal, and noise on every coordinate leaves that set"),
     "Lily": "it routes by an average over the whole batch, so that one example moves the gradients of the others",
     "Peanut": "it multiplies with its factors without calling them as layers, so that their rows are never seen",

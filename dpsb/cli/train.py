@@ -80,6 +80,35 @@ def train(
         bool | None,
         typer.Option("--auto-clip", rich_help_panel="Privacy", help="AUTO-S instead of flat clipping."),
     ] = None,
+    adaptive_clip: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel="Privacy",
+            help="Let C follow this quantile of the norms (0.5: median); the noisy count it takes is accounted for.",
+        ),
+    ] = None,
+    unit_column: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel="Privacy",
+            help="Protect people, not examples: the column that says whose an example is. N and M then count people.",
+        ),
+    ] = None,
+    examples_per_unit: Annotated[
+        int | None,
+        typer.Option(rich_help_panel="Privacy", help="At most so many of a person's examples a step. [default: 4]"),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel="Adapter",
+            help="sb (R-only, default), lora-xs, lora, lora-plus, ffa-lora, bitfit, head-only, full, or peft:NAME.",
+        ),
+    ] = None,
+    lora_plus_ratio: Annotated[
+        float | None,
+        typer.Option(rich_help_panel="Optimizer", help="lora-plus: learning rate of B over that of A. [default: 16]"),
+    ] = None,
     rank: Annotated[int | None, typer.Option(rich_help_panel="Adapter", help="r of the cores. [default: 16]")] = None,
     basis: Annotated[
         str | None,
@@ -111,7 +140,17 @@ def train(
     schedule: Annotated[
         str | None, typer.Option(rich_help_panel="Optimizer", help="constant, linear (default) or cosine.")
     ] = None,
-    optimizer: Annotated[str | None, typer.Option(rich_help_panel="Optimizer", help="adam (default) or sgd.")] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel="Optimizer",
+            help="adam (default), adamw, adam-corrected (the noise taken out of its second moment) or sgd.",
+        ),
+    ] = None,
+    momentum: Annotated[float | None, typer.Option(rich_help_panel="Optimizer", help="Of sgd. [default: 0.9]")] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(rich_help_panel="Optimizer", help="Of adamw. [default: 0]")
+    ] = None,
     tokens_per_example: Annotated[
         int | None,
         typer.Option(rich_help_panel="Optimizer", help="Causal LM: divide losses by this, not by own token count."),

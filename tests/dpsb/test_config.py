@@ -82,7 +82,7 @@ def test_settings_read_back(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("a.toml", "rnak = 3", r"a\.toml: unknown key 'rnak'; known are allow_dropout"),
+        ("a.toml", "rnak = 3", r"a\.toml: unknown key 'rnak'; known are adaptive_clip"),
         ("a.toml", "rank = ", "cannot be read as settings"),
         ("a.json", "[]", "must hold one table"),
         ("a.json", "3", "must hold one table"),
