@@ -58,6 +58,7 @@ CENTRAL = ("r_only", "ffa_lora", "lora", "full_matrix")
 FEDERATED = ("fed_sb", "ffa_lora", "fedsvd", "fedit", "fedex_lora", "flora")
 METHODS = tuple(dict.fromkeys(CENTRAL + FEDERATED))
 BYTES_PER_NUMBER = 4  # every method is counted in float32
+_MOST = 10**9  # of a size or count; far above any model, and products of them still fit into floats
 _LINEAR_ONLY = {"r_only", "fed_sb", "ffa_lora", "fedsvd", "full_matrix"}
 
 
@@ -98,6 +99,9 @@ class Layer:
         put(self, "in_features", _checks.whole(at_least=1, in_features=self.in_features))
         put(self, "rank", _checks.whole(at_least=1, rank=self.rank))
         put(self, "count", _checks.whole(at_least=1, count=self.count))
+        for name in ("out_features", "in_features", "count"):
+            if getattr(self, name) > _MOST:
+                raise ValueError(f"{name} must be at most {_MOST}, not {getattr(self, name)!r}")
         if self.rank > min(self.out_features, self.in_features):
             raise ValueError(
                 f"rank must be at most {min(self.out_features, self.in_features)}, the smaller side of a weight of "
@@ -306,9 +310,12 @@ def comparison_for(plan: Plan) -> tuple[Amplification, ...]:
 
     Returns:
         One `Amplification` per central method, all with the plan's noise multiplier, clip norm and expected batch
-        size, and orthonormal factors; empty if the plan is not private or tells no shapes. Public.
+        size, and orthonormal factors; empty if the plan is not private or tells no shapes that can be read. Public.
     """
-    layers = layers_from_json(plan.details.get("target_shapes"), plan.details.get("rank"))
+    try:
+        layers = layers_from_json(plan.details.get("target_shapes"), plan.details.get("rank"))
+    except (TypeError, ValueError):
+        return ()
     if not layers or not plan.noise_multiplier:
         return ()
     return compare(

@@ -48,7 +48,8 @@ def sensitivity_after_rounding(
     neighbouring whole number (at random too, with the same random threshold on both sides), so
     :math:`\Delta_2 \le s C + \sqrt d`. Whole numbers have :math:`|z| \le z^2`, so
     :math:`\Delta_1 \le \min(\sqrt d\,\Delta_2, \Delta_2^2)`. This holds whether each unit's vector is rounded or a
-    whole silo's sum.
+    whole silo's sum, as long as each coordinate is rounded for itself (drawing again until the norm is small is
+    another mechanism).
 
     Args:
         l2_clip_norm: C, before scaling. Public.

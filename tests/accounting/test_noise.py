@@ -196,6 +196,9 @@ def test_the_comparison_of_a_plan():
     assert rows[0].energy == pytest.approx(4 * 4**2 * (plan.noise_std / plan.expected_batch_size) ** 2)
     assert rows[1].ratio_to_r_only == pytest.approx((48 + 64) / (2 * 4))
     assert comparison_for(make_plan()) == (), "a plan that tells no shapes has no comparison"
+    for odd in ([{"out_features": 2}], "shapes", [3], [{"out_features": 10**400, "in_features": 4}], None):
+        plan = make_plan(details={"rank": 4, "target_shapes": odd})
+        assert comparison_for(plan) == (), "nor has one that nobody can read"
 
 
 def test_layers_of_json_are_checked():

@@ -111,7 +111,7 @@ def secagg(
         parties=(
             Party(name=f"server with {losses.colluders} colluding", sees=f"{seen}, less their shares", epsilon=total),
             _party("outsiders", seen, [outside for _, outside, _ in views], terms, together),
-            _party("server, without secure aggregation", "each party's own result", alone, terms, 1),
+            _bare(_worst_of(alone, terms), together),
         ),
         incomplete_rounds=incomplete_rounds(silos),
         statement=_statement(total, losses, together, terms) if total is not None else no_claim(rows),
@@ -123,8 +123,20 @@ def secagg(
 def _party(name: str, sees: str, schedules: Sequence[tuple[Phase, ...]], terms: Terms, together: int) -> Party:
     if together > 1:
         return Party(name=name, sees=sees, epsilon=bound_if_computable(person_parts(schedules, together), terms))
-    found = [bound_if_computable(schedule, terms) for schedule in dict.fromkeys(schedules)]
-    return Party(name=name, sees=sees, epsilon=worst(found))
+    return Party(name=name, sees=sees, epsilon=_worst_of(schedules, terms))
+
+
+def _bare(epsilon: Bound | None, together: int) -> Party:
+    """The server where the secure aggregation fails; a person in several silos has no bound here."""
+    return Party(
+        name="server, without secure aggregation",
+        sees="each party's own result",
+        epsilon=epsilon if together == 1 else None,
+    )
+
+
+def _worst_of(schedules: Sequence[tuple[Phase, ...]], terms: Terms) -> Bound | None:
+    return worst([bound_if_computable(schedule, terms) for schedule in dict.fromkeys(schedules)])
 
 
 def _check_stated(silos: Sequence[Silo], losses: Losses, local_steps: int, noise_of: str) -> None:
@@ -197,7 +209,7 @@ def _integer(silos: Sequence[Silo], terms: Terms, losses: Losses, noise_of: str,
         per_silo=rows,
         parties=(
             Party(name=helped, sees="the integer sum, less their shares", epsilon=total),
-            Party(name="server, without secure aggregation", sees="each party's own result", epsilon=worst(alone)),
+            _bare(worst(alone), together),
         ),
         incomplete_rounds=incomplete_rounds(silos),
         statement=_statement(total, losses, together, terms) if total is not None else no_claim(rows),
