@@ -10,8 +10,9 @@ from dpsb_accounting.accountant import (
     epsilon,
     spent,
 )
+from dpsb_accounting.agreement import CrossCheck, cross_check
 from dpsb_accounting.bound import Bound
-from dpsb_accounting.calibrate import CalibrationInfeasible, noise_multiplier_for
+from dpsb_accounting.calibrate import Calibration, CalibrationInfeasible, calibrate, noise_multiplier_for
 from dpsb_accounting.engines import ResourceLimit
 from dpsb_accounting.events import (
     ApproximateDP,
@@ -48,8 +49,10 @@ __all__ = [
     "ApproximateDP",
     "Bound",
     "BudgetSpent",
+    "Calibration",
     "CalibrationInfeasible",
     "Composed",
+    "CrossCheck",
     "DiscreteLaplace",
     "Event",
     "Gaussian",
@@ -77,6 +80,8 @@ __all__ = [
     "Verification",
     "Zcdp",
     "__version__",
+    "calibrate",
+    "cross_check",
     "delta",
     "epsilon",
     "event_from_json",

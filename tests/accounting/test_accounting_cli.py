@@ -45,16 +45,6 @@ def test_epsilon(call):
     assert "the claim" in out
 
 
-def test_noise_multiplier(call):
-    code, out, _ = call("noise-multiplier", "--epsilon", 2, *QUESTION, "--json")
-    assert code == 0
-    data = json.loads(out)
-    assert data["epsilon"]["upper"] <= 2
-    assert 0.3 < data["noise_multiplier"] < 1.5
-    code, out, _ = call("noise-multiplier", "--epsilon", 2, *QUESTION)
-    assert "noise multiplier" in out
-
-
 def test_verify(call, run):
     code, out, _ = call("verify", run / "ledger.jsonl")
     assert code == 0
@@ -95,7 +85,7 @@ def test_report(call, run):
         (["epsilon", "--noise-multiplier", "1", *QUESTION, "--neighboring", "x"], "neighboring must be one of"),
         (["epsilon", "--noise-multiplier", "1", "--sampling-prob", "2", *QUESTION[2:]], "sampling_prob"),
         (["epsilon", "--noise-multiplier", "1", *QUESTION[:4], "--delta", "1"], "delta"),
-        (["noise-multiplier", "--epsilon", "0", *QUESTION], "target_epsilon"),
+        (["calibrate", "--target-epsilon", "0", *QUESTION], "target_epsilon"),
         (["report", "nowhere.jsonl"], "nowhere.jsonl"),
         (["verify", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
@@ -117,7 +107,7 @@ def test_a_file_of_another_kind(call, tmp_path):
 def test_help_teaches(call):
     code, out, _ = call("--help")
     assert code == 0
-    for command in ("epsilon", "noise-multiplier", "verify", "report"):
+    for command in ("epsilon", "calibrate", "verify", "report"):
         assert command in out
         code, page, _ = call(command, "--help")
         assert code == 0

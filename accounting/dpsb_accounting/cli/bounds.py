@@ -1,12 +1,8 @@
-"""Commands that compute a bound from flags: `epsilon`, `noise-multiplier`."""
+"""The command that computes a bound from flags: `epsilon`."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from dpsb_accounting import accountant, calibrate
+from dpsb_accounting import accountant
 from dpsb_accounting.cli._shared import (
     AsJson,
     Delta,
@@ -36,27 +32,3 @@ def epsilon_command(
     event = PoissonGaussian(noise_multiplier=noise_multiplier, sampling_prob=sampling_prob)
     bound = accountant.epsilon([(event, steps)], delta, neighboring)
     show_bound(bound, as_json, {})
-
-
-@app.command("noise-multiplier")
-def noise_multiplier_command(
-    epsilon: Annotated[float, typer.Option(help="The epsilon that must not be exceeded.")],
-    sampling_prob: SamplingProb,
-    steps: Steps,
-    delta: Delta,
-    neighboring: Neighboring = "add_or_remove_one",
-    as_json: AsJson = False,
-) -> None:
-    """Find the least noise that keeps training within a target epsilon.
-
-    Example:  dpsb-accounting noise-multiplier --epsilon 3 --sampling-prob 0.01 --steps 1000 --delta 1e-5
-    """
-    noise = calibrate.noise_multiplier_for(
-        target_epsilon=epsilon,
-        delta=delta,
-        sampling_prob=sampling_prob,
-        steps=steps,
-        neighboring=neighboring,
-    )
-    event = PoissonGaussian(noise_multiplier=noise, sampling_prob=sampling_prob)
-    show_bound(accountant.epsilon([(event, steps)], delta, neighboring), as_json, {"noise_multiplier": noise})
