@@ -39,10 +39,14 @@ def attacks(content: Mapping[str, object]) -> list[str]:
     """Returns what the claim means for whoever is attacked, a sentence each; nothing where there is no claim."""
     unit = content["unit"]
     return [
-        f"To tell whether one {unit}'s data was used, being wrong about at most {entry['false_positive_rate']:.3g} of "
-        f"those whose data was not, it finds at most {entry['true_positive_rate_at_most']:.4g} of those whose data was."
+        f"Asked whose data was used, and wrong about at most {_percent(entry['false_positive_rate'])} of the {unit}s "
+        f"that were not, it finds at most {_percent(entry['true_positive_rate_at_most'])} of those that were."
         for entry in rows_of(content["attackers"])
     ] or ["nothing bounds it: there is no claim"]
+
+
+def _percent(share: object) -> str:
+    return f"{100 * share:.4g} %" if isinstance(share, float) else str(share)
 
 
 def schedule(phase: Mapping[str, object]) -> str:
