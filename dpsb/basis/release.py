@@ -14,7 +14,7 @@ from torch import nn
 
 from dpsb.adapter import attach, detach
 from dpsb.basis.budget import PHASE
-from dpsb.basis.per_example import PartlyAdded, Sketch, add_clipped_sum
+from dpsb.basis.per_example import WHOLE, PartlyAdded, Sketch, add_clipped_sum, example_norms
 from dpsb.basis.random import random
 from dpsb.capture import adapter_train_mode
 from dpsb.losses import LossFn
@@ -70,9 +70,7 @@ class PrivateExamples:
         clip_norm, clipping = facts.get("l2_clip_norm"), facts.get("clipping")
         if not isinstance(clip_norm, (int, float)) or clipping not in ("flat", "automatic"):
             raise ValueError(f"Expected the plan's basis to state l2_clip_norm and clipping, got {dict(facts)!r}.")
-        return Mechanism(
-            l2_clip_norm=float(clip_norm), noise_multiplier=event.noise_multiplier, clipping=str(clipping)
-        )
+        return Mechanism(l2_clip_norm=float(clip_norm), noise_multiplier=event.noise_multiplier, clipping=str(clipping))
 
     def release(self, sketches: Mapping[str, Sketch]) -> dict[str, torch.Tensor]:
         r"""One charged release of :math:`\sum_i c_i L^\top G_i R + N(0, (\sigma C)^2)` for every layer together.
@@ -95,30 +93,66 @@ class PrivateExamples:
           BudgetSpent: If the plan allows no further release.
           StepError, MemoryError: If the pass fails; the release is spent.
         """
-        if self.randomness.tainted:
-            self.ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
         totals = self._zeros(sketches)
-        with training_mode(self.model), without_dropout(self.model):
-            if not self._rehearsed:
-                self._check_isolation()
-                self._rehearsed.append(True)
-            self._rehearse(sketches, totals)
-            for total in totals.values():
-                total.zero_()
-            mechanism, event = self.mechanism, self.ledger.plan.phase(PHASE).event
-            number = self.ledger.charge(PHASE)
-            self.on_pass(number + 1, self.ledger.plan.phase(PHASE).count)
-            with messages_withheld("The pass for the basis"):
-                prob = event.sampling_prob if isinstance(event, PoissonGaussian) else 1.0
-                drawn = [self.dataset[int(i)] for i in poisson_draw(len(self.dataset), prob, self.randomness)]
-                lengths = padded_lengths(drawn, length_buckets(self.max_length))
-                for positions, length in microbatches(np.arange(len(drawn)), lengths, self.token_budget):
-                    self._add([drawn[i] for i in positions], length, sketches, mechanism, totals)
-        released = {}
+
+        def add(examples: Sequence[Example], length: int) -> None:
+            self._add(examples, length, sketches, totals)
+
+        self._charged_pass(add, totals)
+        mechanism, released = self.mechanism, {}
         for name in list(totals):  # layer by layer, so that the noise of one layer is all that is held besides
             total = totals.pop(name)
             released[name] = mechanism.release(total.flatten(), self.randomness).view_as(total)
         return released
+
+    def release_preferences(self, candidates: Sequence[Mapping[str, Sketch]]) -> torch.Tensor:
+        r"""One charged release of how much of the examples' gradients each of m bases holds.
+
+        Row i is :math:`e_{ij} = \|P_j g_i\|^2 / \|g_i\|^2` less its mean over the m candidates; rows are clipped,
+        summed and noised like gradients. The largest sum is the basis that the examples prefer.
+
+        Guarantees: as for :meth:`release`.
+
+        Args:
+          candidates: One collection of sketches for each basis. Public.
+
+        Returns:
+          Noisy sums, shape ``(m,)``, float64. Released.
+        """
+        total = torch.zeros(len(candidates), dtype=torch.float64)
+        whole = dict.fromkeys(self.layers, WHOLE)
+        mechanism = self.mechanism
+
+        def add(examples: Sequence[Example], length: int) -> None:
+            batch = self.collate(examples, length)
+            norms = example_norms(self.model, self.loss_fn, batch, self.layers, [whole, *candidates]).cpu()
+            energy = (norms[:, 1:] / norms[:, :1]).square()
+            energy = torch.where(norms[:, :1] > 0, energy, 0.0)
+            total.add_(mechanism.clip_and_sum(energy - energy.mean(dim=1, keepdim=True)))
+
+        self._charged_pass(add, {"total": total})
+        return mechanism.release(total, self.randomness)
+
+    def _charged_pass(self, add: Callable[[Sequence[Example], int], None], totals: Mapping[str, torch.Tensor]) -> None:
+        """Probe and rehearsal on synthetic examples, the charge, and only then ``add`` for every microbatch."""
+        if self.randomness.tainted:
+            self.ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
+        with training_mode(self.model), without_dropout(self.model):
+            if not self._rehearsed:
+                self._check_isolation()
+                self._rehearsed.append(True)
+            add(*self._largest_microbatch())
+            for total in totals.values():
+                total.zero_()
+            phase = self.ledger.plan.phase(PHASE)
+            number = self.ledger.charge(PHASE)
+            self.on_pass(number + 1, phase.count)
+            with messages_withheld("The pass for the basis"):
+                prob = phase.event.sampling_prob if isinstance(phase.event, PoissonGaussian) else 1.0
+                drawn = [self.dataset[int(i)] for i in poisson_draw(len(self.dataset), prob, self.randomness)]
+                lengths = padded_lengths(drawn, length_buckets(self.max_length))
+                for positions, length in microbatches(np.arange(len(drawn)), lengths, self.token_budget):
+                    add([drawn[i] for i in positions], length)
 
     def _zeros(self, sketches: Mapping[str, Sketch]) -> dict[str, torch.Tensor]:
         device = next(self.model.parameters()).device
@@ -140,24 +174,22 @@ class PrivateExamples:
         finally:
             detach(adapter)
 
-    def _rehearse(self, sketches: Mapping[str, Sketch], totals: Mapping[str, torch.Tensor]) -> None:
-        """The pass with synthetic examples in the largest microbatch, so that what can fail does so uncharged."""
+    def _largest_microbatch(self) -> tuple[list[Example], int]:
+        """Synthetic examples to rehearse with, so that what can fail does so before anything is charged."""
         buckets = length_buckets(self.max_length)
         longest = max(bucket_of(len(example["input_ids"]), buckets) for example in self.synthetic)
         size = max(_REHEARSED_AT_LEAST, self.token_budget // longest)
-        examples = [self.synthetic[i % len(self.synthetic)] for i in range(size)]
-        self._add(examples, longest, sketches, self.mechanism, totals)
+        return [self.synthetic[i % len(self.synthetic)] for i in range(size)], longest
 
     def _add(
         self,
         examples: Sequence[Example],
         length: int,
         sketches: Mapping[str, Sketch],
-        mechanism: Mechanism,
         totals: Mapping[str, torch.Tensor],
     ) -> None:
         """Adds a microbatch; halves it while memory runs out."""
-        add = partial(add_clipped_sum, layers=self.layers, sketches=sketches, mechanism=mechanism, totals=totals)
+        add = partial(add_clipped_sum, layers=self.layers, sketches=sketches, mechanism=self.mechanism, totals=totals)
         try:
             add(self.model, self.loss_fn, self.collate(examples, length))
             return
@@ -170,11 +202,10 @@ class PrivateExamples:
                 _give_up(error)
         half = len(examples) // 2
         for part in (examples[:half], examples[half:]):
-            self._add(part, length, sketches, mechanism, totals)
+            self._add(part, length, sketches, totals)
 
 
 def _give_up(error: BaseException) -> NoReturn:
     if not is_out_of_memory(error):
         raise error
     raise MemoryError("Out of memory in the pass for the basis. Lower token_budget or max_length.") from None
-

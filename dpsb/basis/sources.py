@@ -1,0 +1,152 @@
+"""Public data for a basis: another label space or task is allowed, and what was done about it is said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dpsb.basis._common import public_generator
+from dpsb.basis.gradient import mean_gradients
+from dpsb.data import (
+    Columns,
+    DataError,
+    Table,
+    chosen_columns,
+    read_table,
+    tokenize_causal,
+    tokenize_classification,
+)
+from dpsb.losses import LossFn
+from dpsb.models import HEAD_NAMES
+from dpsb.probe import Collate, Example
+
+EXAMPLES = 512
+"""How many public examples a basis is computed from."""
+
+_MOST_LABELS, _LONGEST_LABEL = 1000, 64
+
+
+@dataclass(frozen=True)
+class PublicSet:
+    """A public data set, tokenized for the model of a run.
+
+    Args:
+      name: Its file name, for the plan.
+      examples: With ``labels`` as the loss wants them.
+      own_labels: Number of classes where it has a label space of its own; 0 where the model's head fits.
+      note: What was done about labels or task, for the plan.
+    """
+
+    name: str
+    examples: Sequence[Example]
+    own_labels: int
+    note: str
+
+
+def read_public(
+    source: str, task: str, columns: Columns, tokenizer: Any, labels: Sequence[str], max_length: int
+) -> PublicSet:
+    """Reads a public file for a basis. Columns of the private file are used where they exist, else the usual ones.
+
+    For classification with labels of its own the gradient is taken through a random head of that many classes, which
+    :func:`public_gradients` puts in for the time. Without labels, or with too many, they are drawn at random: the
+    gradient then shows what the texts excite, not what tells classes apart.
+
+    Raises:
+      DataError: If the file is missing, has no usable column or no rows.
+    """
+    table = read_table(source)
+    name = Path(source).name
+    here = Columns(**{part: given if given in table.columns else None for part, given in vars(columns).items()})
+    if not len(table):
+        raise DataError(f"{source} holds no rows to compute a basis from.")
+    found = chosen_columns(table, here, "classification")
+    if task != "classification":
+        unused = found["label"]
+        note = "language modelling on its text" + (f"; its column {unused!r} is not used" if unused else "")
+        return PublicSet(name, tokenize_causal(_first(table), here, tokenizer, max_length), 0, note)
+    if found["text"] is None:  # perhaps prompts and completions
+        parts = chosen_columns(table, here, "causal-lm")
+        here = replace(here, text=parts["prompt"] or parts["completion"], text_pair=parts["completion"])
+    column = found["label"]
+    own = _label_set(table, column) if column else ()
+    if own and set(own) <= set(labels):
+        own_labels, use, note = 0, tuple(labels), "the labels of the run"
+    elif own:
+        own_labels, use = len(own), own
+        note = f"another label space: a random head of {len(own)} classes for the gradient"
+    else:
+        own_labels, use, note = 0, tuple(labels), "no usable labels: drawn at random"
+        drawn = torch.randint(len(use), (len(table),), generator=public_generator()).tolist()
+        table = Table(table.source, {**table.columns, "label": [use[i] for i in drawn]})
+        here = replace(here, label="label")
+    examples = tokenize_classification(_first(table), here, tokenizer, use, max_length)
+    return PublicSet(name, examples, own_labels, note)
+
+
+def _first(table: Table) -> Table:
+    """The first rows, twice as many as a basis uses: a diagnosis needs another half."""
+    columns = {name: column[: 2 * EXAMPLES] for name, column in table.columns.items()}
+    return Table(table.source, columns, table.class_names)
+
+
+def _label_set(table: Table, column: str) -> tuple[str, ...]:
+    values = {"" if value is None else str(value) for value in table.column(column)} - {""}
+    usable = 2 <= len(values) <= _MOST_LABELS and all(len(value) <= _LONGEST_LABEL for value in values)
+    names = table.class_names.get(column)
+    return tuple(names) if names else (tuple(sorted(values)) if usable else ())
+
+
+@contextmanager
+def own_head(model: nn.Module, num_labels: int, std: float) -> Iterator[None]:
+    """Lets the classifier's last linear layer answer with a random head of so many classes; 0 changes nothing."""
+    handles = []
+    if num_labels:
+        generator = public_generator()
+        found = [
+            module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and set(name.split(".")) & set(HEAD_NAMES)
+        ]
+        for module in found[-1:] + [m for m in found[:-1] if m.out_features == found[-1].out_features]:
+            weight = (torch.randn(num_labels, module.in_features, generator=generator) * std).to(module.weight)
+            handles.append(module.register_forward_hook(_answer_with(weight)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _answer_with(weight: torch.Tensor) -> Any:
+    return lambda _module, inputs, _output: F.linear(inputs[0], weight)
+
+
+def batches_of(
+    examples: Sequence[Example], collate: Collate, max_length: int, token_budget: int
+) -> Iterator[Mapping[str, torch.Tensor]]:
+    """Public examples in microbatches, all padded alike."""
+    size = max(1, token_budget // max_length)
+    return (collate(examples[i : i + size], max_length) for i in range(0, len(examples), size))
+
+
+def public_gradients(
+    model: nn.Module,
+    loss_fn: LossFn,
+    public_set: PublicSet,
+    collate: Collate,
+    max_length: int,
+    token_budget: int,
+    head_std: float,
+) -> dict[str, torch.Tensor]:
+    """The mean gradient of each target weight over the first examples of a public set, (out, in). Public."""
+    batches = batches_of(public_set.examples[:EXAMPLES], collate, max_length, token_budget)
+    with own_head(model, public_set.own_labels, head_std):
+        return mean_gradients(model, loss_fn, batches)
