@@ -7,13 +7,13 @@ import sys
 import typer
 
 from dpsb_accounting.calibrate import CalibrationInfeasible
-from dpsb_accounting.cli import auditing, bounds, calibration, comparison, federation, runs
+from dpsb_accounting.cli import auditing, bounds, calibration, comparison, federation, linting, runs
 from dpsb_accounting.cli._shared import app
 from dpsb_accounting.engines import ResourceLimit
 from dpsb_accounting.ledger import LedgerError
 
 # Importing them registers their commands, in this order.
-COMMANDS = (bounds, calibration, runs, comparison, federation, auditing)
+COMMANDS = (bounds, calibration, runs, comparison, federation, auditing, linting)
 
 __all__ = ["COMMANDS", "app", "main"]
 

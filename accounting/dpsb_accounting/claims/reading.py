@@ -1,0 +1,300 @@
+"""Reading a claim from a file: JSON, TOML, Markdown, or a report of dpsb itself."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+from dpsb_accounting import gaussian
+from dpsb_accounting.claims.claim import CLIENT_FIELDS, FIELDS, MOST_CLIENTS, Claim, ClaimError, Client
+
+LARGEST_FILE = 1_000_000
+REPORT_SCHEMA = "dpsb-report/1"
+_NAMES = {name: field.name for field in FIELDS for name in (field.name, *field.synonyms)}
+_CLIENT_NAMES = {"name": "name", **{name: known for name, known in _NAMES.items() if known in CLIENT_FIELDS}}
+_FENCE = re.compile(r"^(`{3,}|~{3,})[ \t]*(\w*)[^\n]*\n(.*?)^\1[ \t]*$", re.MULTILINE | re.DOTALL)
+_FRONT = re.compile(r"\A(---|\+\+\+)[ \t]*\n(.*?)^\1[ \t]*$", re.MULTILINE | re.DOTALL)
+_ROW = re.compile(r"^\s*\|([^|\n]+)\|([^|\n]+)\|", re.MULTILINE)
+_PAIR = re.compile(r"^\s*(?:[-*+]\s+)?([A-Za-z*_`][\w *`-]{0,60}?)\s*[:=]\s*(\S[^\n]*)$", re.MULTILINE)
+_STEPS = ("poisson_gaussian", "gaussian", "non_private")
+_ACCESS = {"data_free": "data_free", "public": "public", "released": "private_release", "non_private": "private_raw"}
+
+
+def read_claim(path: str | os.PathLike[str]) -> Claim:
+    """Reads a claim from a .json, .toml or .md file; any other ending is tried as JSON.
+
+    Guarantees: nothing in the file is executed or imported; a file that cannot be read in full is refused.
+
+    Args:
+        path: The file, UTF-8, at most 1 MB.
+
+    Returns:
+        The claim. Public.
+
+    Raises:
+        ClaimError: If the file cannot be read; one sentence.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(LARGEST_FILE + 1)
+    except OSError as error:
+        raise ClaimError(f"cannot read {path}: {error.strerror}") from None
+    if len(raw) > LARGEST_FILE:
+        raise ClaimError(f"{path} is larger than {LARGEST_FILE} bytes, too large for a claim")
+    try:
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        raise ClaimError(f"{path} is not UTF-8 text") from None
+    kind = path.suffix.lower()
+    try:
+        if kind == ".toml":
+            return claim_from(_toml(text))
+        if kind in (".md", ".markdown"):
+            return _from_markdown(text)
+        return claim_from(_json(text))
+    except RecursionError:
+        raise ClaimError(f"{path} is nested too deeply for a claim") from None
+    except ClaimError as error:
+        raise ClaimError(f"{path.name}: {error}") from None
+
+
+def claim_from(data: object) -> Claim:
+    """Returns the claim that a JSON-like object states, or that a dpsb report states.
+
+    Raises:
+        ClaimError: If a key is unknown (the nearest known one is named), given twice, or a value makes no sense.
+
+    Example:
+        >>> claim_from({"eps": 3, "delta": 1e-5, "sigma": 1.1}).noise_multiplier
+        1.1
+        >>> claim_from({"epsilom": 3})
+        Traceback (most recent call last):
+        dpsb_accounting.claims.claim.ClaimError: unknown key 'epsilom'; did you mean 'epsilon'?
+    """
+    if not isinstance(data, Mapping):
+        raise ClaimError(f"a claim must be an object of keys and values, not {type(data).__name__}")
+    schema = data.get("schema")
+    if schema is not None:
+        if schema != REPORT_SCHEMA:
+            raise ClaimError(f"schema must be {REPORT_SCHEMA!r} or left out, not {str(schema)[:60]!r}")
+        return _from_report(data)
+    values = _known(data, {**_NAMES, "clients": "clients"}, "")
+    clients = values.pop("clients", [])
+    if not isinstance(clients, list) or len(clients) > MOST_CLIENTS:
+        raise ClaimError(f"clients must be a list of at most {MOST_CLIENTS} objects")
+    return _made({**values, "clients": tuple(_client(entry, index) for index, entry in enumerate(clients))})
+
+
+def _made(values: Mapping[str, object]) -> Claim:
+    """The claim with these fields; every value is checked there, whatever its type is here."""
+    return Claim(**values)  # type: ignore[arg-type]
+
+
+def _client(data: object, index: int) -> Client:
+    if not isinstance(data, Mapping):
+        raise ClaimError(f"client {index} must be an object, not {type(data).__name__}")
+    values = {"name": f"client-{index}", **_known(data, _CLIENT_NAMES, f"client {index}: ")}
+    return Client(**values)  # type: ignore[arg-type]
+
+
+def _known(data: Mapping[object, object], names: Mapping[str, str], where: str) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for key, value in data.items():
+        name = names.get(_normal(key))
+        if name is None:
+            raise ClaimError(f"{where}{_unknown(key, names)}")
+        if name in values:
+            raise ClaimError(f"{where}{name!r} is given twice, the second time as {str(key)[:60]!r}")
+        if value is not None:
+            values[name] = value
+    return values
+
+
+def _unknown(key: object, names: Mapping[str, str]) -> str:
+    shown = str(key)[:60]
+    near = difflib.get_close_matches(_normal(shown), names, n=1, cutoff=0.5)
+    return f"unknown key {shown!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _normal(key: object) -> str:
+    return re.sub(r"[\s-]+", "_", str(key).strip(" *`_").lower())
+
+
+def _json(text: str) -> object:
+    try:
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
+    except ClaimError:
+        raise
+    except ValueError as error:
+        raise ClaimError(f"not valid JSON: {error}") from None
+
+
+def _toml(text: str) -> object:
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:
+        raise ClaimError(f"not valid TOML: {str(error)[:200]}") from None
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result: dict[str, object] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ClaimError(f"the key {name[:60]!r} occurs twice in one object")
+        result[name] = value
+    return result
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ClaimError(f'{text[:40]} is not a finite number; write "inf" for an infinite epsilon')
+    return value
+
+
+def _from_markdown(text: str) -> Claim:
+    """Fenced blocks first, then front matter, then tables and `key: value` lines; the first with an epsilon counts."""
+    blocks = [_block(match[2].lower(), match[3]) for match in _FENCE.finditer(text)]
+    claims = [block for block in blocks if isinstance(block, Mapping) and _states_epsilon(block)]
+    if len(claims) > 1:
+        raise ClaimError(f"{len(claims)} fenced blocks state an epsilon; a file must hold one claim")
+    if claims:
+        return claim_from(claims[0])
+    front = _FRONT.match(text)
+    if front:
+        values = _toml(front[2]) if front[1] == "+++" else _yaml_like(front[2])
+        if isinstance(values, Mapping) and _states_epsilon(values):
+            return claim_from(_ours(values))
+    body = _FENCE.sub("", text[front.end() :] if front else text)
+    found: dict[object, object] = {}
+    for match in [*_ROW.finditer(body), *_PAIR.finditer(body)]:
+        key, value = match[1], _scalar(match[2].strip().strip("*`").strip())
+        if _NAMES.get(_normal(key)) is not None or _typo(key):
+            name = _NAMES.get(_normal(key), key)
+            if name in found and found[name] != value:
+                raise ClaimError(f"{name!r} is stated twice, as {found[name]!r} and as {value!r}")
+            found[name] = value
+    if not _states_epsilon(found):
+        raise ClaimError("no claim found: no fenced block, front matter, table or 'key: value' line states an epsilon")
+    return claim_from(found)
+
+
+def _block(kind: str, text: str) -> object:
+    if kind == "json":
+        return _json(text)
+    if kind == "toml":
+        return _toml(text)
+    return _yaml_like(text) if kind in ("yaml", "yml") else None
+
+
+def _states_epsilon(values: Mapping[object, object]) -> bool:
+    return values.get("schema") == REPORT_SCHEMA or any(_NAMES.get(_normal(key)) == "epsilon" for key in values)
+
+
+def _ours(values: Mapping[object, object]) -> dict[object, object]:
+    """Front matter holds other people's keys too: they are left out, unless they look like a misspelt one of ours."""
+    return {
+        key: value
+        for key, value in values.items()
+        if key == "clients" or ((_NAMES.get(_normal(key)) or _typo(key)) and _normal(key) not in ("name", "model"))
+    }
+
+
+def _typo(key: object) -> bool:
+    word = _normal(key)
+    return len(word) >= 5 and bool(difflib.get_close_matches(word, _NAMES, n=1, cutoff=0.88))
+
+
+def _yaml_like(text: str) -> dict[object, object]:
+    """Flat `key: value` lines, values as in JSON or plain words; indented lines and lists of other keys are skipped."""
+    values: dict[object, object] = {}
+    for line in text.splitlines():
+        match = re.match(r"([A-Za-z][\w -]*?)\s*:\s*(\S.*)?$", line)
+        if match is None or match[2] is None or line.lstrip().startswith("#"):
+            continue
+        if match[1] in values:
+            raise ClaimError(f"the key {match[1][:60]!r} occurs twice")
+        values[match[1]] = _scalar(re.sub(r"\s+#.*$", "", match[2]).strip())
+    return values
+
+
+def _scalar(text: str) -> object:
+    if re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", text):
+        text = text.replace(",", "")
+    if (len(text) > 1 and text[0] in '[{"') or re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", text):
+        try:
+            return _json(text.lstrip("+"))
+        except ClaimError:
+            return text
+    return {"true": True, "yes": True, "false": False, "no": False}.get(text.lower(), text.strip("'"))
+
+
+def _from_report(data: Mapping[object, object]) -> Claim:
+    """What a report of dpsb claims; only what it says is taken over."""
+    epsilon, step, basis = (_object(data.get(name)) for name in ("epsilon", "mechanism", "basis"))
+    taints = [entry.get("name") for entry in map(_object, _list(data.get("taints")))]
+    values: dict[str, object] = {
+        "title": "dpsb report",
+        "epsilon": epsilon.get("upper"),
+        "makes_claim": data.get("claim"),
+        "taints": taints or None,
+        "noise_source": "seeded" if "seeded_randomness" in taints else None if taints else "operating_system",
+        "basis": _ACCESS.get(str(basis.get("access"))),
+        "sampler": "poisson" if step.get("type") != "non_private" else None,
+        "batch_size": step.get("expected_batch_size"),
+        "clipping": "none" if step.get("clipping") == "none" else "per_unit",
+        "accountant": _method(data),
+        **{name: data.get(name) for name in ("delta", "unit", "neighboring", "num_examples")},
+        **{name: step.get(name) for name in ("noise_multiplier", "sampling_prob", "steps")},
+        **_before_training(data),
+    }
+    if step.get("type") not in _STEPS:
+        raise ClaimError(f"a report whose steps are {str(step.get('type'))[:40]!r}: verify its ledger instead")
+    clip, noise = step.get("l2_clip_norm"), step.get("noise_multiplier")
+    if clip != "inf":
+        values["l2_clip_norm"] = clip
+    if noise == 0:
+        values["sampling_prob"] = None
+    return _made({name: value for name, value in values.items() if value is not None})
+
+
+def _before_training(data: Mapping[object, object]) -> dict[str, object]:
+    releases: list[tuple[float, int]] = []
+    phases = [phase for phase in map(_object, _list(data.get("phases"))) if phase.get("name") != "train"]
+    events = [(_object(phase.get("event")), phase.get("count")) for phase in phases]
+    events = [(event, count) for event, count in events if event.get("type") != "non_private"]
+    if len(events) == 1 and events[0][0].get("type") in _STEPS:
+        event, count = events[0]
+        return {
+            "basis_noise_multiplier": event.get("noise_multiplier"),
+            "basis_sampling_prob": event.get("sampling_prob"),
+            "basis_count": count,
+            "basis_charged": True,
+        }
+    for event, count in events:
+        noise = event.get("noise_multiplier")
+        if event.get("type") != "gaussian" or not isinstance(noise, float) or not isinstance(count, int) or noise <= 0:
+            raise ClaimError("a report with such phases before training: verify its ledger instead")
+        releases.append((noise, count))
+    return {"basis_noise_multiplier": gaussian.composed(releases), "basis_charged": True} if releases else {}
+
+
+def _method(data: Mapping[object, object]) -> str:
+    entries = [str(_object(entry).get("method")) for entry in _list(data.get("accounting"))]
+    first = entries[0].split(",")[0].split()[0].lower() if entries and entries[0] else "other"
+    return {"exact": "gaussian"}.get(first, first if first in ("pld", "prv", "rdp") else "other")
+
+
+def _object(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
