@@ -93,6 +93,16 @@ def test_client_level_knows_only_plain_sums():
         client_level([party], participation="fixed_cohort")
 
 
+def test_a_tainted_clients_share_counts_for_nobody():
+    every = Gaussian(noise_multiplier=4.0)
+    good, bad = silo("good", every, 20, unit="client"), silo("bad", every, 20, unit="client", taints=("seeded",))
+    options = {"participation": "every_round", "noise_by": "shares", "clients": 10, "noise_of": "guaranteed"}
+    report = client_level([good, bad], **options)
+    assert [entry.claim for entry in report.per_silo] == [True, False]
+    expected = epsilon([(Gaussian(noise_multiplier=4.0 * math.sqrt(8 / 9)), 20)], 1e-5).upper
+    assert report.per_silo[0].epsilon.upper == pytest.approx(expected, rel=1e-9)
+
+
 def test_client_level_makes_no_claim_for_a_taint():
     report = client_level([coordinator(taints=("seeded_randomness",))], participation="poisson")
     assert not report.claim

@@ -136,6 +136,7 @@ def test_bad_questions_are_refused(changes, message):
         ({"steps": 6}, "'a' and 'b' plan different releases"),
         ({"event": step(2.0)}, "'a' and 'b' state different noise for the same sum"),
         ({"l2_clip_norm": 2.0}, "state different noise for the same sum"),
+        ({"l2_clip_norm": 2.0, "before": (Phase("basis", BASIS, 1),)}, "clip to different norms, 1.0 and 2.0"),
         ({"stated": {"local_steps": 4}}, "states local_steps=4 in its plan"),
         ({"stated": {"clients": 5}}, "states clients=5 in its plan, which is not 2"),
         ({"stated": {"dropouts": 1}}, "states dropouts=1"),
@@ -147,8 +148,9 @@ def test_bad_questions_are_refused(changes, message):
 )
 def test_silos_that_do_not_fit_are_refused_by_name(other, message):
     fields = {"name": "b", "steps": 5, **other}
+    first = silo("a", steps=5, before=fields.get("before", ()))
     with pytest.raises(ValueError, match=message):
-        secagg([silo("a", steps=5), silo(**fields)], **ONE)
+        secagg([first, silo(**fields)], **ONE)
 
 
 def test_one_silo_is_no_sum_and_whole_clients_are_another_model():
@@ -198,7 +200,7 @@ def test_integer_noise_needs_its_facts(fact):
         secagg(silos(3, steps=5, stated=stated), **ONE)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(3, 12), st.data(), st.sampled_from(["sum", "share"]), st.floats(0.5, 4))
 def test_more_dropouts_or_colluders_never_lower_epsilon(clients, data, noise_of, noise):
     dropouts = data.draw(st.integers(0, clients - 3))

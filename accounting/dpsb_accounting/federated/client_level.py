@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from dpsb_accounting import _checks
@@ -95,13 +96,15 @@ def client_level(
     if noise_by == "shares":
         if clients is None:
             raise ValueError("clients must be given where the clients add the noise in shares")
+        tainted = sum(bool(silo.taints) for silo in silos)  # their noise may be known
         losses = Losses(clients=clients, dropouts=dropouts, colluders=colluders)
+        left = Losses(clients=clients, dropouts=dropouts, colluders=colluders + tainted)
         for silo in silos:
             for fact, value in (("clients", clients), ("dropouts", dropouts), ("noise_of", noise_of)):
                 silo.says(fact, value)
             if noise_of == "guaranteed":
                 silo.says("colluders", colluders)
-        factor = losses.factor(noise_of)
+        factor = losses.factor(noise_of) * math.sqrt(left.honest / losses.honest)
     hidden = participation == "poisson"
     results = [_schedule(silo, factor, amplified=hidden) for silo in silos]
     known = [_schedule(silo, factor, amplified=False) for silo in silos]

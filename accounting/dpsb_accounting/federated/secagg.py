@@ -34,6 +34,10 @@ _ASSUMPTIONS = (
     "A sum with fewer parties than clients - dropouts is never opened; the charges for it stay.",
     "What the parties send beside the sum (losses, counts, batch sizes) is nothing.",
 )
+_REAL_NUMBERS = (
+    "The noisy vectors are added as they are. Rounding each of them for a sum of whole numbers is another mechanism, "
+    "for which the plans must state integer noise."
+)
 
 
 def secagg(
@@ -115,7 +119,7 @@ def secagg(
         ),
         incomplete_rounds=incomplete_rounds(silos),
         statement=_statement(total, losses, together, terms) if total is not None else no_claim(rows),
-        assumptions=(*_ASSUMPTIONS, f"The noise multiplier in the plans is that of the {noise_of}."),
+        assumptions=(*_ASSUMPTIONS, _REAL_NUMBERS, f"The noise multiplier in the plans is that of the {noise_of}."),
         terms=terms,
     )
 
@@ -160,6 +164,12 @@ def _check_stated(silos: Sequence[Silo], losses: Losses, local_steps: int, noise
             raise ValueError(
                 f"silos {first.name!r} and {silo.name!r} plan different releases, {ours!r} and {theirs!r}; "
                 "a sum needs every party's share in every release"
+            )
+        if len(ours) > 1 and silo.l2_clip_norm != first.l2_clip_norm:
+            raise ValueError(
+                f"silos {first.name!r} and {silo.name!r} clip to different norms, {first.l2_clip_norm!r} and "
+                f"{silo.l2_clip_norm!r}; with phases beside 'train' all norms must be equal, since plans "
+                "tell only that of 'train'"
             )
 
 
