@@ -65,8 +65,16 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def save_checkpoint(run_dir: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, ledger: Ledger) -> None:
+def save_checkpoint(
+    run_dir: Path,
+    adapter: Adapter,
+    optimizer: torch.optim.Optimizer,
+    ledger: Ledger,
+    l2_clip_norm: float | None = None,
+) -> None:
     """Writes theta, the optimizer and the ledger's position to ``run_dir/checkpoint``, atomically.
+
+    ``l2_clip_norm`` is where an adaptive C stands: a released number, like theta.
 
     Raises:
       OSError: If the disk does not take it; the checkpoint before it stays.
@@ -78,6 +86,7 @@ def save_checkpoint(run_dir: Path, adapter: Adapter, optimizer: torch.optim.Opti
         "ledger_length": ledger.length,
         "ledger_head": ledger.head,
         "optimizer": structure,
+        "l2_clip_norm": l2_clip_norm,
     }
     try:
         with replacing(run_dir / _CURRENT) as folder:
@@ -114,6 +123,15 @@ def load_checkpoint(run_dir: Path, adapter: Adapter, optimizer: torch.optim.Opti
     adapter.load_state(theta)
     optimizer.load_state_dict(_unflatten(tensors, facts["optimizer"]))
     return True
+
+
+def saved_clip_norm(run_dir: Path) -> float | None:
+    """Where an adaptive C stood at the last checkpoint, which :func:`load_checkpoint` has checked; None without one."""
+    for name in (_CURRENT, _OLD):
+        if (run_dir / name).is_dir():
+            value = json.loads((run_dir / name / "checkpoint.json").read_text()).get("l2_clip_norm")
+            return None if value is None else float(value)
+    return None
 
 
 def remove_checkpoint(run_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -317,6 +318,23 @@ def chosen_columns(table: Table, columns: Columns, task: str) -> dict[str, str |
     usual = {"text": _TEXT, "text_pair": _PAIR, "label": _LABEL, "prompt": _PROMPT, "completion": _COMPLETION}
     parts = ("text", "text_pair", "label") if task == "classification" else ("text", "prompt", "completion")
     return {part: table.pick(getattr(columns, part), usual[part]) for part in parts}
+
+
+def by_unit(table: Table, column: str, examples: Sequence[Any]) -> list[list[Any]]:
+    """The examples of each unit, units in order of first appearance. Sensitive, the number of units included.
+
+    Values are compared as text without surrounding blanks: a person under two spellings is two units. A row whose
+    value is missing (empty, null or NaN) belongs to nobody and is left out, without a word.
+
+    Raises:
+      DataError: If there is no such column.
+    """
+    units: dict[str, list[Any]] = {}
+    for value, example in zip(table.column(column), examples, strict=True):
+        name = "" if isinstance(value, float) and math.isnan(value) else _text(value).strip()
+        if name:
+            units.setdefault(name, []).append(example)
+    return list(units.values())
 
 
 def synthetic_examples(

@@ -7,7 +7,9 @@ ledger *before* their data is drawn (``dpsb.train``), so nothing here needs to k
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -22,6 +24,7 @@ AUTOMATIC_GAMMA = 0.01
 _GRID_BITS = 20
 _SMALLEST_NOISE = 1e-100
 _CHUNK_NUMBERS = 1 << 23
+_LARGEST_CLIP_NORM = 1e12
 
 
 def clip_and_sum(rows: torch.Tensor, l2_clip_norm: float, clipping: str = "flat") -> torch.Tensor:
@@ -98,20 +101,86 @@ def clip_scale(norms: torch.Tensor, l2_clip_norm: float, clipping: str) -> torch
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdaptiveClip:
+    r"""How C follows a quantile of the rows' norms, at the price of a noisy count in every release.
+
+    Each row i contributes, besides its clipped self, :math:`b_i = +\frac12` if :math:`\|g_i\| \le C` and
+    :math:`-\frac12` if not; the sum of the b gets noise of standard deviation :math:`\sigma_b`. One row then moves sum
+    and count, measured in their own noise, by :math:`z^{-2} + (2\sigma_b)^{-2} = z_{\mathrm{eff}}^{-2}` squared, so
+    both together are one Gaussian release with the noise multiplier :math:`z_{\mathrm{eff}}`, and that is the plan's
+    event; the gradient's own z follows from it. Afterwards :math:`C \leftarrow C e^{-\eta(\tilde b/M + 1/2 - q)}`.
+
+    Args:
+      quantile: q, what share of the norms shall lie within C. Public.
+      learning_rate: eta. Public.
+      count_noise_std: sigma_b, more than half the plan's noise multiplier. Public.
+      expected_batch_size: M. Public.
+
+    References:
+      Andrew et al. (2021), arXiv:1905.03871, Algorithm 1 and Theorem 1.
+    """
+
+    quantile: float
+    learning_rate: float
+    count_noise_std: float
+    expected_batch_size: int
+
+    @classmethod
+    def from_plan(cls, plan: Plan) -> AdaptiveClip:
+        facts: Mapping[str, Any] = plan.details.get("adaptive_clip", {})  # type: ignore[assignment]
+        try:
+            numbers = {name: float(facts[name]) for name in ("quantile", "learning_rate", "count_noise_std")}
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                "Expected the details of a plan with clipping='adaptive' to hold adaptive_clip with quantile, "
+                f"learning_rate and count_noise_std, got {facts!r}."
+            ) from None
+        return cls(**numbers, expected_batch_size=plan.expected_batch_size)
+
+    def gradient_noise_multiplier(self, effective: float) -> float:
+        """z of the gradient, given the noise multiplier of sum and count together."""
+        left = effective**-2 - (2 * self.count_noise_std) ** -2
+        if not left > 0:
+            raise ValueError(
+                f"Expected count_noise_std={self.count_noise_std!r} to exceed half the noise multiplier {effective!r}."
+            )
+        return float(left**-0.5)
+
+    def next_clip_norm(self, l2_clip_norm: float, noisy_count: float) -> float:
+        """Where C goes after a release of ``noisy_count``, the noisy sum of the b."""
+        share = min(1.0, max(0.0, noisy_count / self.expected_batch_size + 0.5))
+        moved = l2_clip_norm * math.exp(-self.learning_rate * (share - self.quantile))
+        return min(_LARGEST_CLIP_NORM, max(1 / _LARGEST_CLIP_NORM, moved))
+
+
+def centred_count(rows: torch.Tensor, l2_clip_norm: float) -> torch.Tensor:
+    """The sum of :class:`AdaptiveClip`'s b over the rows, shape ``(1,)``, float64; 0 for a row that is not finite."""
+    total = torch.zeros(1, dtype=torch.float64, device=rows.device)
+    for chunk in rows.split(max(1, _CHUNK_NUMBERS // max(1, rows.shape[1]))):
+        norms = chunk.to(torch.float64).norm(dim=1)
+        total += torch.where(torch.isfinite(norms), torch.where(norms <= l2_clip_norm, 0.5, -0.5), 0.0).sum()
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mechanism:
     """Gaussian mechanism on a clipped sum, as the plan fixes it.
 
     Args:
       l2_clip_norm: C, the largest change of the sum when one example is added or removed.
       noise_multiplier: Noise standard deviation divided by C; 0 for runs that claim nothing.
-      clipping: Rule for :func:`clip_and_sum`.
+      clipping: Rule for :func:`clip_and_sum`, or ``"adaptive"``.
+      adaptive: For ``"adaptive"``: flat clipping at a C that moves; the vectors then have a count at their end.
     """
 
     l2_clip_norm: float
     noise_multiplier: float
     clipping: str
+    adaptive: AdaptiveClip | None = None
 
     def __post_init__(self) -> None:
+        if (self.adaptive is not None) != (self.clipping == "adaptive"):
+            raise ValueError(f"Expected adaptive={self.adaptive!r} to be given exactly for clipping 'adaptive'.")
         if self.clipping != "none" and not _SMALLEST_NOISE < self.noise_std < 1 / _SMALLEST_NOISE:
             raise ValueError(
                 f"Expected noise_multiplier={self.noise_multiplier!r} times l2_clip_norm={self.l2_clip_norm!r} to be "
@@ -121,10 +190,13 @@ class Mechanism:
     @classmethod
     def from_plan(cls, plan: Plan) -> Mechanism:
         """The mechanism that ``plan`` accounts for: the same numbers, read from the same object."""
+        adaptive = AdaptiveClip.from_plan(plan) if plan.clipping == "adaptive" else None
+        noise_multiplier = plan.noise_multiplier
         return cls(
             l2_clip_norm=plan.l2_clip_norm,
-            noise_multiplier=plan.noise_multiplier,
+            noise_multiplier=adaptive.gradient_noise_multiplier(noise_multiplier) if adaptive else noise_multiplier,
             clipping=plan.clipping,
+            adaptive=adaptive,
         )
 
     @property
@@ -132,13 +204,39 @@ class Mechanism:
         """Standard deviation of the noise on every coordinate of the sum, in gradient units."""
         return self.noise_multiplier * self.l2_clip_norm if self.noise_multiplier else 0.0
 
+    def zeros(self, dimension: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The sum over no rows of ``dimension`` numbers."""
+        return torch.zeros(dimension + (self.adaptive is not None), dtype=torch.float64, device=device)
+
     def clip_and_sum(self, rows: torch.Tensor) -> torch.Tensor:
-        """:func:`clip_and_sum` with this mechanism's clip norm and rule. Sensitive in, sensitive out."""
-        return clip_and_sum(rows, self.l2_clip_norm, self.clipping)
+        """:func:`clip_and_sum` with this mechanism's clip norm and rule. Sensitive in, sensitive out.
+
+        With ``adaptive`` the count stands at the end, in the unit in which ``noise_std`` is the noise it needs.
+        """
+        if self.adaptive is None:
+            return clip_and_sum(rows, self.l2_clip_norm, self.clipping)
+        total = clip_and_sum(rows, self.l2_clip_norm, "flat")
+        return torch.cat([total, centred_count(rows, self.l2_clip_norm) * self._count_unit])
 
     def scale(self, norms: torch.Tensor) -> torch.Tensor:
         """:func:`clip_scale` with this mechanism's clip norm and rule. Sensitive in, sensitive out."""
-        return clip_scale(norms, self.l2_clip_norm, self.clipping)
+        return clip_scale(norms, self.l2_clip_norm, "flat" if self.adaptive is not None else self.clipping)
+
+    def read(self, released: torch.Tensor) -> tuple[torch.Tensor, Mechanism]:
+        """Splits a released vector: the noisy sum of the rows, and the mechanism of the next step."""
+        if self.adaptive is None:
+            return released, self
+        count = float(released[-1]) / self._count_unit
+        return released[:-1], replace(self, l2_clip_norm=self.adaptive.next_clip_norm(self.l2_clip_norm, count))
+
+    @property
+    def moving_clip_norm(self) -> float | None:
+        """Where an adaptive C stands, a released number; None where C is fixed by the plan."""
+        return self.l2_clip_norm if self.adaptive is not None else None
+
+    @property
+    def _count_unit(self) -> float:
+        return self.noise_std / self.adaptive.count_noise_std if self.adaptive is not None else 0.0
 
     def release(self, total: torch.Tensor, randomness: Randomness) -> torch.Tensor:
         r"""Turns a sensitive sum into a released one: the only exit.

@@ -54,6 +54,13 @@ def poisson_draw(num_rows: int, sampling_prob: float, randomness: Randomness) ->
     return np.flatnonzero(randomness.bernoulli(num_rows, sampling_prob))
 
 
+def choose(count: int, most: int, randomness: Randomness) -> np.ndarray:
+    """At most ``most`` of ``count`` positions, uniformly at random without replacement, ascending. Sensitive."""
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.argsort(randomness.words(count), kind="stable")[:most])
+
+
 def length_buckets(max_length: int) -> tuple[int, ...]:
     """The public padded lengths for examples of at most ``max_length`` tokens, ascending, ``max_length`` last.
 

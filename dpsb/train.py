@@ -6,9 +6,10 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +17,16 @@ from torch import nn
 
 from dpsb.adapter import Adapter, set_gradient
 from dpsb.capture import CaptureError, adapter_train_mode, per_example_gradients
-from dpsb.checkpoint import load_checkpoint, save_checkpoint
+from dpsb.checkpoint import load_checkpoint, save_checkpoint, saved_clip_norm
 from dpsb.losses import LossFn, check_losses
 from dpsb.mechanism import Mechanism
 from dpsb.probe import Batch, Collate, Example, ProbeError, check_step_moves_model, probe, without_dropout
 from dpsb.randomness import Randomness, SystemRandomness
-from dpsb.sampling import bucket_of, length_buckets, microbatches, padded_lengths, poisson_draw
-from dpsb_accounting import Ledger
+from dpsb.sampling import bucket_of, choose, length_buckets, microbatches, padded_lengths, poisson_draw
+from dpsb_accounting import Ledger, Plan
 
 _LARGEST_PROBE = 64
+_NUMBERS_IN_FLIGHT = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Knobs:
 
 def fit(
     adapter: Adapter,
-    dataset: Sequence[Example],
+    dataset: Sequence[Example] | Sequence[Sequence[Example]],
     *,
     ledger: Ledger,
     optimizer: torch.optim.Optimizer,
@@ -77,8 +79,8 @@ def fit(
 
     Args:
       adapter: What is trained, from :func:`dpsb.attach`.
-      dataset: Examples with ``input_ids`` of at most ``max_length`` tokens. Sensitive, its length included unless the
-        plan says otherwise.
+      dataset: Examples with ``input_ids`` of at most ``max_length`` tokens; for a plan whose unit is ``"user"``, one
+        sequence of examples per person. Sensitive, its length included unless the plan says otherwise.
       ledger: Open for writing; holds the plan. Checkpoints are written beside it.
       optimizer: Any torch optimizer over ``adapter.parameters()``.
       loss_fn: ``(model, batch) -> (n,)``: one loss per example, each of that example alone.
@@ -104,8 +106,7 @@ def fit(
     mechanism = Mechanism.from_plan(plan)
     randomness = randomness or SystemRandomness()
     buckets = length_buckets(max_length)
-    if plan.unit != "example":
-        raise ValueError(f"Expected a plan whose unit is 'example', got {plan.unit!r}: fit clips per example.")
+    most = _examples_per_unit(plan)
     if dict(plan.basis) != adapter.provenance.to_json():
         raise ValueError(
             f"The plan states the basis {dict(plan.basis)}, the adapter has {adapter.provenance.to_json()}."
@@ -114,6 +115,8 @@ def fit(
     _check_optimizer(optimizer, adapter)
     base_rates = [float(group["lr"]) for group in optimizer.param_groups]
     load_checkpoint(run_dir, adapter, optimizer, ledger)  # whatever the ledger holds: it may have been rolled back
+    if mechanism.adaptive is not None:
+        mechanism = replace(mechanism, l2_clip_norm=saved_clip_norm(run_dir) or mechanism.l2_clip_norm)
 
     with training_mode(adapter.model):
         adapter_train_mode(adapter)
@@ -125,15 +128,14 @@ def fit(
             checked = False
             for _ in range(ledger.remaining("train")):
                 number = ledger.charge("train")
-                total = torch.zeros(adapter.dimension, dtype=torch.float64, device=_device(adapter))
                 with messages_withheld(f"Step {number}"):
                     draw = poisson_draw(len(dataset), plan.sampling_prob, randomness)
-                    drawn = [dataset[int(i)] for i in draw]
-                    lengths = padded_lengths(drawn, buckets)
-                    for positions, length in microbatches(np.arange(len(drawn)), lengths, knobs.token_budget):
-                        examples = [drawn[i] for i in positions]
-                        total += _clipped_sum(adapter, mechanism, loss_fn, collate, examples, length)
-                released = mechanism.release(total, randomness)
+                    drawn: Any = [dataset[int(i)] for i in draw]
+                    if most is not None:
+                        drawn = [[unit[j] for j in choose(len(unit), most, randomness)] for unit in drawn]
+                    summed = _clipped_sum if most is None else _clipped_sum_of_units
+                    total = summed(adapter, mechanism, loss_fn, collate, drawn, buckets, knobs.token_budget)
+                released, mechanism = mechanism.read(mechanism.release(total, randomness))
                 factor = schedule(number / plan.steps)
                 before = {} if checked or factor == 0.0 else adapter.state()
                 set_gradient(adapter, released / plan.expected_batch_size)
@@ -142,9 +144,22 @@ def fit(
                     check_step_moves_model(adapter, before, loss_fn, probe_batch)
                     checked = True
                 if knobs.checkpoint_every and (number + 1) % knobs.checkpoint_every == 0:
-                    save_checkpoint(run_dir, adapter, optimizer, ledger)
+                    save_checkpoint(run_dir, adapter, optimizer, ledger, mechanism.moving_clip_norm)
                 on_step(Progress(number + 1, plan.steps))
-    save_checkpoint(run_dir, adapter, optimizer, ledger)
+    save_checkpoint(run_dir, adapter, optimizer, ledger, mechanism.moving_clip_norm)
+
+
+def _examples_per_unit(plan: Plan) -> int | None:
+    """How many examples of a unit are read in a step; None where each example is a unit of its own."""
+    if plan.unit == "example":
+        return None
+    most = plan.details.get("examples_per_unit")
+    if plan.unit != "user" or not isinstance(most, int) or most < 1:
+        raise ValueError(
+            f"Expected a plan whose unit is 'example', or 'user' with details['examples_per_unit'] of at least 1, got "
+            f"unit {plan.unit!r} and {most!r}."
+        )
+    return most
 
 
 class StepError(RuntimeError):
@@ -205,27 +220,81 @@ def _clipped_sum(
     loss_fn: LossFn,
     collate: Collate,
     examples: Sequence[Example],
-    padded_length: int,
+    buckets: Sequence[int],
+    token_budget: int,
 ) -> torch.Tensor:
-    """The clipped sum of one microbatch, shape ``(d,)``, float64; halves the microbatch while memory runs out."""
+    """The clipped sum over a draw of examples, each example's gradient a row; float64. Sensitive."""
+    total = mechanism.zeros(adapter.dimension, _device(adapter))
+    lengths = padded_lengths(examples, buckets)
+    for positions, length in microbatches(np.arange(len(examples)), lengths, token_budget):
+        total += _reduced(
+            adapter, loss_fn, collate, examples, positions, length, lambda rows, _: mechanism.clip_and_sum(rows)
+        )
+    return total
+
+
+def _clipped_sum_of_units(
+    adapter: Adapter,
+    mechanism: Mechanism,
+    loss_fn: LossFn,
+    collate: Collate,
+    units: Sequence[Sequence[Example]],
+    buckets: Sequence[int],
+    token_budget: int,
+) -> torch.Tensor:
+    """The clipped sum over a draw of units, the *mean* gradient of each unit's examples a row; float64. Sensitive.
+
+    Rows of a unit meet before anything is clipped, whatever microbatches its examples fell into. One that is not
+    finite spoils its own unit's row only. Some units at a time, d numbers for each of them.
+    """
+    total = mechanism.zeros(adapter.dimension, _device(adapter))
+    size = max(1, _NUMBERS_IN_FLIGHT // adapter.dimension)
+    for start in range(0, len(units), size):
+        group = units[start : start + size]
+        owners = torch.tensor([i for i, unit in enumerate(group) for _ in unit], dtype=torch.long)
+        examples = [example for unit in group for example in unit]
+        means = torch.zeros(len(group), adapter.dimension, dtype=torch.float64, device=total.device)
+        add = partial(_summed_by_unit, owners.to(total.device), len(group))
+        for positions, length in microbatches(
+            np.arange(len(examples)), padded_lengths(examples, buckets), token_budget
+        ):
+            means += _reduced(adapter, loss_fn, collate, examples, positions, length, add)
+        means /= torch.bincount(owners, minlength=len(group)).clamp(min=1).to(total.device)[:, None]
+        total += mechanism.clip_and_sum(means)
+    return total
+
+
+def _summed_by_unit(owners: torch.Tensor, num_units: int, rows: torch.Tensor, positions: np.ndarray) -> torch.Tensor:
+    sums = torch.zeros(num_units, rows.shape[1], dtype=torch.float64, device=rows.device)
+    return sums.index_add_(0, owners[torch.from_numpy(positions).to(owners.device)], rows.to(torch.float64))
+
+
+def _reduced(
+    adapter: Adapter,
+    loss_fn: LossFn,
+    collate: Collate,
+    examples: Sequence[Example],
+    positions: np.ndarray,
+    padded_length: int,
+    reduce: Callable[[torch.Tensor, np.ndarray], torch.Tensor],
+) -> torch.Tensor:
+    """``reduce(rows, positions)`` of one microbatch; halves it, and adds both, while memory runs out."""
     try:
-        with per_example_gradients(adapter, len(examples)) as rows:
-            check_losses(loss_fn(adapter.model, collate(examples, padded_length)), len(examples)).sum().backward()
-            return mechanism.clip_and_sum(rows.get())
+        with per_example_gradients(adapter, len(positions)) as rows:
+            batch = collate([examples[int(i)] for i in positions], padded_length)
+            check_losses(loss_fn(adapter.model, batch), len(positions)).sum().backward()
+            return reduce(rows.get(), positions)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        if len(examples) == 1:
+        if len(positions) == 1:
             raise MemoryError(
                 "Out of memory on a single example. The step is charged. Lower max_length, or resume on a machine "
                 "with more memory."
             ) from None
-    half = len(examples) // 2
-    parts = (examples[:half], examples[half:])
-    return sum(
-        (_clipped_sum(adapter, mechanism, loss_fn, collate, part, padded_length) for part in parts),
-        start=torch.zeros(adapter.dimension, dtype=torch.float64, device=_device(adapter)),
-    )
+    half = len(positions) // 2
+    first = _reduced(adapter, loss_fn, collate, examples, positions[:half], padded_length, reduce)
+    return first + _reduced(adapter, loss_fn, collate, examples, positions[half:], padded_length, reduce)
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, adapter: Adapter) -> None:

@@ -23,7 +23,7 @@ from dpsb_accounting.events import (
 from dpsb_accounting.relations import refuse_relation
 
 UNITS = ("example", "user", "client")
-CLIPPINGS = ("flat", "automatic", "none")
+CLIPPINGS = ("flat", "automatic", "adaptive", "none")
 ACCESSES = ("data_free", "public", "released", "non_private")
 _LEAST_NOISE_STD, _MOST_NOISE_STD = 1e-100, 1e100  # beyond, sums and squares underflow or overflow
 
@@ -83,7 +83,9 @@ class Plan:
         sampling_prob: q in (0, 1], what the sampler uses.
         l2_clip_norm: C > 0; infinite only if nothing is private. The noise of a private training step, C times
             its noise multiplier, must be between 1e-100 and 1e100.
-        clipping: "flat", "automatic" or "none" (only if nothing is private).
+        clipping: "flat", "automatic", "adaptive" (C follows a quantile of the norms, from `l2_clip_norm` on; each
+            release is the clipped sum and a count, and the train event covers both) or "none" (only if nothing is
+            private).
         basis: Where the frozen basis comes from: {"kind": ..., "access": "data_free" | "public" | "released"
             | "non_private", ...}.
         details: Further public facts: model, rank, targets, labels, learning rate, versions...
@@ -138,7 +140,7 @@ class Plan:
             if math.isinf(self.l2_clip_norm) or self.clipping == "none":
                 raise ValueError(
                     f"l2_clip_norm={self.l2_clip_norm!r} with clipping={self.clipping!r} bounds nothing; a plan "
-                    "with private events needs a finite l2_clip_norm and clipping 'flat' or 'automatic'"
+                    "with private events needs a finite l2_clip_norm and clipping other than 'none'"
                 )
         self._check_noise()
         if not self.num_examples_declared and self.neighboring == "add_or_remove_one":
