@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from dpsb_accounting import accountant, engines
+from dpsb_accounting import _checks, accountant, engines
 from dpsb_accounting.accountant import Schedule, parts_of
 from dpsb_accounting.composition import Composition, alternatives
 from dpsb_accounting.engines.answer import Answer, Unavailable
@@ -90,9 +90,10 @@ def cross_check(
         ('agrees', 'quadrature', '1.828237')
     """
     if isinstance(schedule, Composition):
-        relation = neighboring or "add_or_remove_one"
+        relation = _checks.one_of(choices=_checks.RELATIONS, neighboring=neighboring or "add_or_remove_one")
         if delta is None:
             raise ValueError("delta must be given with a composition")
+        delta = _checks.probability(open_interval=True, delta=delta)
         low, high, _ = engines.epsilon(schedule, delta, relation)
         return _compare((schedule,), delta, relation, (low, high))
     plan = schedule.plan if isinstance(schedule, LedgerRecord) else schedule

@@ -42,7 +42,7 @@ Array = npt.NDArray[np.float64]
 
 _NEGLIGIBLE = 1e-11  # share of the integral that may be left out
 _AGREEMENT = 1e-6  # of epsilon (or absolutely, below 1), between the two contours
-_MOST_WORK = 1.5e9  # points on the contour times points of the inner grids: about two seconds
+_MOST_WORK = 6e8  # points on the contour times points of the inner grids: about a second
 _MOST_POINTS = 2_000_000
 _SMALLEST_DELTA = 1e-100
 _SMALLEST_NOISE = 0.04  # below it one release alone has an epsilon of dozens, and the inner grids grow long
