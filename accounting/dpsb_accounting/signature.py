@@ -22,7 +22,6 @@ References:
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -201,12 +200,8 @@ def _load(path: Path) -> tuple[Mapping[str, object], bytes]:
         raise SignatureError(f"{path} holds a signature that is not hexadecimal") from None
 
 
-def write(content: Mapping[str, object], path: str | os.PathLike[str]) -> None:
-    """Writes a signature file; an older one is replaced."""
-    Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def _private_key(path: Path) -> Ed25519PrivateKey:
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -214,7 +209,7 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
         key = serialization.load_pem_private_key(_pem(path), password=None)
     except TypeError:
         raise SignatureError(f"{path} is encrypted; write it out without a password for signing") from None
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm):
         raise SignatureError(f"{path} holds no private key in PEM") from None
     if not isinstance(key, Ed25519PrivateKey):
         raise SignatureError(f"{path} is no ed25519 key; make one with `dpsb-accounting keygen`")
@@ -222,12 +217,13 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
 
 
 def _public_key(path: Path) -> Ed25519PublicKey:
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     try:
         key = serialization.load_pem_public_key(_pem(path))
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm):
         raise SignatureError(f"{path} holds no public key in PEM") from None
     if not isinstance(key, Ed25519PublicKey):
         raise SignatureError(f"{path} is no ed25519 key")
