@@ -1,13 +1,18 @@
+import json
 import math
+import random
+import time
 
 import pytest
 from plans import BASIS, STEP
 
 from dpsb_accounting import (
+    Calibration,
     CalibrationInfeasible,
     NonPrivate,
     Phase,
     PoissonGaussian,
+    calibrate,
     epsilon,
     noise_multiplier_for,
 )
@@ -88,3 +93,129 @@ def test_bad_arguments_are_named(changes):
         noise_multiplier_for(**arguments)
     with pytest.raises(ValueError, match="neighboring"):
         noise_multiplier_for(target_epsilon=1, delta=1e-5, sampling_prob=0.1, steps=10, neighboring="x")
+
+
+RUN = {"noise_multiplier": 1.0, "sampling_prob": 0.01, "steps": 1000}
+
+
+def checked(found, target):
+    """The bound is the accountant's own for the very settings returned, and within the target."""
+    event = PoissonGaussian(noise_multiplier=found.noise_multiplier, sampling_prob=found.sampling_prob)
+    assert isinstance(found, Calibration)
+    assert found.bound == epsilon([(event, found.steps)], found.bound.delta, found.bound.neighboring)
+    assert found.bound.upper <= target
+    return found
+
+
+@pytest.mark.parametrize("name", ["noise_multiplier", "steps", "sampling_prob"])
+def test_each_setting_is_solved_for(name):
+    target = epsilon([(STEP, 1000)], 1e-5).upper * (1 + 1e-3)
+    given = {key: value for key, value in RUN.items() if key != name}
+    found = checked(calibrate(target_epsilon=target, delta=1e-5, **given), target)
+    assert found.parameter == name
+    assert found.value == getattr(found, name) == pytest.approx(RUN[name], rel=3e-3)
+    assert found.bound.upper >= target * (1 - 2e-3)
+
+
+def test_steps_are_whole_and_the_next_one_is_too_many():
+    event = PoissonGaussian(noise_multiplier=2, sampling_prob=0.1)
+    found = checked(calibrate(target_epsilon=1, delta=1e-5, noise_multiplier=2, sampling_prob=0.1), 1)
+    assert isinstance(found.value, int)
+    assert epsilon([(event, found.steps + 1)], 1e-5).upper > 1
+
+
+def test_an_expected_batch_size_is_whole_and_the_next_one_is_too_large():
+    found = checked(calibrate(target_epsilon=2, delta=1e-5, noise_multiplier=1, steps=1000, num_examples=4000), 2)
+    assert found.parameter == "expected_batch_size"
+    assert isinstance(found.value, int)
+    assert found.sampling_prob == found.value / 4000
+    larger = PoissonGaussian(noise_multiplier=1, sampling_prob=(found.value + 1) / 4000)
+    assert epsilon([(larger, 1000)], 1e-5).upper > 2
+
+
+def test_a_batch_size_in_place_of_a_probability():
+    given = {"target_epsilon": 2, "delta": 1e-5, "steps": 1000}
+    by_batch = calibrate(**given, expected_batch_size=40, num_examples=4000)
+    assert by_batch == calibrate(**given, sampling_prob=0.01)
+
+
+def test_epsilon_at_given_noise():
+    found = calibrate(delta=1e-5, **RUN)
+    assert (found.parameter, found.value) == ("epsilon", found.bound.upper)
+    assert found.bound == epsilon([(STEP, 1000)], 1e-5)
+
+
+def test_limits_are_answers_where_they_keep_the_target():
+    every = calibrate(target_epsilon=50, delta=1e-5, noise_multiplier=10, steps=3)
+    assert (every.parameter, every.value) == ("sampling_prob", 1.0)
+    batch = calibrate(target_epsilon=50, delta=1e-5, noise_multiplier=10, steps=3, num_examples=500)
+    assert (batch.parameter, batch.value) == ("expected_batch_size", 500)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"noise_multiplier": 0.5, "sampling_prob": 1}, "even steps=1 costs"),
+        ({"noise_multiplier": 0.5, "steps": 1000, "num_examples": 20}, "even expected_batch_size=1 costs"),
+    ],
+)
+def test_what_cannot_be_reached_is_said_with_the_least(given, words):
+    with pytest.raises(CalibrationInfeasible, match=words):
+        calibrate(target_epsilon=1, delta=1e-5, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({**RUN, "target_epsilon": 1}, "leave out exactly one"),
+        ({"target_epsilon": 1, "steps": 10}, "leave out exactly one"),
+        ({"steps": 10, "noise_multiplier": 1}, "leave out exactly one"),
+        ({**RUN, "expected_batch_size": 3}, "not both"),
+        ({"noise_multiplier": 1, "steps": 10, "expected_batch_size": 3}, "needs num_examples"),
+        ({"noise_multiplier": 1, "steps": 10, "expected_batch_size": 30, "num_examples": 20}, "must not exceed"),
+        ({**RUN, "noise_multiplier": -1}, "noise_multiplier must be greater than 0, not -1"),
+        ({**RUN, "steps": 1.5}, "steps must be a whole number, not 1.5"),
+        ({**RUN, "neighboring": "x"}, "neighboring"),
+    ],
+)
+def test_what_does_not_fit_together_is_named(given, words):
+    with pytest.raises(ValueError, match=words):
+        calibrate(delta=1e-5, **given)
+
+
+@pytest.mark.slow
+def test_a_wrong_estimate_costs_time_and_never_privacy(monkeypatch):
+    """The neighbourhood comes from an estimate: seeded with a bug, the certified bound must still decide."""
+    from dpsb_accounting.engines import quadrature
+    from dpsb_accounting.engines.answer import Answer
+
+    def third(*_):
+        return Answer(engine="quadrature", lower=0.0, upper=0.7, rigorous=False, method="bug")
+
+    monkeypatch.setattr(quadrature, "epsilon", third)
+    for missing in RUN:
+        given = {key: value for key, value in RUN.items() if key != missing}
+        checked(calibrate(target_epsilon=2, delta=1e-5, **given), 2)
+
+
+def _random_cases(count):
+    source = random.Random(7)
+    for _ in range(count):
+        yield {
+            "target_epsilon": 10 ** source.uniform(-2, 2),
+            "delta": 10 ** source.uniform(-10, -3),
+            "sampling_prob": 10 ** source.uniform(-4, 0),
+            "steps": round(10 ** source.uniform(0, 5)),
+            "neighboring": source.choice(("add_or_remove_one", "zero_out", "replace_one")),
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", _random_cases(30), ids=lambda case: f"{case['target_epsilon']:.3g}")
+def test_any_target_calibrates(case):
+    started = time.process_time()
+    found = checked(calibrate(**case), case["target_epsilon"])
+    print(json.dumps({**case, "noise": found.value, "seconds": time.process_time() - started}))
+    event = PoissonGaussian(noise_multiplier=found.value * (1 - 3e-3), sampling_prob=case["sampling_prob"])
+    tight = found.bound.upper >= case["target_epsilon"] * (1 - 1e-3)
+    assert tight or epsilon([(event, case["steps"])], case["delta"], case["neighboring"]).upper > case["target_epsilon"]
