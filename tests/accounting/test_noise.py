@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import make_plan
 
-from dpsb_accounting import cli, noise
-from dpsb_accounting.noise import CENTRAL, FEDERATED, Layer, amplification, compare, comparison_for
+from dpsb_accounting import cli
+from dpsb_accounting.noise import CENTRAL, FEDERATED, amplification, compare, comparison_for
+from dpsb_accounting.shapes import Layer, layers_from_json
 
 M, N, R, CLIENTS, DRAWS = 20, 14, 3, 5, 12_000
 RNG = np.random.default_rng(7)
@@ -141,6 +142,33 @@ def test_dimension_and_bytes():
         "full_matrix": 3 * 4096 * 1024,
     }
     assert amplification("fed_sb", layers, noise_std=1, clients=4).bytes_released == 4 * 3 * 16**2
+    both = 16 * (4096 + 1024)
+    received = {
+        row.method: row.bytes_received for row in compare(layers, noise_multiplier=1, l2_clip_norm=1, clients=4)
+    }
+    assert received == {
+        "fed_sb": 12 * 16**2,
+        "ffa_lora": 12 * 4096 * 16,
+        "fedsvd": 12 * both,
+        "fedit": 12 * both,
+        "fedex_lora": 12 * 4 * both,
+        "flora": 12 * 4 * both,
+    }
+    assert amplification("lora", layers, noise_std=1).bytes_received == 0
+
+
+def test_bytes_at_llama_8b_shape():
+    """Seven modules in each of 32 blocks, float32, one direction: LoRA r=32 335.5 MB; R-only r=16 0.23, r=200 35.8."""
+    shapes = [(4096, 4096, 2), (1024, 4096, 2), (14336, 4096, 2), (4096, 14336, 1)]
+
+    def sent(method, rank):
+        layers = [Layer(out_features=m, in_features=n, rank=rank, count=32 * k) for m, n, k in shapes]
+        return amplification(method, layers, noise_std=1).bytes_released / 1e6
+
+    assert sent("lora", 32) == pytest.approx(335.5, abs=0.05)
+    assert sent("r_only", 16) == pytest.approx(0.23, abs=0.005)
+    assert sent("r_only", 64) == pytest.approx(3.7, abs=0.05)
+    assert sent("r_only", 200) == pytest.approx(35.8, abs=0.05)
 
 
 @settings(max_examples=100, deadline=None)
@@ -203,13 +231,13 @@ def test_the_comparison_of_a_plan():
 
 def test_layers_of_json_are_checked():
     with pytest.raises(ValueError, match="unknown fields: 'out'"):
-        noise.layers_from_json([{"out": 3}])
+        layers_from_json([{"out": 3}])
     with pytest.raises(ValueError, match="lacks fields: 'in_features', 'rank'"):
-        noise.layers_from_json([{"out_features": 3}])
+        layers_from_json([{"out_features": 3}])
     with pytest.raises(ValueError, match="must be a JSON array"):
-        noise.layers_from_json("nonsense")
+        layers_from_json("nonsense")
     with pytest.raises(ValueError, match="must be a JSON object"):
-        noise.layers_from_json([3])
+        layers_from_json([3])
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dpsb_accounting import noise
+from dpsb_accounting import noise, shapes
 from dpsb_accounting.cli._shared import AsJson, NoiseMultiplier, app
 
 _SHAPE = re.compile(r"(\d+)x(\d+)(?:\*(\d+))?")
 _FACTORS = ("orthonormal", "peft_start")
 _NAMES = {
     "r_only": "R-only",
-    "fed_sb": "Fed-SB, R-only",
+    "fed_sb": "Fed-SB",
     "ffa_lora": "FFA-LoRA",
     "lora": "LoRA",
     "full_matrix": "whole matrix",
@@ -65,7 +65,9 @@ def compare_command(
     other factor and spread over a whole side of the weight; where both are, their
     noises are multiplied with each other too.
 
-    The energy is the expected squared length of the noise on all target weights.
+    The energy is the expected squared length of the noise on all target weights,
+    and its squared part is what comes from products of noises. Numbers and bytes
+    are those of one release; down is what the server sends each client back.
 
     Example:  dpsb-accounting compare --layer 768x768*2 --layers 12 --rank 16
 
@@ -88,25 +90,36 @@ def compare_command(
     if clients > 1:
         title += f" of each of {clients} clients"
     table = Table(title=title, title_justify="left")
-    for name in ("method", "energy", "of it squared", "x R-only", "numbers sent", "bytes"):
-        table.add_column(name, justify="left" if name == "method" else "right")
+    table.add_column("method", no_wrap=True)
+    last = ("bytes up", "bytes down") if clients > 1 else ("numbers", "bytes")
+    for name in ("energy", "squared", "x R-only", *last):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
+        up, down = _size(row.bytes_released), _size(row.bytes_received)
         table.add_row(
             _NAMES[row.method],
-            f"{row.energy:.4g}",
+            f"{row.energy:.3g}",
             f"{row.product:.3g}" if row.product else "-",
             f"{row.ratio_to_r_only:.4g}",
-            f"{row.dimension:,}",
-            f"{row.bytes_released:,}",
+            *((up, down) if clients > 1 else (f"{row.dimension:,}", up)),
         )
     Console().print(table)
     typer.echo(_NOT_INFORMATION)
 
 
+def _size(number: float) -> str:
+    """A number of bytes in the largest unit that leaves at least 1."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
 def _layers(
-    shapes: list[str] | None, file: Path | None, rank: int | None, blocks: int, factors: str
-) -> tuple[noise.Layer, ...]:
-    if bool(shapes) == (file is not None):
+    sizes: list[str] | None, file: Path | None, rank: int | None, blocks: int, factors: str
+) -> tuple[shapes.Layer, ...]:
+    if bool(sizes) == (file is not None):
         raise ValueError("give the target weights either by --layer OUTxIN or by --layers-file FILE.json")
     if factors not in _FACTORS:
         raise ValueError(f"factors must be one of {', '.join(map(repr, _FACTORS))}, not {factors!r}")
@@ -115,19 +128,19 @@ def _layers(
     if file is not None:
         if factors != "orthonormal" or blocks != 1:
             raise ValueError("--layers-file states its own norms and counts; leave --factors and --layers out")
-        return noise.layers_from_json(_json(file), rank)
+        return shapes.layers_from_json(_json(file), rank)
     if rank is None:
         raise ValueError("rank must be given with --layer")
     found = []
-    for shape in shapes or []:
+    for shape in sizes or []:
         match = _SHAPE.fullmatch(shape)
         if match is None:
             raise ValueError(f"layer must be OUTxIN or OUTxIN*COUNT, such as 768x768*2, not {shape!r}")
         rows, columns, count = int(match[1]), int(match[2]), int(match[3] or 1) * blocks
         if factors == "peft_start":
-            found.append(noise.Layer.at_peft_start(rows, columns, rank, count))
+            found.append(shapes.Layer.at_peft_start(rows, columns, rank, count))
         else:
-            found.append(noise.Layer(out_features=rows, in_features=columns, rank=rank, count=count))
+            found.append(shapes.Layer(out_features=rows, in_features=columns, rank=rank, count=count))
     return tuple(found)
 
 
