@@ -86,7 +86,7 @@ def save_checkpoint(
         "ledger_length": ledger.length,
         "ledger_head": ledger.head,
         "optimizer": structure,
-        "l2_clip_norm": l2_clip_norm,
+        **({} if l2_clip_norm is None else {"l2_clip_norm": l2_clip_norm}),
     }
     try:
         with replacing(run_dir / _CURRENT) as folder:
