@@ -78,6 +78,7 @@ def test_shares_of_clients():
         ({}, {"noise_by": "shares"}, "clients must be given"),
         ({}, {"noise_by": "shares", "clients": 9, "colluders": 0}, "colluders must be at least 1"),
         ({"stated": {"clients": 8}}, {"noise_by": "shares", "clients": 9}, "states clients=8"),
+        ({"stated": {"noise": "skellam"}}, {}, "states noise='skellam'"),
         ({"stated": {"participation": "fixed_cohort"}}, {}, "states participation='fixed_cohort'"),
     ],
 )
@@ -129,6 +130,8 @@ def test_a_trusted_server_refuses():
     assert trusted_server(silos(2, steps=5, unit="client"), local_steps=3).claim
     with pytest.raises(ValueError, match="state different noise for the same sum"):
         trusted_server([silo("a", steps=5), silo("b", step(2.0), 5)], local_steps=1)
+    with pytest.raises(ValueError, match="states noise_by='shares'"):
+        trusted_server([silo("a", steps=5, stated={"noise_by": "shares"})], local_steps=1)
     with pytest.raises(ValueError, match="plan different releases"):
         trusted_server([silo("a", steps=5), silo("b", steps=6)], local_steps=1)
     with pytest.raises(ValueError, match="silos_per_person must be at most 2"):

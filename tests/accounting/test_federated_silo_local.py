@@ -140,6 +140,8 @@ def test_a_silo_that_no_engine_can_bound_has_no_claim(monkeypatch):
         ({"delta": 1e-6}, "differ in delta: 1e-05 and 1e-06"),
         ({"name": "a"}, "the name 'a' is there twice"),
         ({"stated": {"federation": "x"}}, "state federation None and 'x'"),
+        ({"stated": {"noise_of": "sum"}}, "states noise_of='sum' in its plan, which is not 'share'"),
+        ({"stated": {"noise": "skellam"}}, "states noise='skellam' in its plan, which is not 'gaussian'"),
         ({"stated": {"model": "secagg"}}, "states model='secagg' in its plan, which is not 'silo_local'"),
     ],
 )

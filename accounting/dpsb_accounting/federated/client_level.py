@@ -138,6 +138,7 @@ def _check(silos: Sequence[Silo], terms: Terms, participation: str, noise_by: st
     for silo in silos:
         silo.says("participation", participation)
         silo.says("noise_by", noise_by)
+        silo.says("noise", "gaussian")
         for phase in silo.phases:
             event = phase.event
             if not isinstance(event, NonPrivate):

@@ -71,6 +71,9 @@ def silo_local(
     """
     silos = silos_of(parties)
     terms = common_terms(silos, "silo_local", delta)
+    for silo in silos:  # a plan that counts the noise of others, or another noise, says too much for one silo alone
+        silo.says("noise_of", "share")
+        silo.says("noise", "gaussian")
     together = _checks.whole(at_least=1, silos_per_person=silos_per_person)
     if together > len(silos):
         raise ValueError(f"silos_per_person must be at most {len(silos)}, the number of silos, not {together!r}")

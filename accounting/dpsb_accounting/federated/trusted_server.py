@@ -100,7 +100,8 @@ def _check_one_noise(silos: Sequence[Silo], local_steps: int) -> None:
     """The server adds one noise to each sum, so all silos' plans must state that one."""
     first = silos[0]
     for silo in silos:
-        silo.says("local_steps", local_steps)
+        for fact, value in (("local_steps", local_steps), ("noise_by", "server"), ("noise", "gaussian")):
+            silo.says(fact, value)
         ours = [(phase.name, phase.count) for phase in first.phases]
         theirs = [(phase.name, phase.count) for phase in silo.phases]
         if ours != theirs:
