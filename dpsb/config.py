@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from dpsb.baselines.methods import MethodError, method_named
+from dpsb.basis_spec import RELEASED, BasisSpecError, parse_basis
 
 _SCHEDULES = ("constant", "linear", "cosine")
 _OPTIMIZERS = ("adam", "adamw", "adam-corrected", "sgd")
 _TASKS = ("classification", "causal-lm")
 _POOLINGS = ("auto", "native", "mean")
 _DTYPES = ("float32", "bfloat16")
+_CHOICES = ("public", "private")
 
 
 class ConfigError(ValueError):
@@ -50,7 +52,16 @@ class RunConfig:
       method: ``"sb"`` (this package's R-only), or a baseline: see ``dpsb.baselines.methods``.
       lora_plus_ratio: For ``"lora-plus"``: learning rate of B divided by that of A.
       rank: r of the cores.
-      basis: ``"weight"``, ``"random"``, ``"public:FILE"``, ``"lora-sb:FILE"`` (public), or ``"lora-sb"`` (epsilon inf).
+      basis: ``"weight"``, ``"random"``, ``"public:FILE,..."``, ``"private"``, ``"hybrid:FILE"`` ...; see
+        :mod:`dpsb.basis_spec`.
+      basis_share: Share of the budget for a private release of the basis; by default 0.1 (0.05 from epsilon 3) for
+        ``"private"``, 0.02 for ``"hybrid"``, 0.01 for a private choice.
+      basis_width: K of ``"hybrid"``, 3 times the rank by default.
+      basis_rounds: Rounds of subspace iteration for ``"private"``; by default 0, or 2 for weights wider than 1,024.
+      basis_clip_norm: Clip norm of the basis release; by default every example's gradient is normalized.
+      basis_sampling_prob: Probability with which an example is in a basis release; by default all are.
+      basis_choice: Of several public files: ``"public"`` (ranked by each other) or ``"private"`` (a charged score).
+      allow_non_private_basis: Must be set for ``"leak"``; the run then claims nothing.
       targets: ``"all-linear"``, names of modules separated by commas, or ``"re:"`` and a regular expression for whole
         module names.
       pooling: Classification: ``"auto"``, ``"native"`` (transformers' own class) or ``"mean"`` over the tokens.
@@ -97,6 +108,13 @@ class RunConfig:
     lora_plus_ratio: float = 16.0
     rank: int = 16
     basis: str = "weight"
+    basis_share: float | None = None
+    basis_width: int | None = None
+    basis_rounds: int | None = None
+    basis_clip_norm: float | None = None
+    basis_sampling_prob: float = 1.0
+    basis_choice: str = "public"
+    allow_non_private_basis: bool = False
     targets: str = "all-linear"
     pooling: str = "auto"
     head_init_std: float = 0.3
@@ -147,6 +165,7 @@ class RunConfig:
             )
         self._check_method()
         self._check_basis()
+        self._check_basis_numbers()
 
     def _check_numbers(self) -> None:
         if not self.epsilon > 0:
@@ -190,30 +209,49 @@ class RunConfig:
             raise ConfigError(
                 f"method={self.method!r} trains the model's own tensors, so dtype={self.dtype!r} must be float32."
             )
-        if self.unit_column is not None and self.basis.partition(":")[0] in ("private", "hybrid"):
-            raise ConfigError(
-                f"basis={self.basis!r} is released per example, so it does not protect the units of "
-                f"unit_column={self.unit_column!r}; use 'weight' or 'public:FILE'."
-            )
 
     def _check_basis(self) -> None:
-        kind, _, source = self.basis.partition(":")
-        if kind in ("private", "hybrid"):
-            raise ConfigError(
-                f"basis={self.basis!r} is not there yet: it needs a private release that the ledger charges. Use "
-                "'weight' (data-free) or 'public:FILE'."
-            )
-        if kind not in ("weight", "random", "public", "lora-sb") or (kind == "public" and not source):
-            raise ConfigError(f"Expected basis={self.basis!r} to be weight, random, public:FILE or lora-sb[:FILE].")
-        if kind in ("weight", "random") and source:
-            raise ConfigError(f"basis={kind!r} takes no file, got {self.basis!r}.")
-        if kind == "lora-sb" and not source and not math.isinf(self.epsilon):
+        try:
+            spec = parse_basis(self.basis)
+        except BasisSpecError as error:
+            raise ConfigError(str(error)) from None
+        private_choice = spec.kind == "public" and len(spec.sources) > 1 and self.basis_choice == "private"
+        released = spec.kind in RELEASED or private_choice
+        if spec.kind == "lora-sb" and not spec.sources and not math.isinf(self.epsilon):
             raise ConfigError(
                 f"basis='lora-sb' without a public file publishes raw gradients of the training data, so epsilon="
                 f"{self.epsilon} cannot hold. Use 'weight', 'public:FILE' or 'lora-sb:FILE', or epsilon=inf."
             )
-        if source and _same_data(source, self.data):
-            raise ConfigError(f"basis={self.basis!r} names the private training data as public.")
+        if spec.kind == "leak" and not self.allow_non_private_basis:
+            raise ConfigError(
+                "basis='leak' publishes raw gradients of the training data, so every epsilon of the run is infinite; "
+                "for a reference say so with allow_non_private_basis (--allow-non-private-basis)."
+            )
+        if released and math.isinf(self.epsilon):
+            raise ConfigError(f"basis={self.basis!r} takes a share of epsilon, which is infinite; use 'lora-sb'.")
+        if released and self.unit_column is not None:
+            raise ConfigError(
+                f"basis={self.basis!r} is released per example, so it does not protect the units of "
+                f"unit_column={self.unit_column!r}; use 'weight' or 'public:FILE'."
+            )
+        for source in spec.sources:
+            if _same_data(source, self.data):
+                raise ConfigError(f"basis={self.basis!r} names the private training data as public.")
+
+    def _check_basis_numbers(self) -> None:
+        if self.basis_choice not in _CHOICES:
+            raise ConfigError(f"Expected basis_choice={self.basis_choice!r} to be one of {', '.join(_CHOICES)}.")
+        if self.basis_share is not None and not 0 < self.basis_share < 1:
+            raise ConfigError(
+                f"Expected basis_share={self.basis_share!r} between 0 and 1: a share of 1 leaves no budget to train."
+            )
+        if not 0 < self.basis_sampling_prob <= 1:
+            raise ConfigError(f"Expected basis_sampling_prob={self.basis_sampling_prob!r} above 0 and at most 1.")
+        if self.basis_clip_norm is not None and not 0 < self.basis_clip_norm < math.inf:
+            raise ConfigError(f"Expected basis_clip_norm={self.basis_clip_norm!r} to be positive and finite.")
+        for name, least in (("basis_rounds", 0), ("basis_width", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ConfigError(f"Expected {name}={getattr(self, name)!r} of at least {least}.")
 
     @property
     def clipping(self) -> str:

@@ -58,7 +58,8 @@ def make_plan(
       adaptive_quantile: For ``"adaptive"``: what share of the norms shall lie within C.
       unit: ``"example"``, or ``"user"``: N, M and q are then of people.
       basis: Provenance of the basis.
-      released_before: Charged releases that come before training, such as a private basis.
+      released_before: Charged releases that come before training, such as a private basis. A non-private one is not
+        calibrated for: the plan's epsilon is infinite whatever the noise.
       noise_multiplier: Use this instead of calibrating; the plan's epsilon, which is what is claimed, is then whatever
         it comes to, above or below ``epsilon``.
       details: Further public facts for the ledger.
@@ -85,7 +86,7 @@ def make_plan(
     total_steps = steps if steps is not None else 0
     if total_steps < 1:
         raise ValueError(f"Expected steps={steps!r} of at least 1.")
-    relation = neighboring or ("add_or_remove_one" if num_examples_declared else "zero_out")
+    relation = relation_for(neighboring, num_examples_declared)
     sampling_prob = expected_batch_size / num_examples
     if math.isinf(epsilon):
         event: NonPrivate | PoissonGaussian = NonPrivate(reason="trained without clipping and noise (epsilon=inf)")
@@ -98,7 +99,7 @@ def make_plan(
                 sampling_prob=sampling_prob,
                 steps=total_steps,
                 neighboring=relation,
-                before=released_before,
+                before=[phase for phase in released_before if not isinstance(phase.event, NonPrivate)],
             )
         event = PoissonGaussian(noise_multiplier=noise_multiplier, sampling_prob=sampling_prob)
     facts = dict(details or {})
@@ -127,6 +128,11 @@ def make_plan(
         basis=dict(basis),
         details=facts,
     )
+
+
+def relation_for(neighboring: str | None, num_examples_declared: bool) -> str:
+    """The relation of a plan: the one asked for, or the strongest that holds."""
+    return neighboring or ("add_or_remove_one" if num_examples_declared else "zero_out")
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 
-from dpsb.adapter import Basis, Provenance, attach
+from dpsb.adapter import Provenance, attach, lora_layers
 from dpsb.artifacts import save_run
 from dpsb.baselines.build import adapt, add_method, lora_xs
 from dpsb.baselines.methods import method_named
-from dpsb.basis import lora_sb, mean_gradients, public, random, weight_svd
+from dpsb.basis.release import PrivateExamples
+from dpsb.basis.sources import PublicSet, read_public
+from dpsb.basis.stage import BASIS_NAME, Planned, Setup, charge_leak, plan_basis, release_basis
+from dpsb.basis_spec import parse_basis
 from dpsb.checkpoint import remove_checkpoint, write_durably
 from dpsb.config import ConfigError, RunConfig
 from dpsb.data import (
@@ -23,6 +26,7 @@ from dpsb.data import (
     Columns,
     DataError,
     Table,
+    by_unit,
     chosen_columns,
     declared_labels,
     read_table,
@@ -32,17 +36,24 @@ from dpsb.data import (
 )
 from dpsb.evaluate import evaluate
 from dpsb.losses import LossFn, causal_lm_loss, classification_loss
-from dpsb.models import HEAD_NAMES, MeanPooledClassifier, add_lora, config_labels, load_base, longest_input, target_shapes
+from dpsb.models import (
+    HEAD_NAMES,
+    MeanPooledClassifier,
+    add_lora,
+    config_labels,
+    load_base,
+    longest_input,
+    target_shapes,
+)
 from dpsb.optimizers import make_optimizer
-from dpsb.plan import make_plan
+from dpsb.plan import make_plan, relation_for
 from dpsb.randomness import Randomness, SeededRandomness, SystemRandomness
 from dpsb.sampling import length_buckets
 from dpsb.start import CUT_OFF, START_NAME, attach_again, digest, read_start, start_of
 from dpsb.train import Knobs, Progress, fit
-from dpsb_accounting import Ledger, LedgerError, Plan, Report, make_report
+from dpsb_accounting import Ledger, LedgerError, Phase, Plan, Report, make_report
 
 LEDGER_NAME, SETTINGS_NAME = "ledger.jsonl", "run.json"
-_PUBLIC_BASIS_EXAMPLES = 512
 
 
 class RunError(RuntimeError):
@@ -77,11 +88,12 @@ class Callbacks:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """The data side of a run. ``examples`` is sensitive, everything else is public."""
+    """The data side of a run. ``examples`` and ``units`` are sensitive, everything else is public."""
 
     examples: Sequence[Any]
+    units: Sequence[Any]
     held_out: Sequence[Any] | None
-    public: Sequence[Any] | None
+    public: tuple[PublicSet, ...]
     columns: dict[str, str | None]
     labels: tuple[str, ...]
     label_origin: str
@@ -127,10 +139,12 @@ def fine_tune(config: RunConfig, *, resume: bool = False, callbacks: Callbacks =
     loss_fn = _loss(config)
 
     existing = Ledger.read(out / LEDGER_NAME).plan if resume else None
+    planned: Planned | None = None
     if existing is None:
         if method.kind == "cores":
             callbacks.on_status(f"computing the basis ({config.basis})")
-            adapter = attach(model, _basis(config, model, prepared, collate, loss_fn), allow=HEAD_NAMES)
+            planned = _planned_basis(config, model, prepared, collate, loss_fn)
+            adapter = attach(model, planned.basis, allow=HEAD_NAMES)
         else:
             adapter = adapt(model, method)
         start = start_of(adapter)
@@ -138,23 +152,42 @@ def fine_tune(config: RunConfig, *, resume: bool = False, callbacks: Callbacks =
         start = read_start(out, existing)
         adapter = attach_again(model, start, existing)
     callbacks.on_status("making the plan")
-    plan = _plan(config, model, prepared, adapter.provenance, start, existing)
+    provenance = adapter.provenance if planned is None else planned.provenance
+    plan = _plan(config, model, prepared, provenance, planned.phases if planned else (), start, existing)
     callbacks.on_plan(plan)
+    synthetic, randomness = _synthetic(config, base, tokenizer, prepared), _randomness(config)
     with _open_ledger(config, resume, out, plan, start) as ledger:
+        if plan.basis["access"] == "released":
+            callbacks.on_status(f"releasing the basis ({config.basis})")
+            examples = PrivateExamples(
+                model=model,
+                layers=lora_layers(model),
+                dataset=prepared.examples,
+                loss_fn=loss_fn,
+                collate=collate,
+                synthetic=synthetic,
+                max_length=prepared.max_length,
+                token_budget=config.token_budget,
+                ledger=ledger,
+                randomness=randomness,
+                on_pass=lambda number, of: callbacks.on_status(f"basis: pass {number} of {of} over the data"),
+            )
+            adapter = release_basis(out, adapter, planned.make if planned else None, examples)
+        charge_leak(ledger)
         optimizer, schedule = make_optimizer(config, adapter, plan)
         callbacks.on_status("checking the model on synthetic examples")
         fit(
             adapter,
-            prepared.examples,
+            prepared.units,
             ledger=ledger,
             optimizer=optimizer,
             loss_fn=loss_fn,
             collate=collate,
-            synthetic=_synthetic(config, base, tokenizer, prepared),
+            synthetic=synthetic,
             max_length=prepared.max_length,
             schedule=schedule,
             knobs=Knobs(token_budget=config.token_budget, checkpoint_every=config.checkpoint_every),
-            randomness=_randomness(config),
+            randomness=randomness,
             allow_dropout=config.allow_dropout,
             on_step=callbacks.on_step,
         )
@@ -174,7 +207,8 @@ def fine_tune(config: RunConfig, *, resume: bool = False, callbacks: Callbacks =
 def _remove_resumable(out: Path) -> None:
     """Deletes what only a resume needs; a finished run keeps no optimizer state."""
     remove_checkpoint(out)
-    (out / START_NAME).unlink(missing_ok=True)
+    for name in (START_NAME, BASIS_NAME):
+        (out / name).unlink(missing_ok=True)
 
 
 def _check_folder(out: Path, resume: bool) -> None:
@@ -232,13 +266,16 @@ def _prepare(
 
     columns = _columns(config)
     examples = tokenized(table, columns) or []
-    if not examples and config.num_examples is None:  # with a declared N no number of rows is special
-        raise DataError(f"{config.data} holds no rows.")
-    public_source = config.basis.partition(":")[2] or None
+    units: Sequence[Any] = by_unit(table, config.unit_column, examples) if config.unit_column else examples
+    if not units and config.num_examples is None:  # with a declared N no number of rows is special
+        owned = f" with a value in the unit column {config.unit_column!r}" if config.unit_column else ""
+        raise DataError(f"{config.data} holds no rows{owned}.")
+    sources = parse_basis(config.basis).sources
     return _Prepared(
         examples=examples,
+        units=units,
         held_out=tokenized(config.eval_data, columns),
-        public=tokenized(public_source, columns),
+        public=tuple(read_public(s, config.task, columns, tokenizer, labels, max_length) for s in sources),
         columns=chosen_columns(table, columns, config.task),
         labels=labels,
         label_origin=origin,
@@ -252,24 +289,39 @@ def _loss(config: RunConfig) -> LossFn:
     return lambda model, batch: causal_lm_loss(model, batch, tokens_per_example=config.tokens_per_example)
 
 
+def _num_examples(config: RunConfig, prepared: _Prepared) -> int:
+    return config.num_examples if config.num_examples is not None else len(prepared.units)
+
+
+def _delta(config: RunConfig, prepared: _Prepared) -> float:
+    return config.delta if config.delta is not None else 0.1 / _num_examples(config, prepared)
+
+
 def _plan(
-    config: RunConfig, model: Any, prepared: _Prepared, provenance: Provenance, start: bytes, existing: Plan | None
+    config: RunConfig,
+    model: Any,
+    prepared: _Prepared,
+    provenance: Provenance,
+    before: tuple[Phase, ...],
+    start: bytes,
+    existing: Plan | None,
 ) -> Plan:
-    declared = config.num_examples is not None
-    num_examples = config.num_examples if config.num_examples is not None else len(prepared.examples)
     epochs = 10.0 if config.steps is None and config.epochs is None else config.epochs
     plan = make_plan(
         epsilon=config.epsilon,
-        delta=config.delta if config.delta is not None else 0.1 / num_examples,
-        num_examples=num_examples,
-        num_examples_declared=declared,
+        delta=_delta(config, prepared),
+        num_examples=_num_examples(config, prepared),
+        num_examples_declared=config.num_examples is not None,
         expected_batch_size=config.expected_batch_size,
         steps=config.steps,
         epochs=epochs,
         neighboring=config.neighboring,
         l2_clip_norm=config.l2_clip_norm,
         clipping=config.clipping,
+        adaptive_quantile=config.adaptive_clip or 0.5,
+        unit="user" if config.unit_column else "example",
         basis=provenance.to_json(),
+        released_before=before if existing is None else existing.phases[: existing.phases.index(existing.train)],
         noise_multiplier=existing.noise_multiplier if existing is not None and existing.is_private else None,
         details=_details(config, model, prepared, start),
     )
@@ -285,6 +337,11 @@ def _details(config: RunConfig, model: Any, prepared: _Prepared, start: bytes) -
         "model": config.model,
         "data": Path(config.data).name,
         "columns": prepared.columns,
+        **(
+            {"unit_column": config.unit_column, "examples_per_unit": config.examples_per_unit}
+            if config.unit_column
+            else {}
+        ),
         "method": config.method,
         "basis": config.basis,
         "start_sha256": digest(start),
@@ -311,27 +368,22 @@ def _details(config: RunConfig, model: Any, prepared: _Prepared, start: bytes) -
     }
 
 
-def _basis(config: RunConfig, model: Any, prepared: _Prepared, collate: Collator, loss_fn: LossFn) -> Basis:
-    kind, _, source = config.basis.partition(":")
+def _planned_basis(config: RunConfig, model: Any, prepared: _Prepared, collate: Collator, loss_fn: LossFn) -> Planned:
     if config.method == "lora-xs":
-        return lora_xs(model)
-    if kind == "weight":
-        return weight_svd(model)
-    if kind == "random":
-        return random(model)
-    examples = (prepared.public if source else prepared.examples) or []
-    size = max(1, config.token_budget // prepared.max_length)
-    chosen = examples[:_PUBLIC_BASIS_EXAMPLES]
-    batches = (collate(chosen[i : i + size], prepared.max_length) for i in range(0, len(chosen), size))
-    if kind == "public":
-        return public(model, loss_fn, batches, source=source)
-    return lora_sb(
-        model,
-        mean_gradients(model, loss_fn, batches),
-        step_size=config.learning_rate,
-        access="public" if source else "non_private",
-        source=source or config.data,
-        allow_non_private_basis=math.isinf(config.epsilon),
+        basis = lora_xs(model)
+        return Planned(basis=basis, provenance=basis.provenance)
+    return plan_basis(
+        Setup(
+            config=config,
+            model=model,
+            loss_fn=loss_fn,
+            collate=collate,
+            examples=prepared.examples,
+            public=prepared.public,
+            max_length=prepared.max_length,
+            delta=_delta(config, prepared),
+            neighboring=relation_for(config.neighboring, config.num_examples is not None),
+        )
     )
 
 

@@ -77,7 +77,7 @@ def read_public(
         here = replace(here, text=parts["prompt"] or parts["completion"], text_pair=parts["completion"])
     column = found["label"]
     own = _label_set(table, column) if column else ()
-    if own and set(own) <= set(labels):
+    if own and _mostly(table, column, labels):
         own_labels, use, note = 0, tuple(labels), "the labels of the run"
     elif own:
         own_labels, use = len(own), own
@@ -102,6 +102,13 @@ def _label_set(table: Table, column: str) -> tuple[str, ...]:
     usable = 2 <= len(values) <= _MOST_LABELS and all(len(value) <= _LONGEST_LABEL for value in values)
     names = table.class_names.get(column)
     return tuple(names) if names else (tuple(sorted(values)) if usable else ())
+
+
+def _mostly(table: Table, column: str | None, labels: Sequence[str]) -> bool:
+    """Whether most rows have a label of the run; the others then count for nothing."""
+    names = table.class_names.get(str(column))
+    values = [names[v] if names and isinstance(v, int) else str(v) for v in table.column(str(column))]
+    return 2 * sum(value in labels for value in values) > len(values)
 
 
 @contextmanager

@@ -1,0 +1,68 @@
+"""Which basis a user may ask for. Needs no torch, so that settings can be checked at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KINDS = {
+    "weight": "leading singular directions of the frozen weight (data-free)",
+    "random": "random orthonormal directions (data-free)",
+    "complementary": "random directions outside the weight's leading ones (data-free)",
+    "hadamard": "fixed Walsh-Hadamard directions (data-free)",
+    "public": "gradient of public data; of several files the nearest one",
+    "private": "noisy clipped gradient of the private data, charged to the ledger",
+    "hybrid": "wide basis from public data, or from the weight, turned by a small charged release",
+    "lora-sb": "LoRA-SB's start as published, from a public file; from the private data only with epsilon inf",
+    "leak": "raw gradient of the private data, as a reference: every epsilon is infinite",
+}
+RELEASED = ("private", "hybrid")
+"""Kinds that always pay for a private release."""
+
+_TAKE_FILES = {"public": "FILE[,FILE...]", "hybrid": "[FILE[,FILE...]]", "lora-sb": "[FILE]"}
+
+
+class BasisSpecError(ValueError):
+    """A basis that does not exist or lacks something; the message says which there are."""
+
+
+@dataclass(frozen=True)
+class BasisSpec:
+    """A basis as the user asked for it.
+
+    Args:
+      kind: One of ``KINDS``.
+      sources: Public files.
+    """
+
+    kind: str
+    sources: tuple[str, ...] = ()
+
+
+def parse_basis(text: str) -> BasisSpec:
+    """The basis that ``KIND`` or ``KIND:FILE,FILE`` names.
+
+    Raises:
+      BasisSpecError: If there is no such kind, or its files are missing or not wanted.
+
+    Example:
+      >>> parse_basis("public:a.csv,b.csv")
+      BasisSpec(kind='public', sources=('a.csv', 'b.csv'))
+    """
+    kind, _, rest = text.partition(":")
+    sources = tuple(part.strip() for part in rest.split(",") if part.strip())
+    if kind not in KINDS:
+        raise BasisSpecError(f"Expected basis={text!r} to be one of {', '.join(map(_usage, KINDS))}.")
+    if sources and kind not in _TAKE_FILES:
+        raise BasisSpecError(f"basis={kind!r} takes no file, got {text!r}.")
+    if kind == "public" and not sources:
+        raise BasisSpecError(f"basis={text!r} needs a file of public data: {_usage('public')}.")
+    if kind == "lora-sb" and len(sources) > 1:
+        raise BasisSpecError(f"basis='lora-sb' takes one public file, got {text!r}.")
+    if len(set(sources)) != len(sources):
+        raise BasisSpecError(f"basis={text!r} names a file twice.")
+    return BasisSpec(kind, sources)
+
+
+def _usage(kind: str) -> str:
+    files = _TAKE_FILES.get(kind, "")
+    return kind + (f"[:{files[1:]}" if files.startswith("[") else f":{files}" * bool(files))
