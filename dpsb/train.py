@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,6 +35,16 @@ class Progress:
 
     step: int
     steps: int
+
+
+class Canaries(Protocol):
+    """Rows for an audit, as many as take part; told what each step released, less what the examples added."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, drawn: np.ndarray) -> torch.Tensor: ...
+
+    def observe(self, released: torch.Tensor) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +74,7 @@ def fit(
     knobs: Knobs = Knobs(),
     randomness: Randomness | None = None,
     allow_dropout: bool = False,
+    canaries: Canaries | None = None,
     on_step: Callable[[Progress], None] = lambda _progress: None,
 ) -> None:
     r"""Trains theta under the ledger's plan; every step is on disk before its data is drawn.
@@ -92,6 +103,8 @@ def fit(
       knobs: Memory and speed.
       randomness: Source of draws and noise, by default the operating system; a seeded one taints the run.
       allow_dropout: Leave dropout on while training (an example's gradient is then that of a thinned model).
+      canaries: Rows that stand for no example, to audit the mechanism (``dpsb.canaries``). They are drawn, clipped and
+        summed like any others, and taint the run.
       on_step: Called after every step with public numbers.
 
     Raises:
@@ -124,18 +137,27 @@ def fit(
             probe_batch = probe_every_bucket(adapter, loss_fn, collate, synthetic, buckets, knobs.token_budget)
         if randomness.tainted:
             ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
+        if canaries is not None:
+            ledger.taint("gradient_canaries", "rows that stand for no example were put in to audit the mechanism")
         with _secret_dropout(randomness) if allow_dropout else without_dropout(adapter.model):
             checked = False
             for _ in range(ledger.remaining("train")):
                 number = ledger.charge("train")
                 with messages_withheld(f"Step {number}"):
-                    draw = poisson_draw(len(dataset), plan.sampling_prob, randomness)
-                    drawn: Any = [dataset[int(i)] for i in draw]
+                    draw = poisson_draw(len(dataset) + len(canaries or ()), plan.sampling_prob, randomness)
+                    drawn: Any = [dataset[int(i)] for i in draw if i < len(dataset)]
+                    planted = draw[len(drawn) :] - len(dataset)
                     if most is not None:
                         drawn = [[unit[j] for j in choose(len(unit), most, randomness)] for unit in drawn]
                     summed = _clipped_sum if most is None else _clipped_sum_of_units
                     total = summed(adapter, mechanism, loss_fn, collate, drawn, buckets, knobs.token_budget)
-                released, mechanism = mechanism.read(mechanism.release(total, randomness))
+                if canaries is None:
+                    released = mechanism.release(total, randomness)
+                else:
+                    rows = canaries.rows(planted).to(total.device)
+                    released = mechanism.release(total + mechanism.clip_and_sum(rows), randomness)
+                    canaries.observe(released - total)  # the auditor's attacker knows all other rows
+                released, mechanism = mechanism.read(released)
                 factor = schedule(number / plan.steps)
                 before = {} if checked or factor == 0.0 else adapter.state()
                 set_gradient(adapter, released / plan.expected_batch_size)
