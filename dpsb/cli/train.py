@@ -114,9 +114,48 @@ def train(
         str | None,
         typer.Option(
             rich_help_panel="Adapter",
-            help="weight (SVD of the weights, default), random, public:FILE (gradient of public data), lora-sb:FILE "
-            "(as published, public gradients). private and hybrid[:FILE] are still to come.",
+            help="weight (SVD of the weights, default), random, complementary, hadamard, public:FILE (gradient of "
+            "public data; of FILE,FILE,... the nearest), private (noisy gradient of the private data), hybrid[:FILE] "
+            "(public, turned by a small private release), lora-sb:FILE (as published). private and hybrid are paid "
+            "from epsilon; see dpsb basis --diagnose.",
         ),
+    ] = None,
+    basis_share: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel="Adapter",
+            help="Share of the budget for a private or hybrid basis. [default: 0.1, 0.05 from epsilon 3; hybrid 0.02]",
+        ),
+    ] = None,
+    basis_width: Annotated[
+        int | None, typer.Option(rich_help_panel="Adapter", help="hybrid: public width. [default: 3 times the rank]")
+    ] = None,
+    basis_rounds: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel="Adapter",
+            help="private: rounds of subspace iteration, 0 for one release of whole gradients. [default: 0, or 2 for "
+            "weights wider than 1024]",
+        ),
+    ] = None,
+    basis_clip_norm: Annotated[
+        float | None,
+        typer.Option(rich_help_panel="Adapter", help="Flat clipping in the basis release. [default: normalize]"),
+    ] = None,
+    basis_sampling_prob: Annotated[
+        float | None,
+        typer.Option(rich_help_panel="Adapter", help="Poisson draw for the basis release. [default: 1, all]"),
+    ] = None,
+    basis_choice: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel="Adapter",
+            help="Of several public files: public (ranked by each other, default) or private (a small charged score).",
+        ),
+    ] = None,
+    allow_non_private_basis: Annotated[
+        bool | None,
+        typer.Option("--allow-non-private-basis", rich_help_panel="Adapter", help="For --basis leak: claims nothing."),
     ] = None,
     targets: Annotated[
         str | None,

@@ -58,7 +58,7 @@ def test_help_teaches():
         assert page.exit_code == 0
         assert f"Example: dpsb {command}" in page.output
     page = " ".join(dpsb("train", "--help").output.replace("│", " ").split())
-    for words in ("private and hybrid", "public:FILE", "lora-sb:FILE", "--resume", "from-data", "--num-examples"):
+    for words in ("private and hybrid", "hadamard", "--basis-share", "public:FILE", "lora-sb:FILE", "--resume", "from-data", "--num-examples"):
         assert words in page
     assert dpsb("--version").output.startswith("dpsb ")
 
