@@ -1,0 +1,145 @@
+"""What a command is asked about: a ledger, an event file, or flags; told apart by their content."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpsb_accounting._checks import RELATIONS, one_of, whole
+from dpsb_accounting.accountant import Schedule
+from dpsb_accounting.dp_event import event_from_dp_json
+from dpsb_accounting.events import EVENT_TYPES, Event, PoissonGaussian, event_from_json
+from dpsb_accounting.ledger import Ledger, LedgerRecord
+
+_MOST_BYTES = 64 << 20  # of an event file
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """A schedule with what its source already says of delta, relation and unit; None where it says nothing."""
+
+    schedule: Schedule
+    delta: float | None
+    neighboring: str | None
+    unit: str
+    torn: bool = False
+
+
+def ask(
+    ledger: Path | None,
+    event: Path | None,
+    noise_multiplier: float | None,
+    sampling_prob: float | None,
+    steps: int | None,
+) -> Question:
+    """Returns the question that exactly one of a ledger, an event file or the flags states."""
+    flags = {"--noise-multiplier": noise_multiplier, "--sampling-prob": sampling_prob, "--steps": steps}
+    given = [name for name, value in flags.items() if value is not None]
+    sources = [*(["LEDGER"] if ledger else []), *(["--event"] if event else []), *given[:1]]
+    if len(sources) != 1:
+        raise ValueError(
+            f"give a LEDGER, --event FILE.json, or --noise-multiplier with --sampling-prob and --steps: exactly one of "
+            f"them, not {' and '.join(sources) if sources else 'none'}"
+        )
+    if ledger is not None:
+        return read_source(ledger)
+    if event is not None:
+        return read_source(event)
+    missing = [name for name, value in flags.items() if value is None]
+    if missing or noise_multiplier is None or sampling_prob is None or steps is None:
+        raise ValueError(f"{', '.join(missing)} must be given with {given[0]}")
+    release = PoissonGaussian(noise_multiplier=noise_multiplier, sampling_prob=sampling_prob)
+    count = whole(at_least=1, steps=steps)
+    return Question(schedule=[(release, count)], delta=None, neighboring=None, unit="example")
+
+
+def read_source(path: Path) -> Question:
+    """Returns the question that a file states: a ledger, or an event as JSON."""
+    content = _content(path)
+    first = content.lstrip()[:1]
+    if first != b"{":
+        raise ValueError(f"{path} is neither a ledger nor an event file: it does not begin with a JSON object")
+    data = _whole_json(content)
+    if isinstance(data, dict) and "type" in data:
+        return Question(schedule=[(_event(path, data), 1)], delta=None, neighboring=None, unit="example")
+    if isinstance(data, dict) and "kind" not in data:
+        raise ValueError(f"{path} is neither a ledger nor an event file: its object has no 'type'")
+    if data is None and not _looks_like_ledger(content):
+        raise ValueError(f"{path} is not valid JSON: {_json_error(content)}")
+    record: LedgerRecord = Ledger.read(path)
+    plan = record.plan
+    return Question(schedule=record, delta=plan.delta, neighboring=plan.neighboring, unit=plan.unit, torn=record.torn)
+
+
+def relation(question: Question, asked: str | None) -> str:
+    """Returns the relation of the answer: the one asked for, else that of the source, else add_or_remove_one."""
+    return one_of(choices=RELATIONS, neighboring=asked or question.neighboring or "add_or_remove_one")
+
+
+def _event(path: Path, data: dict[str, object]) -> Event:
+    tag = data.get("type")
+    try:
+        return event_from_json(data) if tag in EVENT_TYPES else event_from_dp_json(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: events are nested too deep") from None
+
+
+def _content(path: Path) -> bytes:
+    try:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, not a ledger or an event file")
+        if os.path.getsize(path) == 0:
+            raise ValueError(f"{path} is empty: neither a ledger nor an event file")
+        with path.open("rb") as file:
+            return file.read(_MOST_BYTES)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _whole_json(content: bytes) -> object:
+    """The content as one JSON value; None if it is not one, as a ledger of several lines is not."""
+    try:
+        return json.loads(content, object_pairs_hook=_once, parse_constant=_constant)
+    except json.JSONDecodeError:
+        return None
+    except RecursionError:
+        raise ValueError("the file is nested too deep") from None
+    except UnicodeDecodeError:
+        raise ValueError("the file is not text in UTF-8: neither a ledger nor an event file") from None
+
+
+def _json_error(content: bytes) -> str:
+    try:
+        json.loads(content)
+    except ValueError as error:
+        return str(error)
+    return "unknown"
+
+
+def _looks_like_ledger(content: bytes) -> bool:
+    """Whether the first line is a JSON object by itself."""
+    try:
+        return isinstance(json.loads(content.split(b"\n", 1)[0]), dict)
+    except ValueError:
+        return b'"schema"' in content[:4096]
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {name!r} occurs twice in one object")
+        found[name] = value
+    return found
+
+
+def _constant(text: str) -> float:
+    """Infinity stays what it is, for the one field that may be infinite; every other field refuses it by name."""
+    if text == "Infinity":
+        return math.inf
+    raise ValueError(f"{text} is no number that can be accounted for")
