@@ -99,7 +99,7 @@ def make_plan(
                 sampling_prob=sampling_prob,
                 steps=total_steps,
                 neighboring=relation,
-                before=[phase for phase in released_before if not isinstance(phase.event, NonPrivate)],
+                before=tuple(phase for phase in released_before if not isinstance(phase.event, NonPrivate)),
             )
         event = PoissonGaussian(noise_multiplier=noise_multiplier, sampling_prob=sampling_prob)
     facts = dict(details or {})
