@@ -144,9 +144,10 @@ def fit(
             for _ in range(ledger.remaining("train")):
                 number = ledger.charge("train")
                 with messages_withheld(f"Step {number}"):
-                    draw = poisson_draw(len(dataset) + len(canaries or ()), plan.sampling_prob, randomness)
-                    drawn: Any = [dataset[int(i)] for i in draw if i < len(dataset)]
-                    planted = draw[len(drawn) :] - len(dataset)
+                    num_rows = len(dataset)
+                    draw = poisson_draw(num_rows + len(canaries or ()), plan.sampling_prob, randomness)
+                    drawn: Any = [dataset[int(i)] for i in draw if i < num_rows]
+                    planted = draw[len(drawn) :] - num_rows
                     if most is not None:
                         drawn = [[unit[j] for j in choose(len(unit), most, randomness)] for unit in drawn]
                     summed = _clipped_sum if most is None else _clipped_sum_of_units
