@@ -205,8 +205,9 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+    pem = _pem(path)
     try:
-        key = serialization.load_pem_private_key(_pem(path), password=None)
+        key = serialization.load_pem_private_key(pem, password=None)
     except TypeError:
         raise SignatureError(f"{path} is encrypted; write it out without a password for signing") from None
     except (ValueError, UnsupportedAlgorithm):
@@ -221,8 +222,9 @@ def _public_key(path: Path) -> Ed25519PublicKey:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+    pem = _pem(path)
     try:
-        key = serialization.load_pem_public_key(_pem(path))
+        key = serialization.load_pem_public_key(pem)
     except (ValueError, UnsupportedAlgorithm):
         raise SignatureError(f"{path} holds no public key in PEM") from None
     if not isinstance(key, Ed25519PublicKey):

@@ -1,6 +1,6 @@
-"""Plans that the tests of the accounting share."""
+"""Plans and ledgers that the tests of the accounting share."""
 
-from dpsb_accounting import Gaussian, Phase, Plan, PoissonGaussian
+from dpsb_accounting import Gaussian, Ledger, Phase, Plan, PoissonGaussian, chain
 
 STEP = PoissonGaussian(noise_multiplier=1.0, sampling_prob=0.01)
 BASIS = Gaussian(noise_multiplier=5.0)
@@ -29,3 +29,17 @@ def two_phases(**changes):
     """Returns a plan that pays for a basis first."""
     phases = (Phase("basis", BASIS, 1), Phase("train", STEP, 10))
     return make_plan(phases=phases, basis={"kind": "private", "access": "released"}, **changes)
+
+
+def fill(path, charges=3, plan=None):
+    """Writes a ledger with some charges; returns the file's content."""
+    with Ledger.create(path, plan or make_plan()) as ledger:
+        for _ in range(charges):
+            ledger.charge("train")
+    return path.read_bytes()
+
+
+def resealed(data):
+    """Returns a line with a hash that fits its content."""
+    data = {name: value for name, value in data.items() if name != "hash"}
+    return chain.sealed_line(data)
