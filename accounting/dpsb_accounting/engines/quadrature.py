@@ -7,8 +7,8 @@ E_{P_k}[e^{s L_k}]`, for every :math:`\tau > 0`
    = \frac{1}{2 \pi i} \int_{\tau - i \infty}^{\tau + i \infty} \frac{e^{K(s) - \epsilon s}}{s (s + 1)} ds.
 
 The contour passes near the saddle point, where the integrand is a bump that dies out fast; both the contour and the
-expectations inside K are summed by the trapezoid rule. Nothing here is shared with the engines that can make a claim:
-no discretized loss, no Fourier transform of a distribution, no mixture of code.
+expectations inside K are summed by the trapezoid rule. Of the engines that can make a claim for sampled releases
+nothing is used here: neither their grids of losses nor their code.
 
 How it knows that it is right, and what it refuses:
 
@@ -66,7 +66,6 @@ class _Grid:
     losses: Array
     mean: float
     log_sum: float
-    slope: float  # largest |dL/dx|
 
 
 def epsilon(composition: Composition, delta: float, neighboring: str) -> Answer:
@@ -104,8 +103,8 @@ def _single(part: Subsampled, delta: float) -> Answer:
     low, high = gaussian.epsilon(noise, delta / prob)
     low, high = (value + math.log(prob - (prob - 1) * math.exp(-value)) for value in (low, high))
     # Adding: P(x < z) - e^epsilon Q(x < z) at the z where the two densities meet.
-    rest = 1 - (1 - prob) * math.exp(high)
-    if rest > 0:
+    if high < -math.log1p(-prob):
+        rest = -math.expm1(high + math.log1p(-prob))
         z = noise**2 * (math.log(rest / prob) - high) + 0.5
         added = rest * ndtr(z / noise) - prob * math.exp(high) * ndtr((z - 1) / noise)
         if added > delta * (1 + 1e-6):
@@ -188,7 +187,7 @@ def _grid(noise: float, prob: float, direction: str, tau: float, top: float, fin
     total = float(weights.sum())
     weights /= total
     mean = float(weights @ losses)
-    return _Grid(weights, losses - mean, mean, peak + math.log(total * float(x[1] - x[0])), slope)
+    return _Grid(weights, losses - mean, mean, peak + math.log(total * float(x[1] - x[0])))
 
 
 def _cumulants(direction: _Direction, tau: float) -> tuple[float, float, float]:
