@@ -120,3 +120,77 @@ def test_writing_is_atomic(run, monkeypatch):
         report.write(run / "report.json")
     assert (run / "report.json").read_bytes() == before
     assert sorted(file.name for file in run.iterdir()) == ["ledger.jsonl", "report.json"]
+
+
+def test_a_second_engine_that_disagrees_makes_the_looser_bound_the_claim(tmp_path, monkeypatch):
+    from dpsb_accounting import agreement
+    from dpsb_accounting.engines.answer import Answer
+    from dpsb_accounting.report import build
+
+    def larger(composition, delta, neighboring):
+        return Answer(engine="other", lower=2.0, upper=2.5, rigorous=True, method="a test")
+
+    plan = make_plan(delta=2e-5)
+    build._second.cache_clear()
+    monkeypatch.setattr(agreement, "SECOND_ENGINES", (larger,))
+    with Ledger.create(tmp_path / "ledger.jsonl", plan) as ledger:
+        data = make_report(ledger).to_json()
+        make_report(ledger).write(tmp_path / "report.json")
+    assert epsilon(plan).upper < 1
+    assert (data["epsilon"]["upper"], data["cross_check"]) == (2.5, "disagrees")
+    assert "(2.500, 2e-05)" in data["statement"]
+    assert "do not overlap" in make_report(Ledger.read(tmp_path / "ledger.jsonl")).to_text()
+    assert verify(tmp_path / "ledger.jsonl").ok
+    edited = json.loads((tmp_path / "report.json").read_text())
+    edited["epsilon"]["upper"] = edited["accounting"][0]["epsilon"]["upper"] = epsilon(plan).upper
+    (tmp_path / "report.json").write_text(json.dumps(edited))
+    assert not verify(tmp_path / "ledger.jsonl").ok
+    build._second.cache_clear()
+
+
+AUDIT = {"method": "one run", "epsilon_lower": 0.2, "confidence": 0.95, "delta": 1e-5}
+
+
+def test_an_audit_is_shown_and_none_is_called_not_audited(run):
+    record = Ledger.read(run / "ledger.jsonl")
+    assert "not audited" in make_report(record).to_text()
+    made = make_report(record, audits=[AUDIT])
+    assert "epsilon is at least 0.2 at delta 1e-05" in made.to_text()
+    assert "not audited" not in made.to_text()
+    made.write(run / "report.json")
+    assert verify(run / "ledger.jsonl").ok
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"epsilon_lower": 5.0}, {"epsilon_lower": -1}, {"confidence": 1}, {"delta": 0}, {"method": ""}, {"x": 1}],
+)
+def test_an_audit_that_contradicts_the_claim_is_refused(run, changes):
+    record = Ledger.read(run / "ledger.jsonl")
+    with pytest.raises(ValueError, match=r"audit|epsilon_lower|confidence|delta|method"):
+        make_report(record, audits=[{**AUDIT, **changes}])
+    data = {**make_report(record).to_json(), "audits": [{**AUDIT, **changes}]}
+    (run / "report.json").write_text(json.dumps(data))
+    assert [failure.name for failure in verify(run / "ledger.jsonl").failures][:1] == ["audits"]
+
+
+@pytest.mark.parametrize(("upper", "delta"), [(0.1, 1e-5), (1.0, 1e-6), (8.0, 1e-3), (800.0, 1e-5)])
+def test_no_attacker_beats_the_rates(upper, delta):
+    """Against the exact trade-off of randomized response, the worst mechanism that (epsilon, delta) allows."""
+    from dpsb_accounting.report import attackers
+
+    for entry in attackers(upper, delta):
+        rate, found = entry["false_positive_rate"], entry["true_positive_rate_at_most"]
+        growth = math.exp(min(upper, 700))
+        knee = (1 - delta) / (1 + growth)  # false-positive rate of believing the larger likelihood
+        best = delta + growth * rate if rate <= knee else 1 - (1 - delta - rate) / growth
+        assert found >= min(best, 1.0) - 1e-12
+        assert found <= min(best + 1e-4, 1.0) + 1e-9
+
+
+def test_unusable_shapes_do_not_stop_a_report(tmp_path):
+    for shapes in (5, "x", [{"out_features": -1, "in_features": 2}], [[1]]):
+        plan = make_plan(details={"rank": 4, "target_shapes": shapes})
+        path = tmp_path / f"{str(shapes)[:2].strip('[')}.jsonl"
+        with Ledger.create(path, plan) as ledger:
+            assert make_report(ledger).to_json()["noise_on_weights"] is None

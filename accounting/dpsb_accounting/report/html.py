@@ -51,7 +51,7 @@ def to_html(report: Report, ledger: LedgerRecord) -> str:
         ledger: The ledger it was made of.
     """
     content = report.to_json()
-    drawn = curves(ledger.plan, report.epsilon.upper) if report.epsilon.is_finite and report.epsilon.upper else None
+    drawn = curves(ledger.plan, report.epsilon.upper) if report.claim and report.epsilon.upper else None
     title = f"Privacy report of run {content_text(mapping(content['ledger'])['run_id'])[:16]}"
     return "\n".join(
         [
