@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,9 @@ WHITE_BOX = (
     "canary's gradient; does not know when the canary was drawn"
 )
 BLACK_BOX = "black box: chooses texts and labels, sees only the final model's loss on them"
+MEMBERSHIP = (
+    "black box: has the members and as many other examples as were held out, sees the final model's loss on each"
+)
 _STRETCH = 10.0
 
 
@@ -166,6 +170,63 @@ class InputCanaries:
     def scores(self, losses: Callable[[Sequence[Mapping[str, Any]]], np.ndarray]) -> CanaryScores:
         """How far the loss of every canary fell."""
         return CanaryScores(self._before - losses(self._examples), self.included, BLACK_BOX)
+
+
+Losses = Callable[[Sequence[Mapping[str, Any]]], np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputShape:
+    """What an input canary must look like; public facts of the run."""
+
+    task: str
+    vocab_size: int
+    num_labels: int
+    length: int
+    token_types: bool
+
+
+class CanaryAudit:
+    """The canaries of one run, from planting to scores; given to ``dpsb.run.fine_tune``.
+
+    Args:
+      gradient: Number of gradient canaries; at most the length of theta are used. 0 for none.
+      inputs: Number of input canaries; 0 for none.
+    """
+
+    def __init__(self, gradient: int = 0, inputs: int = 0) -> None:
+        self.rows: GradientCanaries | None = None
+        self.plan: Plan | None = None
+        self.scores: dict[str, CanaryScores] = {}
+        self._numbers = (gradient, inputs)
+        self._inputs: InputCanaries | None = None
+
+    def plant(self, plan: Plan, dimension: int, losses: Losses, shape: InputShape) -> list[Any]:
+        """Makes the canaries of a run under ``plan``; returns the rows of data to add."""
+        gradient, inputs = self._numbers
+        self.plan = plan
+        if gradient:
+            self.rows = GradientCanaries(dimension, plan, min(gradient, dimension))
+        if not inputs:
+            return []
+        self._inputs = InputCanaries(
+            shape.task, inputs, shape.vocab_size, shape.num_labels, shape.length, shape.token_types
+        )
+        self._inputs.before(losses)
+        chosen = self._inputs.examples()
+        return chosen if plan.unit == "example" else [[example] for example in chosen]
+
+    def finish(self, losses: Losses, members: Sequence[Any], non_members: Sequence[Any] | None) -> None:
+        """Scores everything on the final model: canaries, and members against held-out examples. Sensitive."""
+        if self.rows is not None:
+            self.scores["gradient"] = self.rows.scores()
+        if self._inputs is not None:
+            self.scores["input"] = self._inputs.scores(losses)
+        if members and non_members:
+            values = -np.concatenate([losses(members), losses(non_members)])
+            inside = np.arange(len(values)) < len(members)
+            usable = np.isfinite(values)
+            self.scores["membership"] = CanaryScores(values[usable], inside[usable], MEMBERSHIP)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from dpsb.basis.release import PrivateExamples
 from dpsb.basis.sources import PublicSet, read_public
 from dpsb.basis.stage import BASIS_NAME, Planned, Setup, charge_leak, plan_basis, release_basis
 from dpsb.basis_spec import parse_basis
+from dpsb.canaries import CanaryAudit, InputShape, example_losses
 from dpsb.checkpoint import remove_checkpoint, write_durably
 from dpsb.config import ConfigError, RunConfig
 from dpsb.data import (
@@ -100,7 +101,13 @@ class _Prepared:
     max_length: int
 
 
-def fine_tune(config: RunConfig, *, resume: bool = False, callbacks: Callbacks = Callbacks()) -> Run:
+def fine_tune(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    callbacks: Callbacks = Callbacks(),
+    audit: CanaryAudit | None = None,
+) -> Run:
     """Runs or resumes a private fine-tune and writes its folder.
 
     The folder holds a plain LoRA adapter, the cores in fp32, the ledger, the report and a model card. Nothing is
@@ -110,6 +117,7 @@ def fine_tune(config: RunConfig, *, resume: bool = False, callbacks: Callbacks =
       config: Settings.
       resume: Continue the run in ``config.out``; T minus the charged steps are left.
       callbacks: Where progress goes.
+      audit: Canaries to put in. The run is then there to be audited: it is tainted and cannot be resumed.
 
     Returns:
       :class:`Run`.
@@ -175,10 +183,15 @@ def fine_tune(config: RunConfig, *, resume: bool = False, callbacks: Callbacks =
             adapter = release_basis(out, adapter, planned.make if planned else None, examples)
         charge_leak(ledger)
         optimizer, schedule = make_optimizer(config, adapter, plan)
+        units, losses = prepared.units, _losses_by_example(config, model, loss_fn, collate, prepared)
+        if audit is not None:
+            ledger.taint("canaries", "the run was made to be audited; its result is not for release")
+            shape = _input_shape(config, base, tokenizer, prepared)
+            units = [*units, *audit.plant(plan, adapter.dimension, losses, shape)]
         callbacks.on_status("checking the model on synthetic examples")
         fit(
             adapter,
-            prepared.units,
+            units,
             ledger=ledger,
             optimizer=optimizer,
             loss_fn=loss_fn,
@@ -189,8 +202,11 @@ def fine_tune(config: RunConfig, *, resume: bool = False, callbacks: Callbacks =
             knobs=Knobs(token_budget=config.token_budget, checkpoint_every=config.checkpoint_every),
             randomness=randomness,
             allow_dropout=config.allow_dropout,
+            canaries=None if audit is None else audit.rows,
             on_step=callbacks.on_step,
         )
+        if audit is not None:
+            audit.finish(losses, prepared.examples, prepared.held_out)
         held_out: dict[str, float] = {}
         if prepared.held_out is not None:
             callbacks.on_status("evaluating on held-out data")
@@ -411,10 +427,25 @@ def _open_ledger(config: RunConfig, resume: bool, out: Path, plan: Plan, start: 
     return ledger
 
 
+def _input_shape(config: RunConfig, base: Any, tokenizer: Any, prepared: _Prepared) -> InputShape:
+    return InputShape(
+        task=config.task,
+        vocab_size=min(len(tokenizer), base.config.vocab_size),
+        num_labels=len(prepared.labels),
+        length=min(prepared.max_length, 16),
+        token_types="token_type_ids" in tokenizer.model_input_names,
+    )
+
+
 def _synthetic(config: RunConfig, base: Any, tokenizer: Any, prepared: _Prepared) -> list[dict[str, Any]]:
-    types = "token_type_ids" in tokenizer.model_input_names
-    vocabulary = min(len(tokenizer), base.config.vocab_size)
-    return synthetic_examples(config.task, vocabulary, len(prepared.labels), prepared.max_length, types)
+    shape = _input_shape(config, base, tokenizer, prepared)
+    return synthetic_examples(config.task, shape.vocab_size, shape.num_labels, prepared.max_length, shape.token_types)
+
+
+def _losses_by_example(
+    config: RunConfig, model: Any, loss_fn: LossFn, collate: Collator, prepared: _Prepared
+) -> Callable[[Sequence[Any]], Any]:
+    return lambda examples: example_losses(model, examples, loss_fn, collate, prepared.max_length, config.token_budget)
 
 
 def _randomness(config: RunConfig) -> Randomness:
