@@ -25,7 +25,6 @@ SecondEngine: TypeAlias = Callable[[Composition, float, str], Answer]
 
 ABSOLUTE_TOLERANCE = 1e-4
 RELATIVE_TOLERANCE = 2e-3  # of epsilon; what was measured between engines is 1e-6
-_PRV_CELLS = 300_000  # about two seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,7 +164,7 @@ def _quadrature(composition: Composition, delta: float, neighboring: str) -> Ans
 def _prv(composition: Composition, delta: float, neighboring: str) -> Answer:
     from dpsb_accounting.engines import prv
 
-    return prv.epsilon(composition, delta, neighboring, _PRV_CELLS)
+    return prv.epsilon(composition, delta, neighboring)
 
 
 # In this order; the central limit estimate is not among them and never may be.

@@ -79,8 +79,10 @@ def ask(row: Row, engine: str) -> tuple[float, float, bool, str]:
         return low, high, True, method
     if engine == "rdp":
         return 0.0, rdp.epsilon(composition, row.delta, relation), True, "best Renyi order"
-    module = {"quadrature": quadrature, "gdp_clt": clt, "prv": prv}[engine]
-    answer = module.epsilon(composition, row.delta, relation)
+    if engine == "prv":
+        answer = prv.epsilon(composition, row.delta, relation, prv.MOST_CELLS)
+    else:
+        answer = {"quadrature": quadrature, "gdp_clt": clt}[engine].epsilon(composition, row.delta, relation)
     return answer.lower, answer.upper, answer.rigorous, answer.method
 
 
