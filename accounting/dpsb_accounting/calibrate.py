@@ -86,7 +86,7 @@ class _Problem:
                 quadrature.epsilon(choice, self.delta, self.neighboring).upper
                 for choice in alternatives(self.parts(noise, prob, steps))
             )
-        except Unavailable:
+        except (Unavailable, ArithmeticError):
             return math.nan
         return found
 
@@ -327,7 +327,7 @@ class _Search:
         return safe >= self.limits[1] or finest or (close and not self.whole) or (close and safe > 1000)
 
     def _next(self, points: list[tuple[float, float]], slope: float, safe: float, unsafe: float) -> float:
-        """A step along the slope on a log-log scale, kept inside the bracket; every third one halves the bracket."""
+        """A step along the slope on a log-log scale, kept inside the bracket; every fourth one halves the bracket."""
         x, value = points[-1]
         if len(points) > 1 and all(math.isfinite(point[1]) and point[1] > 0 for point in points[-2:]):
             (x0, y0), (x1, y1) = points[-2:]
