@@ -168,12 +168,12 @@ def _near(first: float, second: float) -> bool:
 
 
 def _check_audits(stated: object, expected: Mapping[str, object]) -> Check:
-    upper = _end(expected["epsilon"], "upper")
-    if not isinstance(stated, list):
+    upper, delta = _end(expected["epsilon"], "upper"), expected["delta"]
+    if not isinstance(stated, list) or not isinstance(delta, float):
         return Check("audits", False, f"must be a list, not {short(stated)}")
     try:
         for audit in stated:
-            checked_audit(audit, math.inf if upper is None else upper)
+            checked_audit(audit, math.inf if upper is None else upper, delta)
     except ValueError as error:
         return Check("audits", False, str(error))
     return Check("audits", True, "none is above the claim; otherwise taken as stated, since no ledger knows them")

@@ -157,6 +157,7 @@ def test_an_audit_is_shown_and_none_is_called_not_audited(run):
     made = make_report(record, audits=[AUDIT])
     assert "epsilon is at least 0.2 at delta 1e-05" in made.to_text()
     assert "not audited" not in made.to_text()
+    make_report(record, audits=[{**AUDIT, "epsilon_lower": 5.0, "delta": 1e-9}])  # contradicts nothing at delta 1e-5
     made.write(run / "report.json")
     assert verify(run / "ledger.jsonl").ok
 

@@ -111,7 +111,7 @@ def make_report(
     if held_out is not None:
         content["held_out"] = {"note": HELD_OUT_NOTE, "metrics": dict(held_out)}
     if audits is not None:
-        content["audits"] = [checked_audit(audit, whole.upper) for audit in audits]
+        content["audits"] = [checked_audit(audit, whole.upper, ledger.plan.delta) for audit in audits]
     return Report(epsilon=whole, spent=spent, claim=content["claim"] is True, content=content)
 
 
@@ -165,12 +165,16 @@ def report_content(ledger: LedgerRecord, revision: int = REVISION) -> tuple[dict
     return content, whole, spent
 
 
-def checked_audit(audit: object, upper: float) -> dict[str, object]:
-    """Returns an audit's facts; ValueError if one is missing or wrong, or the lower bound exceeds the claim."""
+def checked_audit(audit: object, upper: float, delta: float) -> dict[str, object]:
+    """Returns an audit's facts; ValueError if one is missing or wrong, or the lower bound exceeds the claim.
+
+    Epsilon falls as delta grows, so a lower bound at a smaller delta than the claim's contradicts nothing.
+    """
     if not isinstance(audit, Mapping) or set(audit) != {"method", "epsilon_lower", "confidence", "delta"}:
         raise ValueError(f"an audit must hold method, epsilon_lower, confidence and delta, not {audit!r}")
     lower = _checks.nonnegative(epsilon_lower=audit["epsilon_lower"])
-    if lower > upper:
+    at = _checks.probability(open_interval=True, delta=audit["delta"])
+    if lower > upper and at >= delta:
         raise ValueError(
             f"the audit by {audit['method']!r} shows that epsilon is at least {lower:g}, but the ledger supports "
             f"{upper:g}: the run did not do what its ledger says, or the audit is wrong"
@@ -179,7 +183,7 @@ def checked_audit(audit: object, upper: float) -> dict[str, object]:
         "method": _checks.text(method=audit["method"]),
         "epsilon_lower": lower,
         "confidence": _checks.probability(open_interval=True, confidence=audit["confidence"]),
-        "delta": _checks.probability(open_interval=True, delta=audit["delta"]),
+        "delta": at,
     }
 
 
