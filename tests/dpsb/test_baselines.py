@@ -7,13 +7,10 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dpsb import run
-from dpsb.adapter import attach
-from dpsb.baselines.build import adapt, add_method, frozen_factors, lora_xs
+from dpsb.baselines.build import adapt, add_method, frozen_factors
 from dpsb.baselines.methods import METHODS, PEFT_INITS, REFUSED, MethodError, method_named
-from dpsb.basis import weight_svd
-from dpsb.capture import adapter_train_mode
 from dpsb.config import ConfigError
-from dpsb.models import HEAD_NAMES, add_lora
+from dpsb.models import add_lora
 from dpsb.probe import _perturb
 from dpsb.start import START_NAME, attach_again, digest, start_of
 from dpsb_accounting import Ledger
@@ -24,17 +21,8 @@ NAMES = [*METHODS, *(f"peft:{name}" for name in PEFT_INITS), "peft:LoraConfig", 
 MATRIX = [(kind, name) for kind in TASK for name in NAMES if (kind, name) not in NO_PARTS]
 
 
-def adapter_of(tiny, kind, name, base=None, rank=4):
-    method, base = method_named(name), base or tiny.base(kind)
-    if method.kind == "cores":
-        model = add_lora(base, TASK[kind], rank)
-        basis = lora_xs(model) if name == "lora-xs" else weight_svd(model)
-        adapter = attach(model, basis, allow=HEAD_NAMES)
-    else:
-        adapter = adapt(add_method(base, method, TASK[kind], rank, "all-linear"), method)
-    adapter.model.train()
-    adapter_train_mode(adapter)
-    return adapter
+def adapter_of(tiny, kind, name, base=None):
+    return workbench.method_adapter(base or tiny.base(kind), name)
 
 
 def inputs(batch):

@@ -9,9 +9,15 @@ from pathlib import Path
 
 import torch
 
+from dpsb.adapter import attach
+from dpsb.baselines.build import adapt, add_method, lora_xs
+from dpsb.baselines.methods import method_named
+from dpsb.basis import weight_svd
+from dpsb.capture import adapter_train_mode
 from dpsb.config import RunConfig
 from dpsb.data import Collator, synthetic_examples
 from dpsb.losses import IGNORED
+from dpsb.models import HEAD_NAMES, add_lora
 from dpsb.plan import make_plan, noise_multiplier_for
 from dpsb.sampling import bucket_of, length_buckets
 from dpsb_accounting import Ledger
@@ -217,6 +223,20 @@ def fit_arguments(adapter, data, ledger, *, loss_fn, kind="bert", lr=0.1, optimi
 def new_ledger(path, **changes):
     path.mkdir(parents=True, exist_ok=True)
     return Ledger.create(path / "ledger.jsonl", fit_plan(**changes))
+
+
+def method_adapter(base, name, rank=4):
+    """A training method of ``dpsb.baselines`` on a model of the conftest, in train mode."""
+    task = "classification" if hasattr(base, "classifier") else "causal-lm"
+    method = method_named(name)
+    if method.kind == "cores":
+        model = add_lora(base, task, rank)
+        adapter = attach(model, (lora_xs if name == "lora-xs" else weight_svd)(model), allow=HEAD_NAMES)
+    else:
+        adapter = adapt(add_method(base, method, task, rank, "all-linear"), method)
+    adapter.model.train()
+    adapter_train_mode(adapter)
+    return adapter
 
 
 def bucket(example):
