@@ -74,7 +74,14 @@ def check_epsilon(subject: Subject) -> Iterator[Finding]:
         return  # these have findings of their own
     found = recompute.attempt(subject.charged)
     if found is None:
-        known = "no engine here gives a bound for these numbers" if subject.charged else "facts are missing"
+        known = "no engine here gives an upper bound for these numbers" if subject.charged else "facts are missing"
+        least = None if subject.charged is None else recompute.certain(subject.charged)
+        if least is not None and claim.epsilon < least.lower:
+            text = f"claimed{subject.of} {claim.epsilon:.6g}: the run certainly leaks {least.lower:.4g}."
+            yield Finding(
+                id="epsilon-understated", severity="error", message=text, claimed=claim.epsilon, recomputed=least
+            )
+            return
         text = f"epsilon{subject.of} could not be recomputed: {known}."
         yield Finding(id="not-recomputable", severity="warning", message=text, claimed=claim.epsilon)
         return

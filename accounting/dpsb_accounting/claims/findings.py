@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -31,6 +32,8 @@ class Range:
         }
 
     def __str__(self) -> str:
+        if math.isinf(self.upper) and self.lower < self.upper:
+            return f"at least {self.lower:.4g}"
         if self.lower == self.upper or self.upper - self.lower < 5e-4 * self.upper:
             return f"{self.upper:.4g}"
         return f"{self.lower:.4g} to {self.upper:.4g}" if self.lower else f"at most {self.upper:.4g}"

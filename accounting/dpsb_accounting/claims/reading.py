@@ -18,10 +18,10 @@ LARGEST_FILE = 1_000_000
 REPORT_SCHEMA = "dpsb-report/1"
 _NAMES = {name: field.name for field in FIELDS for name in (field.name, *field.synonyms)}
 _CLIENT_NAMES = {"name": "name", **{name: known for name, known in _NAMES.items() if known in CLIENT_FIELDS}}
-_FENCE = re.compile(r"^(`{3,}|~{3,})[ \t]*(\w*)[^\n]*\n(.*?)^\1[ \t]*$", re.MULTILINE | re.DOTALL)
-_FRONT = re.compile(r"\A(---|\+\+\+)[ \t]*\n(.*?)^\1[ \t]*$", re.MULTILINE | re.DOTALL)
-_ROW = re.compile(r"^\s*\|([^|\n]+)\|([^|\n]+)\|", re.MULTILINE)
-_PAIR = re.compile(r"^\s*(?:[-*+]\s+)?([A-Za-z*_`][\w *`-]{0,60}?)\s*[:=]\s*(\S[^\n]*)$", re.MULTILINE)
+_MOST_PAIRS = 2000
+_LONGEST_LINE = 1000  # of a table row or a `key: value` line; longer ones are prose
+_FENCE = re.compile(r"(`{3,}|~{3,})\s*(\w*)")
+_KEY = re.compile(r"[A-Za-z][\w -]{0,60}")
 _STEPS = ("poisson_gaussian", "gaussian", "non_private")
 _ACCESS = {"data_free": "data_free", "public": "public", "released": "private_release", "non_private": "private_raw"}
 
@@ -161,29 +161,77 @@ def _finite(text: str) -> float:
 
 def _from_markdown(text: str) -> Claim:
     """Fenced blocks first, then front matter, then tables and `key: value` lines; the first with an epsilon counts."""
-    blocks = [_block(match[2].lower(), match[3]) for match in _FENCE.finditer(text)]
+    front, fenced, lines = _split(text)
+    blocks = [_block(kind, content) for kind, content in fenced]
     claims = [block for block in blocks if isinstance(block, Mapping) and _states_epsilon(block)]
     if len(claims) > 1:
         raise ClaimError(f"{len(claims)} fenced blocks state an epsilon; a file must hold one claim")
     if claims:
         return claim_from(claims[0])
-    front = _FRONT.match(text)
-    if front:
-        values = _toml(front[2]) if front[1] == "+++" else _yaml_like(front[2])
+    if front is not None:
+        values = _toml(front[1]) if front[0] == "+++" else _yaml_like(front[1])
         if isinstance(values, Mapping) and _states_epsilon(values):
             return claim_from(_ours(values))
-    body = _FENCE.sub("", text[front.end() :] if front else text)
     found: dict[object, object] = {}
-    for match in [*_ROW.finditer(body), *_PAIR.finditer(body)]:
-        key, value = match[1], _scalar(match[2].strip().strip("*`").strip())
+    pairs = [pair for pair in map(_pair, lines) if pair is not None]
+    if len(pairs) > _MOST_PAIRS:
+        raise ClaimError(f"more than {_MOST_PAIRS} lines look like 'key: value'; put the claim into a fenced block")
+    for key, shown in pairs:
         if _NAMES.get(_normal(key)) is not None or _typo(key):
-            name = _NAMES.get(_normal(key), key)
+            name, value = _NAMES.get(_normal(key), key), _scalar(shown)
             if name in found and found[name] != value:
                 raise ClaimError(f"{name!r} is stated twice, as {found[name]!r} and as {value!r}")
             found[name] = value
     if not _states_epsilon(found):
         raise ClaimError("no claim found: no fenced block, front matter, table or 'key: value' line states an epsilon")
     return claim_from(found)
+
+
+def _split(text: str) -> tuple[tuple[str, str] | None, list[tuple[str, str]], list[str]]:
+    """Front matter with its marker, fenced blocks with their kinds, and all other lines; one pass over the lines."""
+    lines = text.split("\n")
+    front: tuple[str, str] | None = None
+    start = 0
+    if lines[0].rstrip() in ("---", "+++"):
+        marker = lines[0].rstrip()
+        end = next((index for index, line in enumerate(lines[1:], 1) if line.rstrip() == marker), None)
+        if end is not None:
+            front, start = (marker, "\n".join(lines[1:end])), end + 1
+    fenced: list[tuple[str, str]] = []
+    rest: list[str] = []
+    block: list[str] = []
+    fence, kind = "", ""
+    for line in lines[start:]:
+        if fence:
+            if line.rstrip() == fence:
+                fenced.append((kind, "\n".join(block)))
+                fence, block = "", []
+            else:
+                block.append(line)
+        elif line.startswith(("```", "~~~")) and len(line) <= _LONGEST_LINE:
+            match = _FENCE.match(line)
+            fence, kind = (match[1], match[2].lower()) if match else ("```", "")
+        else:
+            rest.append(line)
+    return front, fenced, rest
+
+
+def _pair(line: str) -> tuple[str, str] | None:
+    """The key and the value of a table row or of a `key: value` or `key = value` line; None for anything else."""
+    if len(line) > _LONGEST_LINE:
+        return None
+    line = line.strip()
+    if line.startswith("|"):
+        cells = line.split("|")
+        parts = cells[1:3] if len(cells) > 3 else []
+    else:
+        line = line[2:] if line[:2] in ("- ", "* ", "+ ") else line
+        at = min((index for index in (line.find(":"), line.find("=")) if index > 0), default=0)
+        parts = [line[:at], line[at + 1 :]] if at else []
+    if len(parts) != 2:
+        return None
+    key, value = (part.strip().strip("*`_").strip() for part in parts)
+    return (key, value) if value and _KEY.fullmatch(key) else None
 
 
 def _block(kind: str, text: str) -> object:
@@ -215,18 +263,21 @@ def _typo(key: object) -> bool:
 def _yaml_like(text: str) -> dict[object, object]:
     """Flat `key: value` lines, values as in JSON or plain words; indented lines and lists of other keys are skipped."""
     values: dict[object, object] = {}
-    for line in text.splitlines():
-        match = re.match(r"([A-Za-z][\w -]*?)\s*:\s*(\S.*)?$", line)
-        if match is None or match[2] is None or line.lstrip().startswith("#"):
+    for line in text.split("\n"):
+        key, colon, value = line.partition(":")
+        value = value.partition(" #")[0].strip()
+        if not colon or not value or not _KEY.fullmatch(key):
             continue
-        if match[1] in values:
-            raise ClaimError(f"the key {match[1][:60]!r} occurs twice")
-        values[match[1]] = _scalar(re.sub(r"\s+#.*$", "", match[2]).strip())
+        if key in values:
+            raise ClaimError(f"the key {key!r} occurs twice")
+        values[key] = _scalar(value)
+        if len(values) > _MOST_PAIRS:
+            raise ClaimError(f"more than {_MOST_PAIRS} keys, too many for a claim")
     return values
 
 
 def _scalar(text: str) -> object:
-    if re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", text):
+    if len(text) <= 40 and re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", text):
         text = text.replace(",", "")
     if (len(text) > 1 and text[0] in '[{"') or re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", text):
         try:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 
 from dpsb_accounting import accountant
-from dpsb_accounting.claims import shuffle
+from dpsb_accounting.claims import shuffle, tails
 from dpsb_accounting.claims.claim import Claim
 from dpsb_accounting.claims.findings import Range
 from dpsb_accounting.engines import ResourceLimit
@@ -26,6 +26,8 @@ from dpsb_accounting.events import (
 SAMPLERS = ("poisson", "shuffle", "fixed_order", "without_replacement")
 _NEGLIGIBLE = 1e-18
 _MOST_PARTICIPATIONS = 200
+_LEAST_NOISE = 0.05  # below, probabilities underflow in the engines
+_STEPS_SEEN = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,6 +182,8 @@ def bounds(setting: Setting) -> Range:
     """
     if setting.sampler in ("shuffle", "fixed_order"):
         return _partitioned(setting)
+    if setting.noise_multiplier < _LEAST_NOISE:
+        raise ResourceLimit(f"noise_multiplier={setting.noise_multiplier!r} is too little to compute with")
     step, relation, rest = _step(setting)
     parts = [*_basis(setting), (step, setting.steps * setting.runs)]
     found = accountant.epsilon(parts, setting.delta - rest, relation)
@@ -309,3 +313,17 @@ def attempt(setting: Setting | None) -> Range | None:
         return bounds(setting)
     except (ResourceLimit, ValueError, MemoryError, ArithmeticError):
         return None
+
+
+def certain(setting: Setting) -> Range:
+    """Returns what the first steps of a setting certainly leak, where nothing better can be computed.
+
+    More noise than there is and fewer steps than there are can only lower it; a record that contributes nothing is
+    one of the values by which a record may be replaced, so it holds under every relation.
+    """
+    prob, noise = setting.sampling_prob, max(setting.noise_multiplier, 2 * _LEAST_NOISE)
+    mixture = ((prob, 1.0), (1 - prob, 0.0)) if prob < 1 else ((1.0, 1.0),)
+    count = min(setting.steps, _STEPS_SEEN)
+    seen = tails.Observation(p=mixture, q=((1.0, 0.0),), others=0, noise=noise, count=count)
+    lower = tails.lower_epsilon((seen,), setting.delta)
+    return Range(lower, math.inf, setting.delta, setting.neighboring, f"lower bound from {count} steps; no upper bound")

@@ -26,8 +26,10 @@ Mixture: TypeAlias = tuple[tuple[float, float], ...]  # pairs of a weight and a 
 _POINTS = 40_001
 _REACH = 10.0  # standard deviations that the grid reaches beyond the outermost means
 _TAIL = 1e-17
+_LEAST_MASS = 1e-300
 _ROUNDING = 1e-9  # relative error of each mass is below 1e-10
 _MOST_CELLS = 1 << 21
+_MOST_SINGLE = 40_000
 _MESH = 1e-3
 
 
@@ -81,7 +83,8 @@ def _one_direction(observations: tuple[Observation, ...], delta: float) -> float
 
     losses = [_losses(observation) for observation in observations]
     counts = [observation.count for observation in observations]
-    mesh = _MESH
+    spread = max(float(loss.max() - loss.min()) for _, _, loss in losses)
+    mesh = max(_MESH, spread / _MOST_SINGLE)
     while True:
         cells = [_cells(p, q, loss, mesh) for p, q, loss in losses]
         low, high = _window(cells, counts)
@@ -123,8 +126,9 @@ def _losses(observation: Observation):  # type: ignore[no-untyped-def]
     edges = np.linspace(min(0.0, *means) - reach, max(0.0, *means) + reach, _POINTS)
     edges = np.concatenate(([-np.inf], edges, [np.inf]))
     p, q = (_masses(edges, mixture, observation) for mixture in (observation.p, observation.q))
-    kept = (p > 1e-300) & (q > 1e-300)  # what is left out is seen by nobody: still post-processing, of less
-    return p[kept], q[kept], np.log(p[kept]) - np.log(q[kept])
+    kept = p > _LEAST_MASS  # what is left out is seen by nobody: still post-processing, of less
+    p, q = p[kept], np.maximum(q[kept], _LEAST_MASS)  # and more mass under Q can only lower the bound
+    return p, q, np.log(p) - np.log(q)
 
 
 def _masses(edges, mixture: Mixture, observation: Observation):  # type: ignore[no-untyped-def]
