@@ -1,4 +1,4 @@
-"""Whatever is handed to `verify`, `report` and `sign`: one clear sentence, and no exit code 0 where a claim is wrong."""
+"""What is handed to `verify` and `report`: one clear sentence, and no exit code 0 where a claim is wrong."""
 
 import json
 
