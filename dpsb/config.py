@@ -56,7 +56,7 @@ class RunConfig:
         :mod:`dpsb.basis_spec`.
       basis_share: Share of the budget for a private release of the basis; by default 0.1 (0.05 from epsilon 3) for
         ``"private"``, 0.02 for ``"hybrid"``, 0.01 for a private choice.
-      basis_width: K of ``"hybrid"``, 3 times the rank by default.
+      basis_width: K of ``"hybrid"``, 6 times the rank by default.
       basis_rounds: Rounds of subspace iteration for ``"private"``; by default 0, or 2 for weights wider than 1,024.
       basis_clip_norm: Clip norm of the basis release; by default every example's gradient is normalized.
       basis_sampling_prob: Probability with which an example is in a basis release; by default all are.

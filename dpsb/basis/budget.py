@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dpsb_accounting import Event, Gaussian, Phase, Plan, PoissonGaussian, gaussian
+from dpsb_accounting import Event, Gaussian, Phase, Plan, PoissonGaussian, gaussian, noise_multiplier_for
 from dpsb_accounting import epsilon as epsilon_of
 
 PHASE = "basis"
@@ -51,8 +51,7 @@ def basis_noise_multiplier(
 
     Squared Gaussian levels add up under composition, so :math:`k/\sigma^2 = f\mu^2`, that is
     :math:`\sigma = \sqrt k / (\sqrt f\,\mu)`; twice that for replace_one, where a sum moves by 2C. With Poisson
-    sampling, :math:`\sigma` solves :math:`k q^2 (e^{1/\sigma^2} - 1) = f \mu^2`, a central limit: only the split is
-    approximate then, the total is always calibrated on the exact composition.
+    sampling, the noise for which the k releases alone cost the epsilon of that Gaussian.
 
     Args:
       epsilon: Target of the whole run, finite.
@@ -86,7 +85,12 @@ def basis_noise_multiplier(
         squared /= 4
     if sampling_prob == 1.0:
         return 1 / math.sqrt(squared)
-    return 1 / math.sqrt(math.log1p(squared / sampling_prob**2))
+    alone = gaussian.epsilon(1 / (math.sqrt(share) * gaussian_level(epsilon, delta)), delta)[1]
+    if alone <= 0:
+        raise BudgetError(f"basis_share={share!r} is too small to be accounted for at delta={delta!r}.")
+    return noise_multiplier_for(
+        target_epsilon=alone, delta=delta, sampling_prob=sampling_prob, steps=releases, neighboring=neighboring
+    )
 
 
 def basis_phase(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,8 +13,10 @@ from dpsb.basis._common import base_weight, public_generator, truncated_svd
 from dpsb.basis.per_example import Sketch
 from dpsb.basis.release import PrivateExamples
 
-TIMES_RANK = 3
+TIMES_RANK = 6
 """The public basis' width K is so many times the rank, unless the user names it."""
+
+_SMALLEST = 1e-30
 
 
 class WidthError(ValueError):
@@ -38,7 +39,7 @@ class Frames:
 
 
 def check_width(layers: Mapping[str, LoraLayer], rank: int, width: int | None) -> int:
-    """K: the one asked for, or three times the rank as far as the smallest weight allows.
+    """K: the one asked for, or six times the rank as far as the smallest weight allows.
 
     Raises:
       WidthError: If K is below the rank or larger than a weight's smaller side.
@@ -47,7 +48,7 @@ def check_width(layers: Mapping[str, LoraLayer], rank: int, width: int | None) -
     if width is None:
         return min(TIMES_RANK * rank, smallest)
     if width < rank:
-        raise WidthError(f"Expected basis_width={width!r} of at least the rank, {rank}; 2 to 4 times it is usual.")
+        raise WidthError(f"Expected basis_width={width!r} of at least the rank, {rank}; 2 to 8 times it is usual.")
     if width > smallest:
         raise WidthError(f"basis_width={width!r} exceeds the smaller side of {name}, which is {smallest}.")
     return width
@@ -115,10 +116,12 @@ def turn(
     r"""The directions to keep of each frame, from noisy cores and the public singular values.
 
     The public set predicts :math:`\alpha\,\mathrm{diag}(S_l)`, with one :math:`\alpha \ge 0` for all layers fitted to
-    the noisy cores. What the cores say beyond that is shrunk: a singular value of the difference that does not rise
-    above the noise edge :math:`2\sigma C\sqrt K` becomes 0, a larger one what is best in mean square under white noise.
-    The r leading singular directions of the prediction plus the shrunk difference are kept. So where the release is
-    below its noise the public directions stay as they are.
+    the noisy cores. What lies beyond the prediction is taken for Gaussian with variance :math:`\kappa w_{ij}`, larger
+    between directions that are strong in the public set (:math:`w_{ij} \propto \sqrt{S_i S_j}`), with one
+    :math:`\kappa \ge 0` for all layers from its moments. Each noisy entry of the difference is multiplied by
+    :math:`\kappa w_{ij} / (\kappa w_{ij} + (\sigma C)^2)`, its best linear guess, and the r leading singular
+    directions of prediction plus shrunk difference are kept. So where the release is below its noise the public
+    directions stay as they are, and where it is far above, it alone decides.
 
     Args:
       cores: Noisy cores by layer, shape ``(K, K)``, float64. Released.
@@ -130,32 +133,25 @@ def turn(
       By layer, left and right, each ``(K, r)`` with orthonormal columns. Released.
 
     References:
-      Gavish and Donoho (2017), arXiv:1405.7511, equation 7 for square matrices.
+      Empirical Bayes in the sense of Efron and Morris (1973), with moments instead of likelihoods.
     """
+    values = {name: torch.where(value.max() > 0, value, torch.ones_like(value)) for name, value in values.items()}
     fit = sum(float((cores[name].diagonal() * values[name]).sum()) for name in cores)
-    size = sum(float(values[name].square().sum()) for name in cores)
-    if not size > 0:
-        alpha, predicted = 0.0, {name: torch.ones_like(values[name]) for name in cores}
-    else:
-        alpha, predicted = max(0.0, fit / size), dict(values)
+    alpha = max(0.0, fit / sum(float(values[name].square().sum()) for name in cores))
+    weights, above, scale = {}, 0.0, 0.0
+    for name, core in cores.items():
+        spread = values[name].sqrt() / values[name].sqrt().mean()
+        weights[name] = torch.outer(spread, spread)
+        beyond = core - alpha * torch.diag(values[name])
+        above += float(((beyond.square() - noise_std**2) * weights[name]).sum())
+        scale += float(weights[name].square().sum())
+    kappa = max(0.0, above / scale)
     kept = {}
     for name, core in cores.items():
-        order = torch.diag(predicted[name])
-        U, S, Vh = torch.linalg.svd(core - alpha * order)
-        beyond = (U * shrunk(S, noise_std * math.sqrt(len(core)))) @ Vh
-        tie = (
-            1e-9 * noise_std / max(float(predicted[name].max()), 1e-30)
-        )  # keeps the public order where nothing else decides
-        left, _, right = torch.linalg.svd((alpha + tie) * order + beyond)
+        expected = kappa * weights[name]
+        order = torch.diag(values[name] / values[name].max())
+        beyond = (core - alpha * torch.diag(values[name])) * expected / (expected + noise_std**2 + _SMALLEST)
+        tie = 1e-9 * (noise_std + _SMALLEST) * order  # keeps the public order where nothing else decides
+        left, _, right = torch.linalg.svd(alpha * torch.diag(values[name]) + beyond + tie)
         kept[name] = (left[:, : ranks[name]], right[: ranks[name]].T)
     return kept
-
-
-def shrunk(values: torch.Tensor, noise_scale: float) -> torch.Tensor:
-    r"""Singular values of signal plus white noise, each set to its best guess: :math:`\sqrt{y^2 - 4 s^2}`, 0 below 2s.
-
-    Args:
-      values: y, singular values of a square noisy matrix.
-      noise_scale: s, the noise's standard deviation times the square root of the width.
-    """
-    return (values.square() - 4 * noise_scale**2).clamp(min=0.0).sqrt()

@@ -128,7 +128,7 @@ def train(
         ),
     ] = None,
     basis_width: Annotated[
-        int | None, typer.Option(rich_help_panel="Adapter", help="hybrid: public width. [default: 3 times the rank]")
+        int | None, typer.Option(rich_help_panel="Adapter", help="hybrid: public width. [default: 6 times the rank]")
     ] = None,
     basis_rounds: Annotated[
         int | None,
