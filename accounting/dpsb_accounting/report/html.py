@@ -13,6 +13,7 @@ from dpsb_accounting.report.build import HELD_OUT_NOTE, Report
 from dpsb_accounting.report.curves import Curves, Opinion, curves
 from dpsb_accounting.report.page import attacks, audits, number, rows_of, schedule, upper_end
 from dpsb_accounting.report.svg import Axis, Line, interval_plot, line_plot
+from dpsb_accounting.report.words import up
 from dpsb_accounting.strict import items, mapping
 
 _STYLE = """
@@ -172,7 +173,7 @@ def _plots(plan: Plan, drawn: Curves, upper: float) -> list[str]:
         rows = [(opinion.name, opinion.lower, opinion.upper, opinion.rigorous) for opinion in said]
         axis = Axis(label=f"epsilon at delta = {delta}; the line is the claim", low=low, high=high)
         plot = interval_plot("epsilon by engine", axis, rows, upper)
-        found.append(_figure(plot, "Each engine's interval; dashed: an estimate, never a claim."))
+        found.append(_figure(plot, "Each engine's interval; grey: an estimate, never a claim."))
     return ["<h2>Curves</h2>", *found, "</div>"]
 
 
@@ -187,7 +188,7 @@ def _engines(found: tuple[Opinion, ...]) -> str:
     rows = ['<tr><th>engine</th><th class="number">at least</th><th class="number">at most</th><th></th></tr>']
     for opinion in found:
         low = f"{opinion.lower:.7g}" if opinion.lower else "–"
-        high = f"{opinion.upper:.7g}" if math.isfinite(opinion.upper) else "–"
+        high = up(opinion.upper, 7) if math.isfinite(opinion.upper) else "–"
         kind = "" if opinion.rigorous or not opinion.says_something else "estimate, not a bound: "
         rows.append(
             f'<tr><td>{html.escape(opinion.name)}</td><td class="number">{low}</td><td class="number">{high}</td>'
