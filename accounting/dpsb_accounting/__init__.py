@@ -13,6 +13,7 @@ from dpsb_accounting.accountant import (
 from dpsb_accounting.agreement import CrossCheck, cross_check
 from dpsb_accounting.bound import Bound
 from dpsb_accounting.calibrate import Calibration, CalibrationInfeasible, calibrate, noise_multiplier_for
+from dpsb_accounting.dp_event import event_from_dp_json, event_to_dp_json, from_dp_event, to_dp_event
 from dpsb_accounting.engines import ResourceLimit
 from dpsb_accounting.events import (
     ApproximateDP,
@@ -38,7 +39,9 @@ from dpsb_accounting.events import (
     event_to_json,
     user_mixture,
 )
+from dpsb_accounting.group import group_epsilon
 from dpsb_accounting.ledger import BudgetSpent, Ledger, LedgerError, LedgerRecord, Taint
+from dpsb_accounting.participation import square_root_coefficients, toeplitz_sensitivity, tree_sensitivity
 from dpsb_accounting.plan import Phase, Plan
 from dpsb_accounting.report import Report, make_report
 from dpsb_accounting.verify import Verification, verify
@@ -84,11 +87,19 @@ __all__ = [
     "cross_check",
     "delta",
     "epsilon",
+    "event_from_dp_json",
     "event_from_json",
+    "event_to_dp_json",
     "event_to_json",
+    "from_dp_event",
+    "group_epsilon",
     "make_report",
     "noise_multiplier_for",
     "spent",
+    "square_root_coefficients",
+    "to_dp_event",
+    "toeplitz_sensitivity",
+    "tree_sensitivity",
     "user_mixture",
     "verify",
 ]

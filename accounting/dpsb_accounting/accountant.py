@@ -45,6 +45,7 @@ def epsilon(schedule: Schedule, delta: float | None = None, neighboring: str | N
         upper bound: Doroshenko et al. (2022), arXiv:2207.04380.
 
     Example:
+        >>> from dpsb_accounting import PoissonGaussian
         >>> step = PoissonGaussian(noise_multiplier=1, sampling_prob=0.01)
         >>> print(f"{epsilon([(step, 1000)], delta=1e-5).upper:.3f}")
         1.828

@@ -18,15 +18,14 @@ from typing import Any, NamedTuple
 
 from dpsb_accounting import gaussian
 from dpsb_accounting.composition import Composition
+from dpsb_accounting.engines import steps
 from dpsb_accounting.engines.answer import Answer, Unavailable
 from dpsb_accounting.relations import needs_two_steps, resolved
 
 __all__ = ["Answer", "Ends", "ResourceLimit", "Unavailable", "answers", "delta", "epsilon", "upper_epsilon"]
 
-_MOST_LOWER_CELLS = 1 << 24
+_MOST_LOWER_CELLS = 1 << 23
 _COARSE_MESH = 1e-2  # of the lower bound, where the upper one has none
-_MOST_ROUNDS = 60
-_DEEPEST = 690.0  # -log of the smallest delta that floats hold
 
 Ends = tuple[float, float, str]
 
@@ -108,7 +107,7 @@ def _upper_delta(composition: Composition, epsilon: float, neighboring: str) -> 
     if needs_two_steps(composition, neighboring):
         half = epsilon / 2
         found = delta(composition, half, "zero_out")
-        value = min(1.0, found[1] * (1 + math.exp(min(half, 700.0))) * (1 + 1e-12))
+        value = min(1.0, found[1] * math.exp(min(steps.log_growth(half, 2), 700.0)))
         return _Upper(value, _COARSE_MESH, f"two steps of zero_out (group privacy): {found[2]}")
     return _least("delta", resolved(composition, neighboring), epsilon, neighboring, 1.0)
 
@@ -137,17 +136,16 @@ def _least(what: str, parts: Composition, at: float, neighboring: str, nothing: 
 
 
 def _two_steps_epsilon(composition: Composition, delta: float) -> tuple[float, float, str]:
-    r"""replace_one as two steps of zero_out: (e, d) gives (2e, d (1 + e^e)); Vadhan (2017), Lemma 2.2."""
-    depth = -math.log(delta)  # of the share of delta that each step gets, on a logarithmic scale
-    for round_ in range(_MOST_ROUNDS):
-        found = upper_epsilon(composition, math.exp(-depth), "zero_out")
-        needed = -math.log(delta) + math.log1p(math.exp(min(found[0], _DEEPEST))) + 1e-9
-        if depth >= needed:
-            return 2 * found[0], found[1], f"two steps of zero_out (group privacy): {found[2]}"
-        depth = needed + 1e-3 * round_ * (needed - depth)  # rises to the fixed point from below, then past it
-        if depth > _DEEPEST:
-            break
-    raise ResourceLimit(f"replace_one costs too much to be bounded by two steps of zero_out at delta={delta!r}")
+    """replace_one as two steps of zero_out: one unit out, another in."""
+
+    def upper(at: float) -> tuple[float, tuple[object, ...]]:
+        found = upper_epsilon(composition, at, "zero_out")
+        return found[0], found
+
+    found = steps.least(upper, delta, 2)
+    if found is None:
+        raise ResourceLimit(f"replace_one costs too much to be bounded by two steps of zero_out at delta={delta!r}")
+    return found[0], _COARSE_MESH, f"two steps of zero_out (group privacy): {found[1][2]}"
 
 
 def answers(composition: Composition, delta: float, neighboring: str) -> list[Answer | tuple[str, str]]:
@@ -256,4 +254,8 @@ def _lower_mesh(parts: Composition, neighboring: str) -> float:
 def _lower_tails(parts: Composition, neighboring: str, mesh: float) -> tuple[Any, ...]:
     from dpsb_accounting.engines import binned
 
-    return tuple(binned.tails(parts, neighboring, mesh, _MOST_LOWER_CELLS))
+    for width in (mesh, 4 * mesh, 16 * mesh, 64 * mesh):
+        found = tuple(binned.tails(parts, neighboring, width, _MOST_LOWER_CELLS))
+        if found:
+            return found
+    return ()

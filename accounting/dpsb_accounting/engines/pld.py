@@ -32,6 +32,8 @@ from dpsb_accounting.events import (
 )
 
 _TOLERANCE = 1e-3  # of epsilon, at which the mesh is fine enough
+_CHEAP_TOLERANCE = 1e-4  # ... where a mesh four times finer has no more than _CHEAP_CELLS
+_CHEAP_CELLS = 1 << 17
 _SMALLEST = 1e-5  # ... or this, where epsilon itself is tiny
 _FIRST_SINGLE = 8_000  # cells of one release on the first mesh
 _MOST_SINGLE = 600_000  # cells of one release: some tenths of a second
@@ -41,7 +43,9 @@ _LARGEST = 700.0  # beyond, exp(-loss) underflows inside dp-accounting
 _MOST_SENSITIVITY = 10_000  # of an integer sum; beyond, its pure epsilon is used
 _TRIAL_CELLS = 500
 _TAIL = 1e-15  # mass that a composition may leave outside its window
-_BLOCKS = 4000
+_BLOCKS = 10_000
+_MOST_EXACT = 20_000  # cells that are not taken in blocks, where nearly all of the mass is
+_RARE = 1e-7
 _MARGIN = 10.0  # standard deviations that dp-accounting keeps
 
 
@@ -51,19 +55,19 @@ def epsilon(composition: Composition, delta: float, neighboring: str) -> tuple[f
     guard = binned.float_guard(composition.count)
     if guard > _GUARD_SHARE * delta:
         raise Unavailable("delta is too small for pld")
-    best = math.inf
+    best, ratio = math.inf, 4.0
     while True:
         found = _epsilon_of(distribution(composition, neighboring, mesh), delta - guard)
         if math.isnan(found):
             raise Unavailable("pld found no number")
-        # The error is O(h^2), so a mesh four times finer gains 15/16 of it.
         gain, best = best - found, min(best, found)
-        finer = mesh / 4
         if best > _LARGEST:
             raise Unavailable(f"epsilon is above {_LARGEST:g}, where the floats of pld fail")
-        if gain <= 15 * max(_TOLERANCE * best, _SMALLEST) or not _affordable(composition, neighboring, finer):
+        share = _CHEAP_TOLERANCE if _cheap(composition, neighboring, mesh / 4) else _TOLERANCE
+        finer = _finer(mesh, ratio, gain, max(share * best, _SMALLEST))
+        if finer is None or not _affordable(composition, neighboring, finer):
             return best, mesh
-        mesh = finer
+        mesh, ratio = finer, mesh / finer
 
 
 def delta(composition: Composition, epsilon: float, neighboring: str) -> tuple[float, float]:
@@ -72,16 +76,24 @@ def delta(composition: Composition, epsilon: float, neighboring: str) -> tuple[f
     guard = binned.float_guard(composition.count)
     if epsilon > _LARGEST:
         raise Unavailable(f"epsilon is above {_LARGEST:g}, where the floats of pld fail")
-    best = 1.0
+    best, ratio = 1.0, 4.0
     while True:
         found = float(distribution(composition, neighboring, mesh).get_delta_for_epsilon(epsilon)) + guard
         if math.isnan(found):
             raise Unavailable("pld found no number")
         gain, best = best - found, min(best, found)
-        finer = mesh / 4
-        if gain <= 15 * max(_TOLERANCE * best, guard) or not _affordable(composition, neighboring, finer):
+        finer = _finer(mesh, ratio, gain, max(_TOLERANCE * best, guard))
+        if finer is None or not _affordable(composition, neighboring, finer):
             return best, mesh
-        mesh = finer
+        mesh, ratio = finer, mesh / finer
+
+
+def _finer(mesh: float, ratio: float, gain: float, allowed: float) -> float | None:
+    """The next mesh, None if this one is fine enough: the error is O(h^2), of which the last step has gained a part."""
+    error = gain / (ratio**2 - 1)
+    if error <= allowed:
+        return None
+    return mesh * max(0.25, min(0.7, math.sqrt(0.7 * allowed / error)))
 
 
 def _epsilon_of(distribution: Any, delta: float) -> float:
@@ -119,6 +131,11 @@ def first_mesh(composition: Composition, neighboring: str) -> float:
             )
         mesh *= 2
     return mesh
+
+
+def _cheap(composition: Composition, neighboring: str, mesh: float) -> bool:
+    widest, total = _spans(composition, neighboring)
+    return widest / mesh <= _CHEAP_CELLS and total / mesh <= _CHEAP_CELLS
 
 
 def _affordable(composition: Composition, neighboring: str, mesh: float) -> bool:
@@ -162,13 +179,17 @@ def _self_composed(part: Any, count: int) -> Any:
 def _window(masses: Any, count: int) -> tuple[int, int]:
     """Chernoff bounds: `count` cell numbers add up to one in [low, high] but for mass `_TAIL`.
 
-    Neighbouring cells are taken together, at the end of the block that makes the bound larger.
+    Rare neighbouring cells are taken together, at the end of the block that makes the bound larger.
     """
     size = len(masses)
+    reached = np.cumsum(masses)
+    first = int(np.searchsorted(reached, _RARE))
+    last = int(np.searchsorted(reached, reached[-1] - _RARE))
     block = max(1, size // _BLOCKS)
-    starts = np.arange(0, size, block)
+    exact = np.arange(first, min(last, first + _MOST_EXACT) + 1)
+    starts = np.concatenate((np.arange(0, first, block), exact, np.arange(exact[-1] + 1, size, block)))
     sums = np.add.reduceat(masses, starts)
-    ends = np.minimum(starts + block - 1, size - 1)
+    ends = np.append(starts[1:], size) - 1
     kept = sums > 0
     sums, starts, ends = np.log(sums[kept]), starts[kept], ends[kept]
     low, high = 0.0, float((size - 1) * count)
