@@ -91,7 +91,7 @@ def _attackers(stated: Mapping[str, object], expected: Mapping[str, object]) -> 
 
 
 def _check_accounting(stated: Mapping[str, object], expected: Mapping[str, object], first: bool) -> list[Check]:
-    """Compares the tools; a tool's version, and with another version its mesh, may differ from the one here.
+    """Compares the tools; a tool's version and its mesh may differ from the one here: what counts is its epsilon.
 
     Engines have changed since revision 1 (`first`), so its method need only be one of those that there were.
     """
@@ -107,7 +107,7 @@ def _check_accounting(stated: Mapping[str, object], expected: Mapping[str, objec
             detail = f"{version}, the same as here"
         else:
             detail = f"stated {short(version)}, recomputed with {wanted['version']}; a difference is not an error"
-            method, wanted_method = _without_mesh(method), _without_mesh(wanted_method)
+        method, wanted_method = _without_mesh(method), _without_mesh(wanted_method)
         checks.append(Check("accounting: version", is_version, detail if is_version else f"no version: {detail}"))
         if first and isinstance(method, str) and _FIRST_METHODS.fullmatch(method):
             checks.append(Check("accounting: method", True, f"{method}, as reports of revision 1 did"))
@@ -209,12 +209,16 @@ def _check_ledger(record: LedgerRecord, stated: object, expected: object) -> lis
 
 
 def _check_epsilon(name: str, stated: object, expected: object, first: bool) -> list[Check]:
-    """Compares two ends: the stated upper one may be larger; the lower one, in revision 1, need only be possible."""
+    """Compares two ends; the stated upper one may be larger, never smaller.
+
+    The lower one claims nothing, and engines get better: it may differ as much as engines do, in revision 1 even as
+    much as is possible.
+    """
     upper, lower = _end(stated, "upper"), _end(stated, "lower")
     true_upper, true_lower = _end(expected, "upper"), _end(expected, "lower")
     if upper is None or lower is None or true_upper is None or true_lower is None:
         return [Check(name, False, f"must have numbers 'lower' and 'upper', not {short(stated)}")]
-    highest = max(true_lower, true_upper if first else 0.0) * (1 + _SLACK)
+    highest = true_upper if first else min(true_upper, true_lower * (1 + RELATIVE_TOLERANCE) + ABSOLUTE_TOLERANCE)
     return [
         Check(
             f"{name}: upper",
@@ -223,7 +227,7 @@ def _check_epsilon(name: str, stated: object, expected: object, first: bool) -> 
         ),
         Check(
             f"{name}: lower",
-            lower <= highest and lower <= upper,
+            lower <= max(highest, true_lower) * (1 + _SLACK) and lower <= upper,
             f"stated {lower:.8g}, recomputed {true_lower:.8g}",
         ),
     ]

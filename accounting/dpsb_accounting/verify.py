@@ -75,8 +75,8 @@ def verify(
     1e-6), every other key is what `make_report` gives for this ledger now under the revision that the report states,
     and no key occurs twice. A ledger is refused if it is shorter than, or differs from, what the report, a checkpoint
     or a tensor file beside it saw, or if a run is still writing it. Only the values of held-out metrics and of audits,
-    which no ledger knows, and the version of the accounting tool, which may be another one now, are taken as they are
-    stated.
+    which no ledger knows, and the accounting tool's version and mesh, which may be others now, are taken as they are
+    stated; the lower bound and the second engine's ends may differ as little as engines do.
 
     Args:
         ledger_path: The ledger, JSON lines.
