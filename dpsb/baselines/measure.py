@@ -16,8 +16,9 @@ from dpsb.adapter import Adapter
 from dpsb.capture import per_example_gradients
 from dpsb.losses import LossFn, check_losses
 from dpsb.mechanism import Mechanism
+from dpsb.models import HEAD_NAMES
 from dpsb.randomness import Randomness
-from dpsb_accounting.noise import Layer
+from dpsb_accounting.shapes import Layer
 
 CLOSED_FORMS = {"sb": "r_only", "lora": "lora", "lora-plus": "lora", "ffa-lora": "ffa_lora", "full": "full_matrix"}
 """The name in ``dpsb_accounting.noise`` of a method's noise; the other methods have no closed form there."""
@@ -89,8 +90,10 @@ def layers_of(adapter: Adapter, rank: int) -> tuple[Layer, ...]:
             )
             for A, B in found.values()
         )
-    shapes = (module.weight.shape for module in _trained_weights(adapter).values())
-    return tuple(Layer(out_features=m, in_features=n, rank=min(rank, m, n)) for m, n in shapes)
+    return tuple(
+        Layer(out_features=m.out_features, in_features=m.in_features, rank=min(rank, m.in_features, m.out_features))
+        for m in _trained_weights(adapter).values()
+    )
 
 
 def factors_of(adapter: Adapter) -> Factors:
@@ -176,18 +179,15 @@ def factors_at(adapter: Adapter, state: Mapping[str, torch.Tensor]) -> Factors:
     found = {}
     for name, (A, B) in factors_of(adapter).items():
         if name in frozen:
-            R = state.get(f"{name}.R", frozen[name].R0)
-            found[name] = (A, frozen[name].B.double() @ R.double())  # type: ignore[union-attr]
+            found[name] = (A, frozen[name].B.double() @ state[f"{name}.R"].double()) if state else (A, B)
         else:
             tail = f"{adapter.adapter_name}.weight"
             found[name] = (state.get(f"{name}.lora_A.{tail}", A), state.get(f"{name}.lora_B.{tail}", B))
     return found
 
 
-def _trained_weights(adapter: Adapter) -> dict[str, nn.Module]:
+def _trained_weights(adapter: Adapter) -> dict[str, nn.Linear]:
     """The linear layers whose own weight is trained, without a head."""
-    from dpsb.models import HEAD_NAMES
-
     return {
         name: module
         for name, module in adapter.direct

@@ -16,7 +16,8 @@ from dpsb.baselines.measure import (
 from dpsb.mechanism import Mechanism
 from dpsb.probe import _perturb
 from dpsb.randomness import SeededRandomness
-from dpsb_accounting.noise import Layer, amplification
+from dpsb_accounting.noise import amplification
+from dpsb_accounting.shapes import Layer
 
 RANK = 4
 STRONG = 0.4  # so much noise that the product of two noises is a tenth of it and more

@@ -1,0 +1,72 @@
+"""``dpsb compare``: predicted beside measured on a real model, with a picture; bad input in one sentence."""
+
+import json
+
+import pytest
+import workbench
+from typer.testing import CliRunner
+
+from dpsb.cli import app
+from dpsb.compare import compare_methods
+
+METHODS = "sb,lora-xs,ffa-lora,lora,bitfit,head-only,full"
+
+
+def command(*options):
+    return CliRunner().invoke(app, ["compare", "--model", str(workbench.bert_folder()), "--rank", "4", *options])
+
+
+@pytest.fixture
+def public():
+    return ["--public", str(workbench.data_file()), "--labels", "ham,spam", "--examples", "16", "--max-length", "16"]
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_predicted_beside_measured(public, tmp_path, ending):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / f"noise.{ending}"
+    result = command(*public, "--methods", METHODS, "--draws", "60", "--plot", str(picture), "--json")
+    assert result.exit_code == 0, result.output
+    rows = {row["method"]: row for row in json.loads(result.stdout)}
+    assert list(rows) == ["sb (weight)", *METHODS.split(",")[1:]]
+    for name in ("sb (weight)", "ffa-lora", "lora", "full"):
+        row = rows[name]
+        assert row["measured_noise_energy"] == pytest.approx(row["predicted_noise_energy"], rel=0.06)
+    assert rows["head-only"]["measured_noise_energy"] is None
+    assert all(row["snr_per_step"] > 0 for row in rows.values())
+    assert rows["sb (weight)"]["dimension"] < rows["ffa-lora"]["dimension"] < rows["lora"]["dimension"]
+    assert picture.stat().st_size > 2000
+    assert not any(canary in result.output for canary in workbench.CANARIES)
+
+
+def test_a_public_basis_is_measured_on_the_other_half(public):
+    result = command(*public, "--methods", "sb", "--basis", "public")
+    assert result.exit_code == 0, result.output
+    assert "sb (public)" in result.stdout
+
+
+def test_without_data_only_the_noise_is_compared():
+    (row,) = compare_methods(model=str(workbench.llama_folder()), task="causal-lm", methods=["sb"], rank=4)
+    assert row.signal is None
+    assert row.snr is None
+    assert row.predicted == pytest.approx(14 * 16 / 256**2)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--methods", "lorra"], "method='lorra' to be one of those that exist: sb, lora-xs"),
+        (["--methods", "peft:IA3"], "is refused: it trains bare tensors"),
+        (["--basis", "public"], "basis='public' to be one of"),
+        (["--plot", "noise.pdf"], "to end in .svg or .png"),
+        (["--noise-multiplier", "0"], "noise_multiplier=0.0 to be positive"),
+        (["--draws", "0"], "draws=0 of at least 1"),
+        (["--examples", "1"], "examples=1 of at least 4"),
+        (["--public", "none.parquet"], "none.parquet does not exist"),
+        (["--rank", "400"], "rank=400 exceeds the smaller side"),
+    ],
+)
+def test_bad_input_is_one_sentence(options, sentence):
+    result = command(*options)
+    assert result.exit_code == 1
+    assert sentence in " ".join(result.stderr.split())
