@@ -257,6 +257,8 @@ def test_no_switch_changes_what_is_spent(tmp_path, changes):
     assert epsilon(plan).upper <= 8
     outcome = verify(finished.out / "ledger.jsonl")
     assert outcome.ok, outcome.failures
+    said = "The clip norm moves" in "".join(finished.report.to_json()["assumptions"])
+    assert said == ("adaptive_clip" in changes)
     assert plan.clipping == (
         "adaptive" if "adaptive_clip" in changes else "automatic" if "auto_clip" in changes else "flat"
     )

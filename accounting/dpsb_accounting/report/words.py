@@ -24,6 +24,11 @@ ASSUMPTIONS = (
     "One person contributes one {unit}; with k of them the guarantee for that person is weaker.",
 )
 
+MOVING_CLIP = (
+    "The clip norm moves from the stated one on, by released numbers only: each release is the clipped sum together "
+    "with a noisy count of the {unit}s within the clip norm, and the stated event covers both."
+)
+
 NOT_COVERED = (
     "Choosing hyper-parameters, or among several runs, by looking at the same data.",
     "Metrics computed on private held-out people, and any other use of the data outside this ledger.",
