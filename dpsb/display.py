@@ -118,6 +118,13 @@ def print_plan(console: Console, plan: Plan, *, cost_table_too: bool = False) ->
     )
     table.add_row("noise", f"multiplier {plan.noise_multiplier:.4f}, clip norm {plan.l2_clip_norm:g} ({plan.clipping})")
     table.add_row("basis", f"{plan.basis['kind']} ({plan.basis['access']})")
+    share: Any = plan.details.get("basis_budget")
+    if share is not None:
+        table.add_row(
+            "basis budget",
+            f"{share['share']:.1%} of the squared level; alone epsilon {_rounded_up(share['basis_epsilon'])}, training "
+            f"alone {_rounded_up(share['train_epsilon'])}",
+        )
     console.print(table)
     if cost_table_too and plan.is_private:
         costs = Table(title="the same epsilon and passes over the data with other batch sizes", title_justify="left")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +15,28 @@ from dpsb.adapter import Provenance, attach, lora_layers
 from dpsb.artifacts import save_run
 from dpsb.baselines.build import adapt, add_method, lora_xs
 from dpsb.baselines.methods import method_named
+from dpsb.basis.budget import realised_share
 from dpsb.basis.release import PrivateExamples
-from dpsb.basis.sources import PublicSet, read_public
 from dpsb.basis.stage import BASIS_NAME, Planned, Setup, charge_leak, plan_basis, release_basis
-from dpsb.basis_spec import parse_basis
-from dpsb.canaries import CanaryAudit, InputShape, example_losses
+from dpsb.canaries import CanaryAudit
 from dpsb.checkpoint import remove_checkpoint, write_durably
 from dpsb.config import ConfigError, RunConfig
 from dpsb.data import (
     Collator,
-    Columns,
-    DataError,
-    Table,
-    by_unit,
-    chosen_columns,
-    declared_labels,
     read_table,
-    synthetic_examples,
-    tokenize_causal,
-    tokenize_classification,
 )
 from dpsb.evaluate import evaluate
-from dpsb.losses import LossFn, causal_lm_loss, classification_loss
+from dpsb.losses import LossFn
 from dpsb.models import (
     HEAD_NAMES,
     MeanPooledClassifier,
     add_lora,
-    config_labels,
     load_base,
-    longest_input,
     target_shapes,
 )
 from dpsb.optimizers import make_optimizer
 from dpsb.plan import make_plan, relation_for
+from dpsb.prepare import Prepared, input_shape, labels_of, loss_of, losses_by_example, prepare, synthetic_of, targets_of
 from dpsb.randomness import Randomness, SeededRandomness, SystemRandomness
 from dpsb.sampling import length_buckets
 from dpsb.start import CUT_OFF, START_NAME, attach_again, digest, read_start, start_of
@@ -87,20 +76,6 @@ class Callbacks:
     on_step: Callable[[Progress], None] = lambda _progress: None
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """The data side of a run. ``examples`` and ``units`` are sensitive, everything else is public."""
-
-    examples: Sequence[Any]
-    units: Sequence[Any]
-    held_out: Sequence[Any] | None
-    public: tuple[PublicSet, ...]
-    columns: dict[str, str | None]
-    labels: tuple[str, ...]
-    label_origin: str
-    max_length: int
-
-
 def fine_tune(
     config: RunConfig,
     *,
@@ -131,20 +106,20 @@ def fine_tune(
     callbacks.on_status("reading data and model")
     dtype = getattr(torch, config.dtype)
     table = read_table(config.data)
-    labels, origin = _labels(config, table)
+    labels, origin = labels_of(config, table)
     base, tokenizer = load_base(
         config.model, config.task, labels, dtype=dtype, pooling=config.pooling, head_init_std=config.head_init_std
     )
-    prepared = _prepare(config, table, base, tokenizer, labels, origin)
+    prepared = prepare(config, table, base, tokenizer, labels, origin)
     method = method_named(config.method)
     if method.kind == "cores":
-        model = add_lora(base, config.task, config.rank, _targets(config.targets))
+        model = add_lora(base, config.task, config.rank, targets_of(config.targets))
     else:
-        model = add_method(base, method, config.task, config.rank, _targets(config.targets))
+        model = add_method(base, method, config.task, config.rank, targets_of(config.targets))
     if torch.cuda.is_available():
         model.to("cuda")
     collate = Collator(tokenizer.pad_token_id, next(model.parameters()).device)
-    loss_fn = _loss(config)
+    loss_fn = loss_of(config)
 
     existing = Ledger.read(out / LEDGER_NAME).plan if resume else None
     planned: Planned | None = None
@@ -163,7 +138,7 @@ def fine_tune(
     provenance = adapter.provenance if planned is None else planned.provenance
     plan = _plan(config, model, prepared, provenance, planned.phases if planned else (), start, existing)
     callbacks.on_plan(plan)
-    synthetic, randomness = _synthetic(config, base, tokenizer, prepared), _randomness(config)
+    synthetic, randomness = synthetic_of(config, base, tokenizer, prepared), _randomness(config)
     with _open_ledger(config, resume, out, plan, start) as ledger:
         if plan.basis["access"] == "released":
             callbacks.on_status(f"releasing the basis ({config.basis})")
@@ -183,10 +158,10 @@ def fine_tune(
             adapter = release_basis(out, adapter, planned.make if planned else None, examples)
         charge_leak(ledger)
         optimizer, schedule = make_optimizer(config, adapter, plan)
-        units, losses = prepared.units, _losses_by_example(config, model, loss_fn, collate, prepared)
+        units, losses = prepared.units, losses_by_example(config, model, loss_fn, collate, prepared)
         if audit is not None:
             ledger.taint("canaries", "the run was made to be audited; its result is not for release")
-            shape = _input_shape(config, base, tokenizer, prepared)
+            shape = input_shape(config, base, tokenizer, prepared)
             units = [*units, *audit.plant(plan, adapter.dimension, losses, shape)]
         callbacks.on_status("checking the model on synthetic examples")
         fit(
@@ -244,79 +219,18 @@ def _check_folder(out: Path, resume: bool) -> None:
         raise RunError(f"{out} holds remains of a run whose {LEDGER_NAME} is gone; choose another --out.")
 
 
-def _labels(config: RunConfig, table: Table) -> tuple[tuple[str, ...], str]:
-    if config.task != "classification":
-        return (), "none"
-    return declared_labels(config.labels, table, _columns(config), config_labels(config.model))
-
-
-def _columns(config: RunConfig) -> Columns:
-    return Columns(
-        text=config.text_column,
-        text_pair=config.text_pair_column,
-        label=config.label_column,
-        prompt=config.prompt_column,
-        completion=config.completion_column,
-    )
-
-
-def _targets(targets: str) -> str | list[str]:
-    if targets == "all-linear" or targets.startswith("re:"):
-        return targets.removeprefix("re:")
-    return [name.strip() for name in targets.split(",") if name.strip()]
-
-
-def _prepare(
-    config: RunConfig, table: Table, base: Any, tokenizer: Any, labels: tuple[str, ...], origin: str
-) -> _Prepared:
-    longest = longest_input(base, tokenizer)
-    max_length = min(config.max_length, longest or config.max_length)
-
-    def tokenized(source: str | Table | None, columns: Columns) -> list[dict[str, Any]] | None:
-        if source is None:
-            return None
-        table = source if isinstance(source, Table) else read_table(source)
-        if config.task == "classification":
-            return tokenize_classification(table, columns, tokenizer, labels, max_length)
-        return tokenize_causal(table, columns, tokenizer, max_length)
-
-    columns = _columns(config)
-    examples = tokenized(table, columns) or []
-    units: Sequence[Any] = by_unit(table, config.unit_column, examples) if config.unit_column else examples
-    if not units and config.num_examples is None:  # with a declared N no number of rows is special
-        owned = f" with a value in the unit column {config.unit_column!r}" if config.unit_column else ""
-        raise DataError(f"{config.data} holds no rows{owned}.")
-    sources = parse_basis(config.basis).sources
-    return _Prepared(
-        examples=examples,
-        units=units,
-        held_out=tokenized(config.eval_data, columns),
-        public=tuple(read_public(s, config.task, columns, tokenizer, labels, max_length) for s in sources),
-        columns=chosen_columns(table, columns, config.task),
-        labels=labels,
-        label_origin=origin,
-        max_length=max_length,
-    )
-
-
-def _loss(config: RunConfig) -> LossFn:
-    if config.task == "classification":
-        return classification_loss
-    return lambda model, batch: causal_lm_loss(model, batch, tokens_per_example=config.tokens_per_example)
-
-
-def _num_examples(config: RunConfig, prepared: _Prepared) -> int:
+def _num_examples(config: RunConfig, prepared: Prepared) -> int:
     return config.num_examples if config.num_examples is not None else len(prepared.units)
 
 
-def _delta(config: RunConfig, prepared: _Prepared) -> float:
+def _delta(config: RunConfig, prepared: Prepared) -> float:
     return config.delta if config.delta is not None else 0.1 / _num_examples(config, prepared)
 
 
 def _plan(
     config: RunConfig,
     model: Any,
-    prepared: _Prepared,
+    prepared: Prepared,
     provenance: Provenance,
     before: tuple[Phase, ...],
     start: bytes,
@@ -341,6 +255,9 @@ def _plan(
         noise_multiplier=existing.noise_multiplier if existing is not None and existing.is_private else None,
         details=_details(config, model, prepared, start),
     )
+    share = existing.details.get("basis_budget") if existing is not None else realised_share(plan)
+    if share is not None:
+        plan = replace(plan, details={**plan.details, "basis_budget": share})
     if existing is not None and plan != existing:
         mine, theirs = plan.to_json(), existing.to_json()
         odd = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
@@ -348,7 +265,7 @@ def _plan(
     return plan
 
 
-def _details(config: RunConfig, model: Any, prepared: _Prepared, start: bytes) -> dict[str, Any]:
+def _details(config: RunConfig, model: Any, prepared: Prepared, start: bytes) -> dict[str, Any]:
     return {
         "model": config.model,
         "data": Path(config.data).name,
@@ -384,7 +301,7 @@ def _details(config: RunConfig, model: Any, prepared: _Prepared, start: bytes) -
     }
 
 
-def _planned_basis(config: RunConfig, model: Any, prepared: _Prepared, collate: Collator, loss_fn: LossFn) -> Planned:
+def _planned_basis(config: RunConfig, model: Any, prepared: Prepared, collate: Collator, loss_fn: LossFn) -> Planned:
     if config.method == "lora-xs":
         basis = lora_xs(model)
         return Planned(basis=basis, provenance=basis.provenance)
@@ -425,27 +342,6 @@ def _open_ledger(config: RunConfig, resume: bool, out: Path, plan: Plan, start: 
             (out / name).unlink(missing_ok=True)
         raise RunError(f"{out} cannot be written ({error}); nothing was started.") from None
     return ledger
-
-
-def _input_shape(config: RunConfig, base: Any, tokenizer: Any, prepared: _Prepared) -> InputShape:
-    return InputShape(
-        task=config.task,
-        vocab_size=min(len(tokenizer), base.config.vocab_size),
-        num_labels=len(prepared.labels),
-        length=min(prepared.max_length, 16),
-        token_types="token_type_ids" in tokenizer.model_input_names,
-    )
-
-
-def _synthetic(config: RunConfig, base: Any, tokenizer: Any, prepared: _Prepared) -> list[dict[str, Any]]:
-    shape = _input_shape(config, base, tokenizer, prepared)
-    return synthetic_examples(config.task, shape.vocab_size, shape.num_labels, prepared.max_length, shape.token_types)
-
-
-def _losses_by_example(
-    config: RunConfig, model: Any, loss_fn: LossFn, collate: Collator, prepared: _Prepared
-) -> Callable[[Sequence[Any]], Any]:
-    return lambda examples: example_losses(model, examples, loss_fn, collate, prepared.max_length, config.token_budget)
 
 
 def _randomness(config: RunConfig) -> Randomness:

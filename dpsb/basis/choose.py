@@ -10,7 +10,7 @@ from torch import nn
 from dpsb.adapter import Basis, Factors, Provenance, lora_layers
 from dpsb.basis._common import public_generator, truncated_svd
 from dpsb.basis.per_example import Sketch
-from dpsb.basis.release import PrivateExamples
+from dpsb.basis.release import Clip, PrivateExamples
 
 Gradients = Mapping[str, torch.Tensor]
 
@@ -66,13 +66,16 @@ def rank_public(factors: Sequence[Mapping[str, Factors]], gradients: Sequence[Gr
     return scores
 
 
-def choice_provenance(
-    *, candidates: Sequence[str], l2_clip_norm: float, clipping: str, share: float, detail: Mapping[str, str]
-) -> Provenance:
-    """What the plan states of a public basis that private examples choose, before any of them is read."""
-    facts = {"l2_clip_norm": l2_clip_norm, "clipping": clipping, "share": share}
+def choice_provenance(clip: Clip, candidates: Mapping[str, str]) -> Provenance:
+    """What the plan states of a public basis that private examples choose, before any of them is read.
+
+    Args:
+      clip: Of the release.
+      candidates: Each public file, and what was done about its labels.
+    """
+    said = {f"labels_{i + 1}": note for i, note in enumerate(candidates.values())}
     named = {"choice": "private score", "candidates": ", ".join(candidates)}
-    return Provenance(kind="public", access="released", detail={**facts, **named, **detail})
+    return Provenance(kind="public", access="released", detail={**clip.to_json(), **named, **said})
 
 
 def choose_privately(

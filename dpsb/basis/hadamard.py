@@ -41,7 +41,9 @@ def walsh_frame(width: int, rank: int) -> torch.Tensor:
     """
     rows, columns = torch.arange(width)[:, None], torch.arange(rank)[None]
     common = rows & columns
-    parity = sum((common >> bit) & 1 for bit in range(max(1, width.bit_length())))
-    signs = 1.0 - 2.0 * (parity % 2)
+    parity = torch.zeros_like(common)
+    for bit in range(width.bit_length()):
+        parity ^= (common >> bit) & 1
+    signs = 1.0 - 2.0 * parity
     Q, triangle = torch.linalg.qr(signs.double())
     return (Q * triangle.diagonal().sign()).float().contiguous()

@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import LoraLayer
 from dpsb.adapter import Basis, Factors, Provenance
 from dpsb.basis._common import base_weight, public_generator, truncated_svd
 from dpsb.basis.per_example import Sketch
-from dpsb.basis.release import PrivateExamples
+from dpsb.basis.release import Clip, PrivateExamples
 
 TIMES_RANK = 6
 """The public basis' width K is so many times the rank, unless the user names it."""
@@ -67,12 +67,9 @@ def frames_of(
     return frames
 
 
-def hybrid_provenance(
-    *, width: int, l2_clip_norm: float, clipping: str, share: float, source: Mapping[str, str | int | float]
-) -> Provenance:
+def hybrid_provenance(clip: Clip, width: int, source: Mapping[str, str | int | float]) -> Provenance:
     """What the plan states of a hybrid basis before any private data are read."""
-    facts = {"l2_clip_norm": l2_clip_norm, "clipping": clipping, "share": share, "width": width}
-    return Provenance(kind="hybrid", access="released", detail={**facts, **source})
+    return Provenance(kind="hybrid", access="released", detail={**clip.to_json(), "width": width, **source})
 
 
 def hybrid(

@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from dpsb.adapter import Basis, Factors, Provenance
 from dpsb.basis._common import base_weight, public_generator, truncated_svd
 from dpsb.basis.per_example import WHOLE, Sketch
-from dpsb.basis.release import PrivateExamples
+from dpsb.basis.release import Clip, PrivateExamples
 
 WIDE = 1024
 """Where the smaller side of a weight is larger than this, sketches are released instead of whole gradients."""
@@ -32,13 +32,9 @@ def releases_for(rounds: int) -> int:
     return 2 * rounds or 1
 
 
-def private_provenance(*, rounds: int, l2_clip_norm: float, clipping: str, share: float) -> Provenance:
+def private_provenance(clip: Clip, rounds: int) -> Provenance:
     """What the plan states of a private basis before any data are read."""
-    return Provenance(
-        kind="private",
-        access="released",
-        detail={"l2_clip_norm": l2_clip_norm, "clipping": clipping, "share": share, "rounds": rounds},
-    )
+    return Provenance(kind="private", access="released", detail={**clip.to_json(), "rounds": rounds})
 
 
 def private(examples: PrivateExamples, provenance: Provenance, adapter_name: str = "default") -> Basis:

@@ -30,6 +30,24 @@ _REHEARSED_AT_LEAST = 3
 
 
 @dataclass(frozen=True, kw_only=True)
+class Clip:
+    """How each example is bounded in a release for the basis, and the share of the budget that pays; for the plan.
+
+    Args:
+      l2_clip_norm: C.
+      clipping: ``"flat"``, or ``"automatic"``: every example is scaled to almost exactly C.
+      share: Of the budget, as it was asked for.
+    """
+
+    l2_clip_norm: float
+    clipping: str
+    share: float
+
+    def to_json(self) -> dict[str, str | int | float]:
+        return {"l2_clip_norm": self.l2_clip_norm, "clipping": self.clipping, "share": self.share}
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrivateExamples:
     """A model, the private examples, and the ledger that pays for looking at them.
 

@@ -22,7 +22,7 @@ from dpsb.basis.hybrid import check_width, frames_of, hybrid, hybrid_provenance
 from dpsb.basis.lora_sb import lora_sb
 from dpsb.basis.private import private, private_provenance, releases_for, rounds_for
 from dpsb.basis.random import random
-from dpsb.basis.release import PrivateExamples
+from dpsb.basis.release import Clip, PrivateExamples
 from dpsb.basis.sources import EXAMPLES, PublicSet, batches_of, public_gradients
 from dpsb.basis.weight_svd import weight_svd
 from dpsb.basis_spec import parse_basis
@@ -95,24 +95,29 @@ def plan_basis(setup: Setup) -> Planned:
         return Planned(basis=basis, provenance=basis.provenance)
     if spec.kind in ("lora-sb", "leak"):
         return _unpaid(setup, spec.kind)
-    clipping = "automatic" if config.basis_clip_norm is None else "flat"
-    clip = {"l2_clip_norm": config.basis_clip_norm or 1.0, "clipping": clipping}
     layers = lora_layers(setup.model)
     gradients = [_gradients(setup, public_set) for public_set in setup.public]
     if spec.kind == "public":
-        return _public(setup, gradients, clip)
-    share = config.basis_share or default_share(spec.kind, config.epsilon)
+        return _public(setup, gradients)
+    clip = _clip(config, spec.kind)
     if spec.kind == "private":
         rounds = rounds_for(layers, config.basis_rounds)
-        provenance = private_provenance(rounds=rounds, share=share, **clip)
-        phase = _phase(setup, share, releases_for(rounds))
+        provenance = private_provenance(clip, rounds)
+        phase = _phase(setup, clip.share, releases_for(rounds))
         return _stand_in(setup, provenance, phase, lambda examples: private(examples, provenance))
     width = check_width(layers, config.rank, config.basis_width)
     chosen, said = _nearest(setup, gradients) if gradients else (None, {"source": "weight"})
     frames = frames_of(layers, width, gradients[chosen] if chosen is not None else None)
-    provenance = hybrid_provenance(width=width, share=share, source=said, **clip)
+    provenance = hybrid_provenance(clip, width, said)
     make = partial(hybrid, provenance=provenance, frames=frames)
-    return _stand_in(setup, provenance, _phase(setup, share, 1), make)
+    return _stand_in(setup, provenance, _phase(setup, clip.share, 1), make)
+
+
+def _clip(config: RunConfig, kind: str) -> Clip:
+    share = config.basis_share or default_share(kind, config.epsilon)
+    if config.basis_clip_norm is None:
+        return Clip(l2_clip_norm=1.0, clipping="automatic", share=share)
+    return Clip(l2_clip_norm=config.basis_clip_norm, clipping="flat", share=share)
 
 
 def _phase(setup: Setup, share: float, releases: int) -> Phase:
@@ -172,21 +177,15 @@ def _gradients(setup: Setup, public_set: PublicSet) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def _public(setup: Setup, gradients: Sequence[Mapping[str, torch.Tensor]], clip: Mapping[str, object]) -> Planned:
-    config = setup.config
-    if len(gradients) > 1 and config.basis_choice == "private":
-        share = config.basis_share or default_share("choice", config.epsilon)
-        labels = {f"labels_{i + 1}": entry.note for i, entry in enumerate(setup.public)}
-        provenance = choice_provenance(
-            candidates=[entry.name for entry in setup.public],
-            l2_clip_norm=float(str(clip["l2_clip_norm"])),
-            clipping=str(clip["clipping"]),
-            share=share,
-            detail=labels,
-        )
+def _public(setup: Setup, gradients: Sequence[Mapping[str, torch.Tensor]]) -> Planned:
+    if len(gradients) > 1 and setup.config.basis_choice == "private":
+        clip = _clip(setup.config, "choice")
+        sources = parse_basis(setup.config.basis).sources
+        notes = {source: entry.note for source, entry in zip(sources, setup.public, strict=True)}
+        provenance = choice_provenance(clip, notes)
         factors = [gradient_basis(setup.model, entry, provenance).factors for entry in gradients]
         make = partial(_chosen, provenance=provenance, factors=factors)
-        return _stand_in(setup, provenance, _phase(setup, share, 1), make)
+        return _stand_in(setup, provenance, _phase(setup, clip.share, 1), make)
     chosen, said = _nearest(setup, gradients)
     provenance = Provenance(kind="public", access="public", detail=said)
     return Planned(basis=gradient_basis(setup.model, gradients[chosen], provenance), provenance=provenance)

@@ -13,7 +13,7 @@ from dpsb.basis import budget, mean_gradients
 from dpsb.basis.choose import gradient_basis, held_energy
 from dpsb.basis.per_example import WHOLE, Sketch
 from dpsb.basis.private import private, private_provenance, releases_for, rounds_for
-from dpsb.basis.release import PrivateExamples
+from dpsb.basis.release import Clip, PrivateExamples
 from dpsb.data import Collator, synthetic_examples
 from dpsb.losses import classification_loss
 from dpsb.mechanism import Mechanism
@@ -26,12 +26,13 @@ from dpsb_accounting.agreement import cross_check
 from dpsb_accounting.auditing import CanaryScores, FixedThresholds, audit
 
 C, SIGMA = 0.5, 3.0
+CLIP = Clip(l2_clip_norm=C, clipping="flat", share=0.1)
 GRID = 2e-6  # released sums are rounded to 2**-20 here
 
 
 def ledger_for(path, count=1, event=None, rounds=0, sigma=SIGMA):
     path.mkdir(parents=True, exist_ok=True)
-    provenance = private_provenance(rounds=rounds, l2_clip_norm=C, clipping="flat", share=0.1)
+    provenance = private_provenance(CLIP, rounds)
     phase = Phase("basis", event or Gaussian(noise_multiplier=sigma), count)
     plan = workbench.fit_plan(basis=provenance.to_json(), released_before=(phase,))
     return Ledger.create(path / "ledger.jsonl", plan), provenance
@@ -263,7 +264,7 @@ def scores_of_raw_bases(tiny, trials):
     """Whether the basis differs from the one that all other examples give: nothing random is in it."""
     data, canary = workbench.examples(6, seed=4), {"input_ids": [7] * 15, "labels": 2}
     model, collate = tiny.lora(tiny.base("bert")), Collator(0)
-    provenance = private_provenance(rounds=0, l2_clip_norm=C, clipping="flat", share=0.1)
+    provenance = private_provenance(CLIP, 0)
 
     def basis(dataset):
         batches = [collate([example], workbench.bucket(example)) for example in dataset]
@@ -308,7 +309,7 @@ SETTINGS = {"delta": 1e-5, "num_examples": 4000, "expected_batch_size": 256, "st
 def test_basis_and_training_together_meet_the_target(tmp_path, target, share, neighboring):
     relation = neighboring or "add_or_remove_one"
     phase = budget.basis_phase(epsilon=target, delta=1e-5, share=share, neighboring=relation)
-    provenance = private_provenance(rounds=0, l2_clip_norm=1.0, clipping="automatic", share=share)
+    provenance = private_provenance(Clip(l2_clip_norm=1.0, clipping="automatic", share=share), 0)
     plan = make_plan(
         epsilon=target, basis=provenance.to_json(), released_before=(phase,), neighboring=neighboring, **SETTINGS
     )

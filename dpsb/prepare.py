@@ -1,0 +1,135 @@
+"""The data side of a run: files, columns, labels, tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpsb.basis.sources import PublicSet, read_public
+from dpsb.basis_spec import parse_basis
+from dpsb.canaries import InputShape, example_losses
+from dpsb.config import RunConfig
+from dpsb.data import (
+    Collator,
+    Columns,
+    DataError,
+    Table,
+    by_unit,
+    chosen_columns,
+    declared_labels,
+    read_table,
+    synthetic_examples,
+    tokenize_causal,
+    tokenize_classification,
+)
+from dpsb.losses import LossFn, causal_lm_loss, classification_loss
+from dpsb.models import config_labels, longest_input
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data side of a run. ``examples`` and ``units`` are sensitive, everything else is public."""
+
+    examples: Sequence[Any]
+    units: Sequence[Any]
+    held_out: Sequence[Any] | None
+    public: tuple[PublicSet, ...]
+    columns: dict[str, str | None]
+    labels: tuple[str, ...]
+    label_origin: str
+    max_length: int
+
+
+def labels_of(config: RunConfig, table: Table) -> tuple[tuple[str, ...], str]:
+    """The public label set and where it was declared; empty where there are no labels."""
+    if config.task != "classification":
+        return (), "none"
+    return declared_labels(config.labels, table, columns_of(config), config_labels(config.model))
+
+
+def columns_of(config: RunConfig) -> Columns:
+    """The columns that the user named."""
+    return Columns(
+        text=config.text_column,
+        text_pair=config.text_pair_column,
+        label=config.label_column,
+        prompt=config.prompt_column,
+        completion=config.completion_column,
+    )
+
+
+def targets_of(targets: str) -> str | list[str]:
+    """The target modules as PEFT takes them."""
+    if targets == "all-linear" or targets.startswith("re:"):
+        return targets.removeprefix("re:")
+    return [name.strip() for name in targets.split(",") if name.strip()]
+
+
+def prepare(
+    config: RunConfig, table: Table, base: Any, tokenizer: Any, labels: tuple[str, ...], origin: str
+) -> Prepared:
+    """Reads and tokenizes every file of a run.
+
+    Raises:
+      DataError: If a file cannot be used.
+    """
+    longest = longest_input(base, tokenizer)
+    max_length = min(config.max_length, longest or config.max_length)
+
+    def tokenized(source: str | Table | None, columns: Columns) -> list[dict[str, Any]] | None:
+        if source is None:
+            return None
+        table = source if isinstance(source, Table) else read_table(source)
+        if config.task == "classification":
+            return tokenize_classification(table, columns, tokenizer, labels, max_length)
+        return tokenize_causal(table, columns, tokenizer, max_length)
+
+    columns = columns_of(config)
+    examples = tokenized(table, columns) or []
+    units: Sequence[Any] = by_unit(table, config.unit_column, examples) if config.unit_column else examples
+    if not units and config.num_examples is None:  # with a declared N no number of rows is special
+        owned = f" with a value in the unit column {config.unit_column!r}" if config.unit_column else ""
+        raise DataError(f"{config.data} holds no rows{owned}.")
+    sources = parse_basis(config.basis).sources
+    return Prepared(
+        examples=examples,
+        units=units,
+        held_out=tokenized(config.eval_data, columns),
+        public=tuple(read_public(s, config.task, columns, tokenizer, labels, max_length) for s in sources),
+        columns=chosen_columns(table, columns, config.task),
+        labels=labels,
+        label_origin=origin,
+        max_length=max_length,
+    )
+
+
+def loss_of(config: RunConfig) -> LossFn:
+    """The per-example loss of the task."""
+    if config.task == "classification":
+        return classification_loss
+    return lambda model, batch: causal_lm_loss(model, batch, tokens_per_example=config.tokens_per_example)
+
+
+def input_shape(config: RunConfig, base: Any, tokenizer: Any, prepared: Prepared) -> InputShape:
+    """What random examples for this model look like. Public."""
+    return InputShape(
+        task=config.task,
+        vocab_size=min(len(tokenizer), base.config.vocab_size),
+        num_labels=len(prepared.labels),
+        length=min(prepared.max_length, 16),
+        token_types="token_type_ids" in tokenizer.model_input_names,
+    )
+
+
+def synthetic_of(config: RunConfig, base: Any, tokenizer: Any, prepared: Prepared) -> list[dict[str, Any]]:
+    """Random examples for the probe, of the shortest and the longest kind. Public."""
+    shape = input_shape(config, base, tokenizer, prepared)
+    return synthetic_examples(config.task, shape.vocab_size, shape.num_labels, prepared.max_length, shape.token_types)
+
+
+def losses_by_example(
+    config: RunConfig, model: Any, loss_fn: LossFn, collate: Collator, prepared: Prepared
+) -> Callable[[Sequence[Any]], Any]:
+    """The loss of each of some examples, without gradients. As sensitive as they are."""
+    return lambda examples: example_losses(model, examples, loss_fn, collate, prepared.max_length, config.token_budget)
