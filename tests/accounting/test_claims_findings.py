@@ -222,3 +222,20 @@ def test_noise_too_small_for_any_engine_is_still_an_error():
     for noise in (1e-30, 1e-3, 0.03):
         finding = found(with_(noise_multiplier=noise), "error")["epsilon-understated"]
         assert finding.recomputed.lower > 100
+
+
+def test_a_charged_basis_of_unknown_noise_is_not_left_out_of_the_sum():
+    outcome = lint(with_(basis="private_release", basis_charged=True))
+    assert outcome.recomputed is None
+    assert any(finding.message.startswith("basis_noise_multiplier") for finding in outcome.findings)
+
+
+def test_bounds_say_that_they_rest_on_poisson_sampling_where_nobody_said_so():
+    assert "only if batches are Poisson" in lint(with_(sampler=None)).recomputed.method
+    assert "only if" not in lint(HONEST).recomputed.method
+
+
+def test_the_largest_client_may_be_reported_by_its_name():
+    claim = with_(clients=CLIENTS, sampling_prob=None, steps=None, epsilon=10, reported_client="a")
+    assert "last-client-only" not in found(claim)
+    assert "last-client-only" in found(dataclasses.replace(claim, reported_client="b"), "error")

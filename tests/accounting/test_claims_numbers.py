@@ -85,6 +85,32 @@ def test_observed_sums_agree_with_the_accountant(noise, prob, count):
     assert bound.upper * 0.995 <= seen_epsilon((once,), 1e-5) <= bound.upper
 
 
+@pytest.mark.parametrize(
+    ("facts", "often"),
+    [
+        ({"epochs": 1}, 1),
+        ({"epochs": 3, "steps": 705}, 3),
+        ({"epochs": 3, "drop_last": True}, 3),
+        ({"steps": 702, "drop_last": True}, 3),
+        ({"steps": 705}, 3),
+        ({"steps": 703}, 4),  # an epoch may have 234 or 235 steps: the bound that holds for both
+    ],
+)
+def test_a_smaller_last_batch_is_no_epoch_of_its_own(facts, often):
+    found = finding("shuffled-as-poisson", epsilon=0.3, noise_multiplier=2, num_examples=60_000, batch_size=256,
+                    sampler="shuffle", **facts)  # fmt: skip
+    assert found.recomputed.upper == epsilon([(Gaussian(noise_multiplier=2), often)], 1e-5).upper
+
+
+def test_the_lower_bound_counts_only_epochs_that_are_complete_either_way():
+    def least(steps, batches):
+        return lower_epsilon(noise_multiplier=1, steps=steps, batches_per_epoch=batches, delta=1e-5)
+
+    assert least(21, 20.5) == least(22, 20.5) == least(41, 20.5) < least(42, 20.5)
+    assert least(10, 20.5) < least(20, 20.5) == least(21, 20.5)
+    assert least(20, 20) < least(25, 20)
+
+
 def test_less_noise_and_more_steps_leak_more():
     grid = [lower_epsilon(noise_multiplier=noise, steps=steps, batches_per_epoch=50, delta=1e-5)
             for steps in (50, 100, 500) for noise in (2, 1, 0.5)]  # fmt: skip

@@ -26,6 +26,9 @@ def check_basis(subject: Subject) -> Iterator[Finding]:
         found = None if setting is None or basis is None else recompute.attempt(replace(setting, basis=basis))
         said = "is not charged" if claim.basis_charged is False else "is not said to be charged"
         yield uncharged("basis-not-charged", f"The noisy release that made the basis {said}.", claim, found)
+    elif claim.basis == "private_release" and claim.basis_noise_multiplier is None:
+        text = "basis_noise_multiplier is not stated: what the charged release of the basis costs cannot be checked."
+        yield Finding(id="missing-fact", severity="warning", message=text)
     if claim.basis_computed_by == "server_on_pooled_data" and claim.basis not in ("none", "data_free", "public"):
         yield fatal("federated-data-pooled", "The server computed the basis on the clients' pooled raw data.", claim)
 
@@ -107,7 +110,7 @@ def check_clients(claim: Claim, clients: tuple[Subject, ...]) -> Iterator[Findin
     yield from _deltas(claim)
     worst, name, complete = largest_client(claim, clients)
     which = claim.reported_client
-    if which is not None and which != "maximum":
+    if which is not None and which != "maximum" and not (which == name and covers(claim.epsilon, worst)):
         shown = f"the {which} client" if which in ("last", "first") else f"client {which!r}"
         text = f"Only the epsilon of {shown} is reported, of {len(claim.clients)}."
         kind = "last-client-only"

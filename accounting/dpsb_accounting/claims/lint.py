@@ -33,6 +33,7 @@ _NO_BOUND = frozenset(
     {
         "divisor-drawn-size",
         "empty-batches",
+        "noise-per-microbatch",
         "selection-on-private-data",
     }
 )
@@ -138,12 +139,14 @@ def _everything(claim: Claim, clients: tuple[Subject, ...], found: list[Finding]
             return None
     if recompute.noise_of(claim) == 0:
         return Range(math.inf, math.inf, claim.delta or 0.0, claim.neighboring or "add_or_remove_one", "no noise")
+    if claim.basis == "private_release" and recompute.basis_event(claim) is None:
+        return None  # what it costs is not known, charged or not
     unknown = [f for f in found if f.severity == "error" and f.recomputed is None and f.id in _COSTS]
     if unknown or (claim.silos_per_person or 1) > 1:
         return None
     chosen, left_out = riskiest(clients)
     if not clients:
-        return recompute.attempt(_worst_reading(claim, found))
+        return _assuming(claim, recompute.attempt(_worst_reading(claim, found)))
     ranges = []
     for subject in chosen:
         own = replace(subject.claim, delta=claim.delta) if claim.delta else subject.claim
@@ -151,7 +154,14 @@ def _everything(claim: Claim, clients: tuple[Subject, ...], found: list[Finding]
     known = [entry for entry in ranges if entry is not None]
     if left_out or not known or len(known) < len(ranges):
         return None
-    return max(known, key=lambda entry: entry.upper)
+    return _assuming(claim, max(known, key=lambda entry: entry.upper))
+
+
+def _assuming(claim: Claim, found: Range | None) -> Range | None:
+    """Says what the bounds rest on where the claim does not say it."""
+    if found is None or claim.sampler in recompute.SAMPLERS:
+        return found
+    return replace(found, method=f"{found.method}; only if batches are Poisson samples, which is not stated")
 
 
 _COSTS = frozenset(

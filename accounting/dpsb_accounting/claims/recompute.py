@@ -40,6 +40,7 @@ class Setting:
         steps: Noisy steps of one run.
         sampler: One of `SAMPLERS`.
         batches_per_epoch: Records / batch size.
+        epoch_steps: Steps in an epoch of batches that partition the data.
         delta: In (0, 1).
         neighboring: The relation.
         num_examples: Number of records, if known.
@@ -56,6 +57,7 @@ class Setting:
     steps: int
     sampler: str
     batches_per_epoch: float
+    epoch_steps: int
     delta: float
     neighboring: str
     num_examples: int | None = None
@@ -80,7 +82,19 @@ def batches_of(claim: Claim) -> float | None:
     """Records / batch size, as far as known."""
     if claim.batch_size is not None and claim.num_examples is not None:
         return max(1.0, claim.num_examples / claim.batch_size)
-    return None if claim.sampling_prob is None else 1 / claim.sampling_prob
+    if claim.sampling_prob is None:
+        return None
+    batches = 1 / claim.sampling_prob  # 1 / (1 / 93) is not 93
+    return float(round(batches)) if abs(batches - round(batches)) < 1e-9 * batches else batches
+
+
+def epoch_steps_of(claim: Claim, batches: float, steps: int) -> int:
+    """Steps in an epoch: full batches, and a smaller last one unless it is dropped; the fewer where that is open."""
+    least, most = max(1, math.floor(batches)), max(1, math.ceil(batches))
+    if claim.drop_last is not None:
+        return least if claim.drop_last else most
+    in_epochs = claim.epochs is not None and steps <= math.ceil(claim.epochs) * most
+    return most if steps % most == 0 or in_epochs else least
 
 
 def steps_of(claim: Claim) -> int | None:
@@ -90,7 +104,8 @@ def steps_of(claim: Claim) -> int | None:
         steps = claim.steps
     elif claim.epochs is not None and batches is not None:
         # 1 / (1 / 235) is not 235 exactly: what is within rounding of a whole number is that number
-        steps = max(1, math.ceil(claim.epochs * batches * (1 - 1e-12) - 1e-9))
+        in_epoch = max(1, math.floor(batches)) if claim.drop_last else batches
+        steps = max(1, math.ceil(claim.epochs * in_epoch * (1 - 1e-12) - 1e-9))
     else:
         return None
     if claim.rounds is not None and claim.rounds_charged is not None and claim.rounds > claim.rounds_charged:
@@ -132,6 +147,7 @@ def as_charged(claim: Claim) -> Setting | None:
         steps=steps,
         sampler="poisson",
         batches_per_epoch=batches,
+        epoch_steps=epoch_steps_of(claim, batches, steps),
         delta=claim.delta,
         neighboring=claim.neighboring or "add_or_remove_one",
         num_examples=claim.num_examples,
@@ -267,7 +283,7 @@ def random_runs_epsilon(setting: Setting, mean: float) -> float:
 
 def _partitioned(setting: Setting) -> Range:
     relation = _fixed_relation(setting)
-    often = shuffle.participations(setting.steps, setting.batches_per_epoch)
+    often = shuffle.participations(setting.steps, setting.epoch_steps)
     noise = setting.noise_multiplier / setting.records
     event = Gaussian(noise_multiplier=noise)
     found = accountant.epsilon([*_basis(setting), (event, often * setting.runs)], setting.delta, relation)

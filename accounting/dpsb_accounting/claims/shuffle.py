@@ -52,8 +52,13 @@ def lower_epsilon(
         2.88
     """
     _checks.one_of(choices=tuple(_TEST_MEANS), neighboring=neighboring)
-    whole = max(1, math.floor(batches_per_epoch))
-    epochs, rest = divmod(steps, whole)
+    whole, most = max(1, math.floor(batches_per_epoch)), max(1, math.ceil(batches_per_epoch))
+    # An epoch has `whole` full batches; whether a smaller last one follows is left open, so only epochs that are
+    # complete either way are counted, and a rest only where it is not in doubt where it begins.
+    epochs, rest = divmod(steps, most)
+    if epochs and whole != most:
+        rest = 0
+    rest = min(rest, whole)
     best = 0.0
     for with_record, without in _TEST_MEANS[neighboring]:
         seen = []
@@ -78,9 +83,9 @@ def _epoch(noise: float, batches: int, per_epoch: float, mean: float, other: flo
     return tails.Observation(p=mixture(mean), q=mixture(other), others=batches - 1, noise=noise, count=count)
 
 
-def participations(steps: int, batches_per_epoch: float) -> int:
-    """Returns in how many steps a record takes part at most."""
-    return max(1, math.ceil(steps / max(1, math.floor(batches_per_epoch))))
+def participations(steps: int, epoch_steps: int) -> int:
+    """Returns in how many steps a record takes part at most, with `epoch_steps` steps in an epoch."""
+    return max(1, -(-steps // epoch_steps))
 
 
 @functools.lru_cache(maxsize=128)
