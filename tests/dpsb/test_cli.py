@@ -58,7 +58,16 @@ def test_help_teaches():
         assert page.exit_code == 0
         assert f"Example: dpsb {command}" in page.output
     page = " ".join(dpsb("train", "--help").output.replace("│", " ").split())
-    for words in ("private and hybrid", "hadamard", "--basis-share", "public:FILE", "lora-sb:FILE", "--resume", "from-data", "--num-examples"):
+    for words in (
+        "private and hybrid",
+        "hadamard",
+        "--basis-share",
+        "public:FILE",
+        "lora-sb:FILE",
+        "--resume",
+        "from-data",
+        "--num-examples",
+    ):
         assert words in page
     assert dpsb("--version").output.startswith("dpsb ")
 
@@ -204,11 +213,11 @@ def only(tmp_path, **columns):
 
 
 REFUSED = {
-    "private basis": ({"basis": "private"}, "basis='private' is not there yet"),
-    "hybrid basis": ({"basis": "hybrid:pub.csv"}, "is not there yet"),
+    "private basis without a budget": ({"basis": "private", "epsilon": "inf"}, "takes a share of epsilon"),
+    "hybrid basis of a missing file": ({"basis": "hybrid:pub.csv"}, "pub.csv does not exist"),
     "private LoRA-SB": ({"basis": "lora-sb"}, "publishes raw gradients"),
     "public is private": (lambda _: {"basis": f"public:{workbench.data_file()}"}, "names the private training data"),
-    "unknown basis": ({"basis": "svd"}, "to be weight, random"),
+    "unknown basis": ({"basis": "svd"}, "to be one of weight, random"),
     "delta too large": ({"delta": 0.02}, "would be allowed"),
     "delta too large, declared": ({"delta": 0.01, "num_examples": 100}, "must be less than 1 / num_examples"),
     "unreachable": ({"epsilon": 1e-9, "delta": 1e-12}, "cannot be reached"),
