@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 from dpsb.baselines.methods import MethodError, method_named
 from dpsb.basis_spec import RELEASED, BasisSpecError, parse_basis
+from dpsb.parts import part_of
 
 _SCHEDULES = ("constant", "linear", "cosine")
 _OPTIMIZERS = ("adam", "adamw", "adam-corrected", "sgd")
@@ -274,7 +275,14 @@ class RunConfig:
 
 
 def _same_data(one: str, other: str) -> bool:
-    """Whether two names are the same file, folder or Hub id. A copy under another name cannot be noticed."""
+    """Whether two names are the same file, folder or Hub id. A copy under another name cannot be noticed.
+
+    Two sides of one split share no row; a part and its whole file, or parts of two splits, do.
+    """
+    first, second = part_of(one), part_of(other)
+    if first is not None and second is not None and second == first.other(second.side):
+        return first.side == second.side
+    one, other = first.source if first else one, second.source if second else other
     if Path(one).exists() and Path(other).exists():
         return Path(one).samefile(other)
     return one.partition(":")[0].strip("/").lower() == other.partition(":")[0].strip("/").lower()

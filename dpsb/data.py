@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dpsb.losses import IGNORED
+from dpsb.parts import part_of
 from dpsb.sampling import length_buckets
 
 _TEXT = (
@@ -94,13 +95,21 @@ def read_table(source: str | Path) -> Table:
     Local files are read straight into memory: nothing is copied to a cache folder.
 
     Args:
-      source: A path; or ``NAME`` or ``NAME:SPLIT`` on the Hub, where there is a network.
+      source: A path; or ``NAME`` or ``NAME:SPLIT`` on the Hub, where there is a network; or a part of either, see
+        :mod:`dpsb.parts`.
 
     Raises:
       DataError: If the file is missing or cannot be parsed. The parser's own message is withheld, because parsers
         quote the rows they stumble over.
     """
     path, name = Path(source), str(source)
+    part = part_of(name)
+    if part is not None and not path.exists():
+        whole = read_table(part.source)
+        if part.by:
+            whole.column(part.by)
+        rows = part.rows(whole.columns)
+        return Table(name, {key: [values[i] for i in rows] for key, values in whole.columns.items()}, whole.class_names)
     if not path.exists():
         if path.suffix or name.count("/") > 1 or name.startswith((".", "/", "~")):
             raise DataError(f"{name} does not exist.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -57,26 +56,16 @@ def guarded(run: Callable[[], None]) -> None:
 
     Of an error that nobody foresaw only the kind and the place are shown: its message may quote a row.
     """
-    from dpsb_accounting import CalibrationInfeasible, LedgerError
-    from dpsb_accounting.engines import ResourceLimit
+    from dpsb.reasons import foreseen, reason
 
     try:
         run()
     except KeyboardInterrupt:
         fail("interrupted; charged steps are spent, --resume continues with the rest.")
-    except (ValueError, RuntimeError, OSError, MemoryError, LedgerError, CalibrationInfeasible, ResourceLimit) as error:
-        fail(" ".join(str(error).split()) or type(error).__name__)
     except Exception as error:
-        if os.environ.get("DPSB_TRACEBACK"):
+        if not foreseen(error) and os.environ.get("DPSB_TRACEBACK"):
             raise
-        place = error.__traceback__
-        while place is not None and place.tb_next is not None:
-            place = place.tb_next
-        where = "" if place is None else f" at {Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}"
-        fail(
-            f"unexpected {type(error).__name__}{where}. Its message is withheld, because it may quote data; "
-            "DPSB_TRACEBACK=1 shows it."
-        )
+        fail(reason(error))
 
 
 def fail(sentence: str) -> NoReturn:

@@ -1,0 +1,16 @@
+"""The sweep that runs without any data of one's own: the embedded mail, in steps that two cores can make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+LEARNING_RATES: Mapping[str, float] = {"sb": 0.05, "lora": 0.005, "lora-plus": 0.002, "ffa-lora": 0.01}
+"""Chosen on the validation mails with as many runs for each; docs/curves.md tells how."""
+
+
+def example_settings() -> dict[str, Any]:
+    """Settings of every cell: those of ``dpsb demo``, with half its steps."""
+    from dpsb.demo import LABELS, SETTINGS
+
+    return {**SETTINGS, "model": "minilm", "labels": ",".join(LABELS), "steps": 24}

@@ -1,0 +1,145 @@
+"""Sentences on what a curve shows. All of them follow from the tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from dpsb.curves.composed import Composed
+from dpsb.curves.sweep import Curve
+from dpsb.curves.table import Point, is_better
+from dpsb_accounting.report.words import up
+
+OUTSIDE = (
+    "Held-out metrics are outside the guarantee: they are computed on the held-out rows without noise, so whoever sees "
+    "them learns something about the people in those rows."
+)
+_NAMES = {"accuracy": "accuracy", "perplexity": "perplexity"}
+
+
+def findings(curve: Curve) -> list[str]:
+    """What the curve shows: the best method at each epsilon, whether by more than a standard deviation, and the gap.
+
+    The standard deviation is the larger one of the best two methods.
+    """
+    groups: list[tuple[tuple[str, str], list[float]]] = []
+    for epsilon in curve.settings.epsilons:
+        verdict = _verdict(curve, epsilon)
+        if verdict is None:
+            continue
+        if groups and groups[-1][0] == verdict:
+            groups[-1][1].append(epsilon)
+        else:
+            groups.append((verdict, [epsilon]))
+    said = [f"At {listed(epsilons)} {best} {how}." for (best, how), epsilons in groups]
+    gap = _gap(curve)
+    return [*said, gap] if gap else said
+
+
+def _verdict(curve: Curve, epsilon: float) -> tuple[str, str] | None:
+    ranked = _ranked(curve, epsilon)
+    if len(ranked) < 2:
+        return (
+            (ranked[0].label, "is the only method with a result")
+            if ranked and len(curve.settings.entries) > 1
+            else None
+        )
+    best, second = ranked[0], ranked[1]
+    if best.mean == second.mean:
+        return f"{best.label} and {second.label}", "are equal"
+    if best.sd is None or second.sd is None:
+        return best.label, f"is ahead of {second.label} in a single run each, which does not tell how far chance goes"
+    margin, spread = abs((best.mean or 0) - (second.mean or 0)), max(best.sd, second.sd)
+    far = "by more than one standard deviation" if margin > spread else "within one standard deviation"
+    return best.label, f"is ahead of {second.label} {far}"
+
+
+def _ranked(curve: Curve, epsilon: float) -> list[Point]:
+    """The points at one epsilon, the best first."""
+    points = [point for point in curve.points if point.epsilon == epsilon and point.mean is not None]
+    rising = is_better(curve.metric, 1.0, 0.0)
+    return sorted(points, key=lambda point: -(point.mean or 0) if rising else (point.mean or 0))
+
+
+def _gap(curve: Curve) -> str:
+    """How far the best private cell is from the best non-private one."""
+    finite = [epsilon for epsilon in curve.settings.epsilons if math.isfinite(epsilon)]
+    free, private = _ranked(curve, math.inf), _ranked(curve, finite[-1]) if finite else []
+    if not free or not private:
+        return ""
+    best, top = private[0], free[0]
+    difference = (best.mean or 0) - (top.mean or 0)
+    amount = f"{abs(100 * difference):.1f} points" if curve.metric == "accuracy" else f"{abs(difference):.3g}"
+    where = "below" if difference < 0 else "above"
+    return (
+        f"The best at {listed(finite[-1:])}, {best.label}, lies {amount} {where} the best without privacy, {top.label}."
+    )
+
+
+def price(composed: Composed) -> tuple[str, str]:
+    """The composed epsilon: a headline, and what it is made of."""
+    made = [f"{composed.curve} of the curve"] if composed.curve else []
+    made += [f"{composed.tuning} for tuning"] if composed.tuning else []
+    made += [f"{composed.unfinished} unfinished"] if composed.unfinished else []
+    made += [f"{composed.abandoned} abandoned"] if composed.abandoned else []
+    runs = f"{composed.runs} run{'s' * (composed.runs != 1)} ({', '.join(made)})"
+    if composed.bound is None:
+        if composed.unreadable:
+            return "unknown", f"{', '.join(composed.unreadable)} cannot be read, so nothing bounds what was spent."
+        return "0", "Nothing was run."
+    delta = f"δ = {composed.bound.delta:.3g}"
+    about = f"per {composed.bound.unit}, {composed.bound.neighboring}"
+    if composed.tainted:
+        return "no claim", f"{runs}; void, because {'; '.join(composed.tainted)}."
+    if composed.bound.is_finite:
+        headline = f"ε ≤ {up(composed.bound.upper, 4)} at {delta}"
+        return headline, f"All {runs} together, {about}; at least {composed.bound.lower:.4g}."
+    private = composed.runs - composed.non_private
+    rest = ""
+    if private and composed.private is not None and composed.private.is_finite:
+        rest = (
+            f" The {private} private run{'s' * (private != 1)} alone compose to ε ≤ {up(composed.private.upper, 4)} at "
+            f"δ = {composed.private.delta:.3g} (information: the others did run)."
+        )
+    return "ε = ∞", (
+        f"All {runs} together, {about}: {composed.non_private} of them had no guarantee, so the data of this curve has "
+        f"none.{rest}"
+    )
+
+
+def tuning(curve: Curve) -> list[str]:
+    """How learning rates came about, a sentence for each method."""
+    settings, said = curve.settings, []
+    for entry in settings.entries:
+        rates = settings.rates[entry.text]
+        points = [point for point in curve.points if point.method == entry.text]
+        if len(rates) == 1:
+            said.append(f"{entry.label}: learning rate {rates[0]:g}, given; no tuning runs on this data.")
+            continue
+        runs = sum(point.tuning_runs for point in points)
+        chosen = {point.learning_rate for point in points if point.learning_rate is not None}
+        edge = sorted(chosen & {min(rates), max(rates)})
+        warning = f" ({', '.join(f'{rate:g}' for rate in edge)} is at the edge of the grid)" if edge else ""
+        said.append(
+            f"{entry.label}: {runs} tuning runs over {', '.join(f'{rate:g}' for rate in rates)} at every ε, judged on "
+            f"the validation data; chosen {', '.join(f'{rate:g}' for rate in sorted(chosen)) or 'none'}{warning}."
+        )
+    return said
+
+
+def listed(epsilons: Sequence[float]) -> str:
+    """``"ε = 0.5, 1 and 2"``; infinity is said in words."""
+    names = [f"{value:g}" if math.isfinite(value) else "∞" for value in epsilons]
+    return "ε = " + (names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}")
+
+
+def shown(value: float | None, metric: str) -> str:
+    """A metric's value as a reader wants it: accuracies in percent."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}" if metric == "accuracy" else f"{value:.4g}"
+
+
+def with_sd(point: Point, metric: str) -> str:
+    """Mean ± standard deviation."""
+    return shown(point.mean, metric) + (f" ± {shown(point.sd, metric)}" if point.sd is not None else "")

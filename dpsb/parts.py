@@ -1,0 +1,100 @@
+"""Parts of one data file: training, validation and test rows, told apart by a public seed. Needs no torch.
+
+A source such as ``mail.parquet#train(test=0.2,validation=0.1,seed=0)`` names a part wherever a file can be named, so
+that no second file with private text is ever written, and the ledger says what was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import Any
+
+SIDES = ("train", "validation", "test")
+_SPEC = re.compile(
+    r"(?P<source>.+)#(?P<side>train|validation|test)"
+    r"\(test=(?P<test>[\d.e-]+),validation=(?P<validation>[\d.e-]+),seed=(?P<seed>\d+)(?:,by=(?P<by>[^()]+))?\)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One side of a split.
+
+    Each row belongs to one side, which a hash of the public seed and of the row decides, whatever else the file holds:
+    a row more or less moves nobody else to another side, and equal rows stay together.
+
+    Args:
+      source: The file, as the user named it.
+      side: ``"train"``, ``"validation"`` or ``"test"``.
+      test: Expected share of the test rows.
+      validation: Expected share of the validation rows.
+      seed: Public.
+      by: A column: rows with the same value there, such as those of one person, stay together.
+
+    Raises:
+      ValueError: If a share is out of range or leaves nothing to train on.
+    """
+
+    source: str
+    side: str
+    test: float
+    validation: float
+    seed: int
+    by: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("test", "validation"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"Expected {name}_share={getattr(self, name)!r} of at least 0 and below 1.")
+        if self.test + self.validation >= 1:
+            raise ValueError(
+                f"test_share={self.test!r} and validation_share={self.validation!r} leave nothing to train on."
+            )
+        if self.seed < 0:
+            raise ValueError(f"Expected split_seed={self.seed!r} of at least 0.")
+
+    def __str__(self) -> str:
+        by = f",by={self.by}" if self.by else ""
+        return f"{self.source}#{self.side}(test={self.test:g},validation={self.validation:g},seed={self.seed}{by})"
+
+    def other(self, side: str) -> Part:
+        """Another side of the same split."""
+        return replace(self, side=side)
+
+    def rows(self, columns: Mapping[str, Sequence[Any]]) -> list[int]:
+        """Which rows of a table belong to this side. As sensitive as they are."""
+        count = len(next(iter(columns.values()), []))
+        return [row for row in range(count) if self._side({name: columns[name][row] for name in columns}) == self.side]
+
+    def _side(self, row: Mapping[str, Any]) -> str:
+        owner = row.get(self.by) if self.by else None
+        key = json.dumps(sorted(row.items()) if owner is None else str(owner), default=str)
+        place = int.from_bytes(sha256(f"{self.seed}\n{key}".encode()).digest()[:8], "big") / 2**64
+        if place < self.test:
+            return "test"
+        return "validation" if place < self.test + self.validation else "train"
+
+
+def part_of(source: str) -> Part | None:
+    """The part that a source names; None for a whole file.
+
+    Example:
+      >>> part = part_of("mail.csv#test(test=0.2,validation=0,seed=7)")
+      >>> part.source, part.side, str(part.other("train"))
+      ('mail.csv', 'test', 'mail.csv#train(test=0.2,validation=0,seed=7)')
+    """
+    found = _SPEC.fullmatch(source)
+    if found is None:
+        return None
+    return Part(
+        source=found["source"],
+        side=found["side"],
+        test=float(found["test"]),
+        validation=float(found["validation"]),
+        seed=int(found["seed"]),
+        by=found["by"],
+    )
