@@ -83,6 +83,8 @@ class RunConfig:
       completion_column: As above.
       tokens_per_example: Causal LM: divide an example's loss by this constant instead of by its own token count.
       token_budget: Tokens per microbatch: memory and speed only.
+      remember_frozen_blocks: Run the blocks below the lowest trained one once per example and keep what they return in
+        memory: speed and memory only.
       checkpoint_every: Steps between checkpoints.
       allow_dropout: Leave the model's dropout on.
       insecure_seed: Repeatable noise for tests; the run then claims nothing.
@@ -135,6 +137,7 @@ class RunConfig:
     completion_column: str | None = None
     tokens_per_example: int | None = None
     token_budget: int = 4096
+    remember_frozen_blocks: bool = False
     checkpoint_every: int = 25
     allow_dropout: bool = False
     insecure_seed: int | None = None
@@ -206,6 +209,8 @@ class RunConfig:
             raise ConfigError(str(error)) from None
         if not method.has_basis and self.basis != "weight":
             raise ConfigError(f"method={self.method!r} has no basis to choose, got basis={self.basis!r}.")
+        if self.remember_frozen_blocks and self.allow_dropout:
+            raise ConfigError("remember_frozen_blocks does not go with allow_dropout: it would remember a mask too.")
         if method.kind == "model" and self.dtype != "float32":
             raise ConfigError(
                 f"method={self.method!r} trains the model's own tensors, so dtype={self.dtype!r} must be float32."

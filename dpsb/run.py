@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from dpsb.data import (
     read_table,
 )
 from dpsb.evaluate import evaluate
+from dpsb.frozen_prefix import remember_frozen_prefix
 from dpsb.losses import LossFn
 from dpsb.models import (
     HEAD_NAMES,
@@ -139,7 +141,8 @@ def fine_tune(
     plan = _plan(config, model, prepared, provenance, planned.phases if planned else (), start, existing)
     callbacks.on_plan(plan)
     synthetic, randomness = synthetic_of(config, base, tokenizer, prepared), _randomness(config)
-    with _open_ledger(config, resume, out, plan, start) as ledger:
+    remembered = remember_frozen_prefix(model) if config.remember_frozen_blocks else nullcontext()
+    with remembered, _open_ledger(config, resume, out, plan, start) as ledger:
         if plan.basis["access"] == "released":
             callbacks.on_status(f"releasing the basis ({config.basis})")
             examples = PrivateExamples(

@@ -198,6 +198,15 @@ def train(
         int | None,
         typer.Option(rich_help_panel="Machine", help="Tokens per microbatch: memory and speed only. [default: 4096]"),
     ] = None,
+    remember_frozen_blocks: Annotated[
+        bool | None,
+        typer.Option(
+            "--remember-frozen-blocks",
+            rich_help_panel="Machine",
+            help="With targets in upper blocks only: run the blocks below once per example and keep what they return "
+            "in memory. Speed and memory only.",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(rich_help_panel="Machine", help="float32 (default) or bfloat16, frozen weights."),

@@ -17,7 +17,7 @@ DEMO = "demo"
 
 VARIED = ("out", "epsilon", "method", "basis", "insecure_seed")
 """Settings of a run that a sweep sets for every cell, whatever a file of settings says."""
-_MACHINE = ("token_budget", "checkpoint_every")
+_MACHINE = ("token_budget", "checkpoint_every", "remember_frozen_blocks")
 _CHECKPOINT_EVERY = 5
 """Steps between checkpoints: what a kill can cost a cell in updates, and so in accuracy."""
 

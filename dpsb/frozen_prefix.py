@@ -1,0 +1,182 @@
+"""Remembers what the frozen blocks below the lowest trained one computed for an example, so that they run only once.
+
+With adapters on the upper blocks of a model alone, everything below is the same function in every step. While
+:func:`remember_frozen_prefix` is active, the hidden states that enter the lowest trained block are kept in memory,
+by the example's own tokens, and only the blocks above run again. Nothing is written to disk. What is kept is as
+sensitive as the examples and goes away with the block.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+
+class PrefixError(ValueError):
+    """The model has no frozen blocks to remember; the message says why."""
+
+
+@contextmanager
+def remember_frozen_prefix(model: nn.Module) -> Iterator[int]:
+    """Lets the blocks below the lowest trained one run once per example while the block is active.
+
+    Guarantees:
+      * Per-example gradients and losses are those of the model without it, up to floating-point rounding: a row's
+        hidden states are computed from its own tokens, in a batch of the same padded length.
+      * Outside a forward pass the model's modules are where they were. On leaving, everything kept is gone.
+
+    Args:
+      model: Of transformers, with or without PEFT. Which tensors are trained must not change inside. Dropout must be 0
+        in the frozen blocks: a mask would be remembered too.
+
+    Yields:
+      The number of blocks that are skipped.
+
+    Raises:
+      PrefixError: If the lowest block is trained, or the trained tensors do not all lie in one list of blocks or above.
+    """
+    encoder, parent, name, count = _frozen_part(model)
+    memory = _Memory(encoder, parent, name, count)
+    handles = [
+        encoder.register_forward_pre_hook(memory.before, with_kwargs=True),
+        encoder.register_forward_hook(memory.after, always_call=True),
+    ]
+    try:
+        yield count
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(isinstance(m, LoraLayer) for m in module.modules()) or any(p.requires_grad for p in module.parameters())
+
+
+def _frozen_part(model: nn.Module) -> tuple[Any, nn.Module, str, int]:
+    """The transformers model that holds the blocks, the module that holds their list, its name, how many are frozen."""
+    from transformers import PreTrainedModel
+
+    found = None
+    for encoder in (m for m in model.modules() if isinstance(m, PreTrainedModel)):
+        for parent in encoder.modules():
+            for name, blocks in parent.named_children():
+                if isinstance(blocks, nn.ModuleList) and _is_trained(blocks):
+                    found = encoder, parent, name, blocks  # the innermost model that holds the list comes last
+            if found is not None and found[1] is parent:
+                break
+    if found is None:
+        raise PrefixError("The model has no list of blocks with trained tensors in it, so no frozen block to remember.")
+    encoder, parent, name, blocks = found
+    count = next(i for i, block in enumerate(blocks) if _is_trained(block))
+    if count == 0:
+        raise PrefixError("The lowest block is trained, so there is no frozen one below it; target upper blocks only.")
+    lists = {id(p) for block in blocks for p in block.parameters()}
+    embeddings = [p for p in encoder.get_input_embeddings().parameters() if id(p) not in lists]
+    if any(p.requires_grad for p in embeddings):
+        raise PrefixError("The embeddings are trained, so nothing above them stays the same from step to step.")
+    return encoder, parent, name, count
+
+
+class _Instead(nn.Module):
+    """Stands for a frozen block: hands on the hidden states, or those that are remembered.
+
+    Whatever else models ask of a block, such as its kind of attention, the block itself answers.
+    """
+
+    def __init__(self, block: nn.Module, memory: _Memory, recalls: bool) -> None:
+        super().__init__()
+        self.__dict__.update(_block=block, _memory=memory, _recalls=recalls)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)
+
+    def forward(self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        memory: _Memory = self.__dict__["_memory"]
+        if self.__dict__["_recalls"]:
+            needs_gradient = hidden_states.requires_grad and torch.is_grad_enabled()
+            hidden_states = memory.batch.requires_grad_(needs_gradient)
+        return (hidden_states,) if memory.in_tuple else hidden_states
+
+
+class _Memory:
+    """Hidden states by an example's own tokens, and the hooks that fill and use them."""
+
+    def __init__(self, encoder: Any, parent: nn.Module, name: str, count: int) -> None:
+        blocks = list(getattr(parent, name))
+        self.encoder, self.parent, self.name = encoder, parent, name
+        self.blocks: nn.ModuleList = getattr(parent, name)
+        self.lower = nn.ModuleList(blocks[:count])
+        standing = [_Instead(block, self, i == count - 1) for i, block in enumerate(blocks[:count])]
+        self.upper = nn.ModuleList([*standing, *blocks[count:]])
+        self.kept: dict[bytes, torch.Tensor] = {}
+        self.batch = torch.empty(0)
+        self.in_tuple = False
+        self.computing = False
+
+    def before(self, _encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Makes the hidden states of a batch ready, and lets the forward pass start above the frozen blocks."""
+        if self.computing:
+            return
+        inputs = {"input_ids": args[0] if args else kwargs.get("input_ids"), "attention_mask": None}
+        inputs |= {name: kwargs.get(name) for name in ("attention_mask", "token_type_ids")}
+        lengths = _own_lengths(inputs)
+        if lengths is None or len(args) > 1:
+            return  # not padded on the right, or called in another way: the whole model runs
+        keys = _keys(inputs, lengths)
+        missing = [i for i, key in enumerate(keys) if key not in self.kept]
+        if missing:
+            hidden = self._run_lower({name: v[missing] for name, v in inputs.items() if v is not None})
+            for row, i in enumerate(missing):
+                self.kept[keys[i]] = hidden[row, : lengths[i]].cpu().clone()
+        rows = [self.kept[key] for key in keys]
+        batch = rows[0].new_zeros(len(rows), inputs["input_ids"].shape[1], rows[0].shape[1])
+        for row, part in zip(batch, rows, strict=True):
+            row[: len(part)] = part
+        self.batch = batch.to(inputs["input_ids"].device)
+        self.parent._modules[self.name] = self.upper
+
+    def after(self, _encoder: nn.Module, _args: Any, _output: Any) -> None:
+        if not self.computing:
+            self.parent._modules[self.name] = self.blocks
+            self.batch = torch.empty(0)
+
+    def _run_lower(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """What the last frozen block returns."""
+        seen: list[Any] = []
+        handle = self.lower[-1].register_forward_hook(lambda _module, _args, output: seen.append(output))
+        self.computing = True
+        self.parent._modules[self.name] = self.lower
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")  # none is wanted
+                self.encoder(**inputs)
+        finally:
+            handle.remove()
+            self.computing = False
+            self.parent._modules[self.name] = self.blocks
+        self.in_tuple = isinstance(seen[0], tuple)
+        hidden: torch.Tensor = seen[0][0] if self.in_tuple else seen[0]
+        return hidden
+
+
+def _own_lengths(inputs: dict[str, Any]) -> list[int] | None:
+    """The number of tokens of each row, if padding comes after them."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if ids is None or mask is None or mask.shape != ids.shape or mask.shape[0] == 0:
+        return None
+    lengths = mask.sum(dim=1)
+    right = torch.arange(mask.shape[1], device=mask.device)[None] < lengths[:, None]
+    return lengths.tolist() if torch.equal(mask.bool(), right) and int(lengths.min()) > 0 else None
+
+
+def _keys(inputs: dict[str, Any], lengths: list[int]) -> list[bytes]:
+    """Each row's own tokens and their types, as bytes."""
+    parts = [inputs[name] for name in ("input_ids", "token_type_ids") if inputs.get(name) is not None]
+    stacked = torch.stack([part.to(torch.int32) for part in parts], dim=1).cpu()
+    return [stacked[i, :, :length].contiguous().numpy().tobytes() for i, length in enumerate(lengths)]

@@ -1,0 +1,149 @@
+"""Frozen blocks that run once per example: the same rows, with every kind of model and checkpointing."""
+
+import pytest
+import torch
+import workbench
+from safetensors.torch import load_file
+
+from dpsb.config import ConfigError
+from dpsb.frozen_prefix import PrefixError, remember_frozen_prefix
+from dpsb.run import fine_tune
+
+UPPER = {"bert": r".*layer\.1\..*(query|key|value|dense)", "llama": r".*layers\.1\..*_proj", "gpt2": r".*h\.1\..*c_.*"}
+UPPER["gemma2"] = UPPER["llama"]
+
+
+def adapter_on_top(tiny, kind, checkpointing="none", **options):
+    base = tiny.base(kind, **options)
+    if checkpointing != "none":
+        base.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+        base.enable_input_require_grads()
+    return tiny.adapter(base, target_modules=UPPER[kind], task_type=None)
+
+
+class Counter:
+    """Counts the rows that pass through the lowest block."""
+
+    def __init__(self, adapter):
+        lists = [m for m in adapter.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2]
+        self.rows = 0
+        lists[0][0].register_forward_hook(self._count, with_kwargs=True)
+
+    def _count(self, _module, args, kwargs, _output):
+        self.rows += len(args[0] if args else kwargs["hidden_states"])
+
+
+@pytest.mark.parametrize("kind", list(UPPER))
+@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non-reentrant"])
+def test_rows_are_the_same(tiny, kind, checkpointing):
+    adapter = adapter_on_top(tiny, kind, checkpointing)
+    batch = tiny.batch(kind)
+    expected = tiny.rows(adapter, tiny.loss[kind], batch)
+    before = [name for name, _ in adapter.model.named_modules()]
+    with remember_frozen_prefix(adapter.model) as count:
+        first = tiny.rows(adapter, tiny.loss[kind], batch)
+        second = tiny.rows(adapter, tiny.loss[kind], batch)
+        assert [name for name, _ in adapter.model.named_modules()] == before
+    assert count == 1
+    assert tiny.distance(first, expected) < 1e-5
+    assert tiny.distance(second, expected) < 1e-5
+    assert torch.equal(tiny.rows(adapter, tiny.loss[kind], batch), expected)
+
+
+def test_an_example_passes_the_frozen_blocks_once_in_whatever_batch_it_comes(tiny):
+    adapter = adapter_on_top(tiny, "bert")
+    batch = tiny.batch("bert")
+    expected = tiny.rows(adapter, tiny.loss["bert"], batch)
+    counter = Counter(adapter)
+    with remember_frozen_prefix(adapter.model):
+        tiny.rows(adapter, tiny.loss["bert"], tiny.take(batch, [0, 1]))
+        assert counter.rows == 2
+        again = tiny.rows(adapter, tiny.loss["bert"], tiny.take(batch, [4, 1, 0, 2]))
+        assert counter.rows == 4
+        wider = {name: torch.nn.functional.pad(v, (0, 4)) if v.dim() == 2 else v for name, v in batch.items()}
+        padded = tiny.rows(adapter, tiny.loss["bert"], wider)
+        assert counter.rows == 5
+    assert tiny.distance(again, expected[[4, 1, 0, 2]]) < 1e-5
+    assert tiny.distance(padded, expected) < 1e-5
+    tiny.rows(adapter, tiny.loss["bert"], batch)
+    assert counter.rows == 10
+
+
+def test_token_types_tell_examples_apart(tiny):
+    adapter = adapter_on_top(tiny, "bert")
+    batch = tiny.batch("bert")
+    typed = {**batch, "token_type_ids": (batch["input_ids"] % 2) * batch["attention_mask"]}
+    with remember_frozen_prefix(adapter.model):
+        plain = tiny.rows(adapter, tiny.loss["bert"], {**batch, "token_type_ids": torch.zeros_like(batch["input_ids"])})
+        other = tiny.rows(adapter, tiny.loss["bert"], typed)
+    assert tiny.distance(plain, other) > 1e-3
+    assert tiny.distance(other, tiny.rows(adapter, tiny.loss["bert"], typed)) < 1e-5
+
+
+def test_padding_on_the_left_runs_the_whole_model(tiny):
+    adapter = adapter_on_top(tiny, "llama")
+    batch = {name: value.flip(1) for name, value in tiny.batch("llama").items()}
+    expected = tiny.rows(adapter, tiny.loss["llama"], batch)
+    counter = Counter(adapter)
+    with remember_frozen_prefix(adapter.model):
+        for _ in range(2):
+            assert torch.equal(tiny.rows(adapter, tiny.loss["llama"], batch), expected)
+    assert counter.rows == 10
+
+
+def test_an_error_inside_leaves_the_model_whole(tiny):
+    adapter = adapter_on_top(tiny, "bert")
+    batch = tiny.batch("bert")
+    expected = tiny.rows(adapter, tiny.loss["bert"], batch)
+    names = [name for name, _ in adapter.model.named_modules()]
+    with remember_frozen_prefix(adapter.model):
+        handle = adapter.cores[0].up.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tiny.rows(adapter, tiny.loss["bert"], batch)
+        handle.remove()
+        assert [name for name, _ in adapter.model.named_modules()] == names
+        assert tiny.distance(tiny.rows(adapter, tiny.loss["bert"], batch), expected) < 1e-5
+
+
+def test_nothing_frozen_below_is_refused(tiny):
+    adapter = tiny.adapter(tiny.base("bert"))
+    with pytest.raises(PrefixError, match="lowest block is trained"), remember_frozen_prefix(adapter.model):
+        pass
+    with pytest.raises(PrefixError, match="no list of blocks"), remember_frozen_prefix(torch.nn.Linear(2, 2)):
+        pass
+
+
+TOP = r"re:.*layer\.1\..*(query|key|value|dense)"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"targets": TOP},
+        {"targets": TOP, "basis": "private"},
+        {"targets": TOP, "method": "lora"},
+        {"targets": r"re:.*layers\.1\..*_proj", "kind": "causal-lm"},
+    ],
+    ids=["cores", "private basis", "lora", "causal"],
+)
+def test_a_run_with_it_gives_the_adapter_of_a_run_without(tmp_path, changes):
+    changes = dict(changes)
+    kind = changes.pop("kind", "classification")
+    for name, remember in (("with", True), ("without", False)):
+        settings = {"insecure_seed": 3, "remember_frozen_blocks": remember, **changes}
+        fine_tune(workbench.run_config(tmp_path / name, kind, **settings))
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("with", "without"))
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(value, other[key], atol=1e-5, rtol=1e-4)
+
+
+def test_a_run_with_every_block_trained_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(PrefixError, match="lowest block is trained"):
+        fine_tune(workbench.run_config(tmp_path / "run", remember_frozen_blocks=True))
+    assert not (tmp_path / "run").exists()
+
+
+def test_dropout_masks_are_not_remembered(tmp_path):
+    with pytest.raises(ConfigError, match="would remember a mask"):
+        workbench.run_config(tmp_path, remember_frozen_blocks=True, allow_dropout=True)
