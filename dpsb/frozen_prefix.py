@@ -123,7 +123,7 @@ class _Memory:
         """Makes the hidden states of a batch ready, and lets the forward pass start above the frozen blocks."""
         if self.computing:
             return
-        inputs = {"input_ids": args[0] if args else kwargs.get("input_ids"), "attention_mask": None}
+        inputs: dict[str, Any] = {"input_ids": args[0] if args else kwargs.get("input_ids")}
         inputs |= {name: kwargs.get(name) for name in ("attention_mask", "token_type_ids")}
         lengths = _own_lengths(inputs)
         if lengths is None or len(args) > 1:
