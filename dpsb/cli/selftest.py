@@ -45,8 +45,8 @@ def selftest(
         else:
             _show(Console(), found)
         if not found.ok:
-            names = ", ".join(check.name for check in found.failures)
-            raise RuntimeError(f"{len(found.failures)} of {len(found.checks)} checks failed: {names}.")
+            failed = ", ".join(check.name for check in found.failures)
+            raise RuntimeError(f"{len(found.failures)} of {len(found.checks)} checks failed: {failed}.")
 
     guarded(run)
 

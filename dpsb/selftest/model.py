@@ -62,15 +62,18 @@ def selftest_model(
     tensors = (*adapter.model.parameters(), *adapter.model.buffers())
     half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in tensors)
     tolerance = _HALF if half else TOLERANCE
+    subject = f"dpsb.fit on {type(adapter.model).__name__}"
     checks = [*_probe(adapter, loss_fn, collate, synthetic, max_length, token_budget)]
-    with own_step(adapter, loss_fn, collate, few, max_length, token_budget=token_budget) as step:
-        found = run_selftest(step, few, tolerance=tolerance)
-        clip = step.l2_clip_norm
-    checks += found.checks
-    if full:
-        checks += _loop_checks(adapter, loss_fn, collate, synthetic, max_length, token_budget, clip)
-        checks += _reload_checks(adapter, collate, few, max_length, make_base)
-    return SelfTest(found.subject, tuple(checks))
+    try:
+        with own_step(adapter, loss_fn, collate, few, max_length, token_budget=token_budget) as step:
+            checks += run_selftest(step, few, tolerance=tolerance).checks
+            clip = step.l2_clip_norm
+        if full:
+            checks += _loop_checks(adapter, loss_fn, collate, synthetic, max_length, token_budget, clip)
+            checks += _reload_checks(adapter, collate, few, max_length, make_base)
+    except (ValueError, RuntimeError) as error:
+        checks.append(Check(name="runs", passed=False, figure=None, limit="", detail=str(error)))
+    return SelfTest(subject, tuple(checks))
 
 
 def _probe(
@@ -127,9 +130,7 @@ def _loop_checks(
                 Path(scratch),
                 list(synthetic[:5]),
                 synthetic[5],
-                l2_clip_norm=clip,
-                steps=_STEPS,
-                divisor=_DIVISOR,
+                plan=plan,
                 learning_rate=_rate(plan),
                 start=torch.cat([value.flatten().cpu() for value in saved.values()]),
             )

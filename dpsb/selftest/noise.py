@@ -39,7 +39,7 @@ def check_noise(step: Step, numbers: int = _NUMBERS) -> Iterator[Check]:
     dimension = max(2, numbers // _RELEASES)
     offset = torch.linspace(-2, 2, dimension, dtype=torch.float64) * step.l2_clip_norm
     found = np.concatenate([_noise(step.release, offset) for _ in range(_RELEASES)]) / std
-    yield _scale(found)
+    yield scale_check("noise_scale", found, "standard deviation of the noise, divided by what the plan says")
     yield _between("noise_mean", float(found.mean()) * math.sqrt(len(found)), "the noise is centred at the sum")
     yield _law(found)
     yield _reuse("noise_reuse", found, "no stretch of noise occurs twice, within a release or in two of them")
@@ -65,18 +65,13 @@ def _noise(release: Callable[[torch.Tensor], torch.Tensor], total: torch.Tensor)
     return np.asarray((release(total.clone()).double() - total).cpu().numpy())
 
 
-def _scale(found: np.ndarray) -> Check:
+def scale_check(name: str, found: np.ndarray, detail: str) -> Check:
+    """Whether the root mean square of noise values, in units of what it should be, is one; by the chi-square law."""
     from scipy.stats import chi2
 
     low, high = (math.sqrt(chi2.ppf(p, len(found)) / len(found)) for p in (ERROR_RATE / 2, 1 - ERROR_RATE / 2))
     ratio = math.sqrt(float(np.mean(found**2)))
-    return Check(
-        name="noise_scale",
-        passed=low <= ratio <= high,
-        figure=ratio,
-        limit=f"{low:.4f} to {high:.4f}",
-        detail="standard deviation of the noise, divided by what the plan says",
-    )
+    return Check(name=name, passed=low <= ratio <= high, figure=ratio, limit=f"{low:.4f} to {high:.4f}", detail=detail)
 
 
 def _law(found: np.ndarray) -> Check:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from dpsb.train import _clipped_sum, training_mode
 
 POISON = "dpsb_selftest_poison"
 _SCATTER = 0.05
+_WIDE = 1e6
 
 
 @contextmanager
@@ -66,15 +68,18 @@ def own_step(
             )
             randomness = SystemRandomness()
 
-            def summed(budget: int) -> Callable[[Sequence[Any]], torch.Tensor]:
+            wide = replace(mechanism, l2_clip_norm=_WIDE * mechanism.l2_clip_norm)
+
+            def summed(budget: int, by: Mechanism = mechanism) -> Callable[[Sequence[Any]], torch.Tensor]:
                 return lambda chosen: _clipped_sum(
-                    adapter, mechanism, planted.loss, planted.collate, list(chosen), buckets, budget
+                    adapter, by, planted.loss, planted.collate, list(chosen), buckets, budget
                 )
 
             yield Step(
                 name=f"dpsb.fit on {type(adapter.model).__name__}",
                 l2_clip_norm=mechanism.l2_clip_norm,
                 clipped_sum=summed(token_budget),
+                unclipped=summed(token_budget, wide),
                 otherwise=summed(1),
                 poisoned=lambda example: {**example, POISON: True},
                 noise_multiplier=noise_multiplier,

@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dpsb.mechanism import Mechanism
 from dpsb.randomness import Randomness, SeededRandomness
+from dpsb.selftest.noise import scale_check
 from dpsb.selftest.result import Check, at_most
-from dpsb_accounting import Ledger
+from dpsb_accounting import Ledger, Plan
 
 _TOLERANCE = 2e-3
 _UPDATE_TOLERANCE = 1e-4
@@ -39,6 +41,7 @@ class Recording:
     totals: list[torch.Tensor] = field(default_factory=list)
     released: list[torch.Tensor] = field(default_factory=list)
     charged_at_draw: list[int] = field(default_factory=list)
+    draws: list[tuple[int, float]] = field(default_factory=list)
     steps: int = 0
     theta: Mapping[str, torch.Tensor] = field(default_factory=dict)
     ledger: list[tuple[str, ...]] = field(default_factory=list)
@@ -50,9 +53,7 @@ def check_replay(
     dataset: Sequence[Any],
     another: Any,
     *,
-    l2_clip_norm: float,
-    steps: int,
-    divisor: float,
+    plan: Plan,
     learning_rate: float,
     start: torch.Tensor,
     interrupted: bool = True,
@@ -64,14 +65,12 @@ def check_replay(
       folder: Empty; one folder per run is made in it.
       dataset: At least 3 examples.
       another: An example to put in the place of the last one, or after it.
-      l2_clip_norm: C.
-      steps: T.
-      divisor: What a released sum is divided by.
+      plan: What the loop trains under, example by example and with a fixed C.
       learning_rate: Of the SGD.
       start: theta before the first step, packed.
       interrupted: Whether to check that a run that was cut off goes on without a free step.
     """
-    C = l2_clip_norm
+    C, steps = plan.l2_clip_norm, plan.steps
     base = _record(loop, folder / "base", dataset)
     neighbours = {
         "remove": (dataset[:-1], 1.0),
@@ -111,13 +110,24 @@ def check_replay(
     drew = len(base.charged_at_draw) >= steps
     detail = "every step is in the ledger, on disk, before its draw"
     yield Check(name="charged_before_draw", passed=drew and late == 0, figure=late, limit="= 0", detail=detail)
-    yield _update(base, start, learning_rate / divisor)
+    wanted = (len(dataset), plan.sampling_prob)
+    odd = sum(draw != wanted for draw in base.draws)
+    detail = "every draw is of all rows, with the plan's probability"
+    yield at_most("replay_draws", odd if base.draws else float("nan"), 0, detail)
+    yield _noise(base, plan.noise_std)
+    yield _update(base, start, learning_rate / plan.expected_batch_size)
     if interrupted:
         yield _resumed(loop, folder / "resumed", dataset, steps)
 
 
 def _flow(one: Recording) -> tuple[int, ...]:
     return len(one.totals), len(one.charged_at_draw), one.steps
+
+
+def _noise(base: Recording, noise_std: float) -> Check:
+    added = [b - a for a, b in zip(base.totals, base.released, strict=True)]
+    found = torch.cat(added).numpy() / noise_std if added else np.full(1, np.nan)
+    return scale_check("replay_noise", found, "noise of the releases of a whole run, divided by what the plan says")
 
 
 def _update(base: Recording, start: torch.Tensor, factor: float) -> Check:
@@ -167,6 +177,7 @@ class _Watching(SeededRandomness):
 
     def bernoulli(self, count: int, probability: float) -> Any:
         path = self._folder / "ledger.jsonl"
+        self._recording.draws.append((count, probability))
         self._recording.charged_at_draw.append(Ledger.read(path).charged("train") if path.exists() else 0)
         return super().bernoulli(count, probability)
 

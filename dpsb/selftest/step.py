@@ -23,6 +23,8 @@ class Step:
       l2_clip_norm: C, the most that one example may contribute to the sum.
       clipped_sum: Sum over these examples of their clipped gradients, shape ``(d,)``, before noise and division. Must
         accept an empty sequence.
+      unclipped: The same sum with a C so large that nothing is clipped: it shows that an example rescales the others
+        even where clipping hides it.
       otherwise: The same sum under other memory settings, such as another microbatch size.
       poisoned: Turns an example into one whose loss is NaN.
       noise_multiplier: Noise standard deviation divided by C.
@@ -36,6 +38,7 @@ class Step:
     name: str
     l2_clip_norm: float
     clipped_sum: ClippedSum
+    unclipped: ClippedSum | None = None
     otherwise: ClippedSum | None = None
     poisoned: Callable[[Any], Any] | None = None
     noise_multiplier: float | None = None
