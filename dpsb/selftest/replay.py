@@ -102,8 +102,8 @@ def check_replay(
         detail="runs on neighbouring data make the same draws, releases and steps",
     )
     charges = sum(line[0] == "charge" for line in base.ledger)
-    counts = {len(base.released), base.steps, charges, steps}
-    detail = f"each of {steps} planned steps has one charge, one release and one update"
+    counts = {len(base.draws), len(base.released), base.steps, charges, steps}
+    detail = f"each of {steps} planned steps has one charge, one draw, one release and one update"
     once = len(counts) == 1
     yield Check(name="one_release_a_step", passed=once, figure=len(base.released), limit=f"= {steps}", detail=detail)
     late = sum(seen < number for number, seen in enumerate(base.charged_at_draw, start=1))

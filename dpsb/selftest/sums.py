@@ -89,9 +89,7 @@ def _coupling_unclipped(unclipped: ClippedSum, batch: list[Any], tolerance: floa
     without = [unclipped(batch[:j] + batch[j + 1 :]).detach().double().flatten() for j in range(len(batch))]
     moved = max(_norm(whole - rest - row) for rest, row in zip(without, rows, strict=True))
     figure = moved / (max(map(_norm, rows)) or math.nan)
-    return at_most(
-        "coupling_unclipped", figure, tolerance, "nor does its length before clipping depend on others"
-    )
+    return at_most("coupling_unclipped", figure, tolerance, "nor does its length before clipping depend on others")
 
 
 def _tried(name: str, measure: Callable[[], float], limit: float, detail: str) -> Check:
