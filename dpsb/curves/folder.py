@@ -64,7 +64,7 @@ def _check_settings(out: Path, settings: Mapping[str, Any]) -> None:
         raise FolderError(f"{path} cannot be read ({type(error).__name__}); choose another --out.") from None
     if schema != _SCHEMA:
         raise FolderError(f"{path} has schema {schema!r}, not {_SCHEMA!r}; choose another --out.")
-    for key in sorted({*held, *wanted}):
+    for key in [*wanted, *(key for key in held if key not in wanted)]:
         if held.get(key) != wanted.get(key):
             raise FolderError(
                 f"{out} holds a curve with {key}={held.get(key)!r}, not {wanted.get(key)!r}; start it with the same "

@@ -122,7 +122,7 @@ def _bounds(curve: Curve) -> str:
     def cell(point: Point) -> str:
         if point.lower is None or point.upper is None:
             return "–"
-        return "∞" if math.isinf(point.upper) else f"{point.lower:.4f} – {up(point.upper, 6)}"
+        return "∞" if math.isinf(point.upper) else f"{words.down(point.lower)} – {up(point.upper, 6)}"
 
     delta = next((point.delta for point in curve.points if point.delta is not None), None)
     at = f" at δ = {delta:.3g}" if delta is not None else ""
@@ -199,7 +199,7 @@ def _end(value: float | None, upper: bool) -> str:
         return "–"
     if math.isinf(value):
         return "∞"
-    return up(value, 6) if upper else f"{value:.6g}"
+    return up(value, 6) if upper else words.down(value)
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

@@ -177,7 +177,7 @@ def apart(values: Sequence[float], low: float, high: float, least: float) -> lis
     """Heights near ``values``, at least ``least`` from each other, between the ends where there is room.
 
     Example:
-      >>> apart([1.0, 1.0, 5.0], 0, 10, 2)
+      >>> apart([1.0, 1.0, 5.0], 0.0, 10.0, 2.0)
       [0.0, 2.0, 5.0]
     """
     order = sorted(range(len(values)), key=lambda i: values[i])

@@ -149,7 +149,7 @@ class CurveSettings:
             "split_seed": self.split_seed,
         }
         shared = {name: value for name, value in sorted(self.shared.items()) if name not in _MACHINE}
-        return {**shared, **varied}
+        return {**varied, **shared}
 
 
 def curve_settings(

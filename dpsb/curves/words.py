@@ -70,6 +70,8 @@ def _gap(curve: Curve) -> str:
     best, top = private[0], free[0]
     difference = (best.mean or 0) - (top.mean or 0)
     amount = f"{abs(100 * difference):.1f} points" if curve.metric == "accuracy" else f"{abs(difference):.3g}"
+    if not difference:
+        return f"The best at {listed(finite[-1:])}, {best.label}, equals the best without privacy, {top.label}."
     where = "below" if difference < 0 else "above"
     return (
         f"The best at {listed(finite[-1:])}, {best.label}, lies {amount} {where} the best without privacy, {top.label}."
@@ -119,12 +121,20 @@ def tuning(curve: Curve) -> list[str]:
         runs = sum(point.tuning_runs for point in points)
         chosen = {point.learning_rate for point in points if point.learning_rate is not None}
         edge = sorted(chosen & {min(rates), max(rates)})
-        warning = f" ({', '.join(f'{rate:g}' for rate in edge)} is at the edge of the grid)" if edge else ""
+        warning = f" ({' and '.join(f'{rate:g}' for rate in edge)} at the edge of the grid)" if edge else ""
         said.append(
             f"{entry.label}: {runs} tuning runs over {', '.join(f'{rate:g}' for rate in rates)} at every ε, judged on "
             f"the validation data; chosen {', '.join(f'{rate:g}' for rate in sorted(chosen)) or 'none'}{warning}."
         )
     return said
+
+
+def down(value: float, significant: int = 6) -> str:
+    """Some digits, rounded down, so that a printed lower bound is never larger than the bound."""
+    if value == 0:
+        return "0"
+    digits = significant - 1 - math.floor(math.log10(value))
+    return f"{math.floor(value * 10.0**digits + 1e-9) / 10.0**digits:.{max(digits, 0)}f}"
 
 
 def listed(epsilons: Sequence[float]) -> str:
