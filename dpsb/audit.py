@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,12 +18,13 @@ from dpsb.run import Callbacks, RunError, fine_tune
 from dpsb_accounting import Ledger, auditing
 from dpsb_accounting import delta as delta_of
 from dpsb_accounting import epsilon as epsilon_of
-from dpsb_accounting.auditing import CanaryScores, FixedThresholds, LowerBound
+from dpsb_accounting.auditing import METHODS, CanaryScores, Counts, FixedThresholds, LowerBound, SplitThreshold
 from dpsb_accounting.auditing.page import Attack, to_html, to_json
 
 CANARY_RUN = "canary-run"
-_WHITE_BOX = ("gdp", "one-run", "one-run-fdp")
-_SIMULATIONS = 5
+_WHITE_BOX = METHODS
+_SIMULATIONS, _MANY = 5, 40_000
+_GUESS_SHARES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 
 
 @dataclass(frozen=True)
@@ -108,39 +111,60 @@ def audit_run(
 
 
 def _white_box(canaries: CanaryAudit, scores: CanaryScores, delta: float, confidence: float) -> Attack:
-    """Gradient canaries: the threshold is the best one on simulated scores of the plan's own mechanism."""
+    """Gradient canaries: each method's rule is the best one on simulated scores of the plan's own mechanism."""
     if canaries.plan is None:
         raise RunError("The canary run ended before its canaries were planted.")
     each = 1 - (1 - confidence) / len(_WHITE_BOX)
     simulated = [expected_scores(canaries.plan, len(scores), seed) for seed in range(_SIMULATIONS)]
-    rule = FixedThresholds((_simulated_threshold(expected_scores(canaries.plan, 20_000, 99), len(scores) / 2),))
-
-    def bounds(found: CanaryScores) -> list[LowerBound]:
-        return [auditing.audit(found, method, delta=delta, confidence=each, thresholds=rule) for method in _WHITE_BOX]
-
-    expected = sum(bounds(one)[0].epsilon for one in simulated) / len(simulated)
+    many = expected_scores(canaries.plan, _MANY, _SIMULATIONS)
+    bounds, expected = [], {}
+    for method in _WHITE_BOX:
+        rule = _best_rule(method, many, simulated, delta, each)
+        bounds.append(rule(scores))
+        expected[method] = sum(rule(one).epsilon for one in simulated) / len(simulated)
     return Attack(
         name="gradient canaries",
         threat_model=scores.threat_model,
-        bounds=bounds(scores),
+        bounds=bounds,
         roc=auditing.roc(scores),
         expected=expected,
     )
 
 
-def _simulated_threshold(simulated: CanaryScores, per_group: float) -> float:
-    """The threshold at which ``per_group`` scores in each group are expected to prove the largest mu."""
-    rates = [(simulated.counts(float(t)), float(t)) for t in np.quantile(simulated.values, np.linspace(0.05, 0.95, 91))]
-    gaps = []
-    for counts, _ in rates:
-        tpr, fpr = counts.true_positives / counts.positives, counts.false_positives / counts.negatives
-        gaps.append(norm.ppf(tpr) - norm.ppf(fpr) - 1.96 * (_spread(tpr, per_group) + _spread(fpr, per_group)))
-    return rates[int(np.nanargmax(gaps))][1] + 1e-9  # beside the score, not on it
+Rule = Callable[[CanaryScores], LowerBound]
 
 
-def _spread(rate: float, trials: float) -> float:
-    """Standard error of the normal quantile of a rate that was estimated from ``trials`` scores."""
-    return float((rate * (1 - rate) / trials) ** 0.5 / norm.pdf(norm.ppf(rate)))
+def _best_rule(
+    method: str, many: CanaryScores, simulated: Sequence[CanaryScores], delta: float, confidence: float
+) -> Rule:
+    """The threshold, or number of guesses, with which simulated scores prove the most; no real score is looked at."""
+
+    def rule(thresholds: tuple[float, ...] = (), guesses: tuple[int, ...] = ()) -> Rule:
+        how = FixedThresholds(thresholds) if thresholds else SplitThreshold()
+        return lambda found: auditing.audit(
+            found, method, delta=delta, confidence=confidence, thresholds=how, guesses=guesses
+        )
+
+    size = len(simulated[0])
+    if method.startswith("one-run"):
+        numbers = sorted({min(size, max(2, round(size * share))) for share in _GUESS_SHARES})
+        return max((rule(guesses=(n,)) for n in numbers), key=lambda one: sum(one(s).epsilon for s in simulated))
+    bound = auditing.from_counts if method == "clopper-pearson" else auditing.gdp_from_counts
+    ranks = np.concatenate([np.linspace(0.02, 0.95, 60), 1 - np.geomspace(0.05, 20 / len(many), 40)])
+    values = [float(t) + 1e-9 for t in np.quantile(many.values, ranks)]  # beside a score, not on it
+    proven = [bound(_scaled(many.counts(t), size), delta=delta, confidence=confidence).epsilon for t in values]
+    return rule(thresholds=(values[int(np.argmax(proven))],))
+
+
+def _scaled(counts: Counts, size: int) -> Counts:
+    """The counts that ``size`` scores are expected to give; a false alarm is counted for a share of one."""
+    half = size // 2
+    return Counts(
+        true_positives=math.floor(half * counts.true_positives / counts.positives),
+        positives=half,
+        false_positives=math.ceil(half * counts.false_positives / counts.negatives),
+        negatives=half,
+    )
 
 
 def _black_box(_canaries: CanaryAudit, scores: CanaryScores, delta: float, confidence: float) -> Attack:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dpsb_accounting.auditing.bounds import LowerBound
 from dpsb_accounting.auditing.roc import Roc
@@ -39,14 +39,14 @@ class Attack:
         threat_model: What the attacker saw and chose.
         bounds: Lower bounds on epsilon, each at a confidence at which the largest may be quoted; may be empty.
         roc: Its ROC.
-        expected: The bound that an honest mechanism is expected to show, None if that is not known.
+        expected: For each method the bound that an honest mechanism is expected to show, where that is known.
     """
 
     name: str
     threat_model: str
     bounds: Sequence[LowerBound]
     roc: Roc
-    expected: float | None = None
+    expected: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def epsilon(self) -> float:
@@ -134,7 +134,7 @@ def _bounds_table(attacks: Sequence[Attack], claimed: float) -> str:
             bound.method,
             f"{bound.epsilon:.4g}",
             f"{bound.epsilon / claimed:.0%}",
-            "" if attack.expected is None or bound.method != "gdp" else f"{attack.expected:.4g}",
+            f"{attack.expected[bound.method]:.4g}" if bound.method in attack.expected else "",
             f"{bound.confidence:.4g}",
         )
         for attack in attacks
@@ -197,7 +197,7 @@ def to_json(claimed_epsilon: float, delta: float, confidence: float, attacks: Se
             "name": attack.name,
             "threat_model": attack.threat_model,
             "bounds": [bound.to_json() for bound in attack.bounds],
-            "expected_epsilon_lower": attack.expected,
+            "expected_epsilon_lower": dict(attack.expected),
             "roc": attack.roc.to_json(),
         }
         for attack in attacks
