@@ -19,7 +19,8 @@ from dpsb.selftest.step import Step
 _NUMBERS = 1 << 16
 _RELEASES = 8
 _PATIENCE = 20.0
-_NAMES = ("noise_scale", "noise_mean", "noise_law", "noise_reuse", "noise_rerun", "noise_fork")
+_SAME = 2.0**-19  # of the standard deviation; a released sum is rounded to a grid of 2**-20
+_NAMES = ("noise_scale", "noise_mean", "noise_law", "noise_repeats", "noise_reuse", "noise_rerun", "noise_fork")
 
 
 def check_noise(step: Step, numbers: int = _NUMBERS) -> Iterator[Check]:
@@ -42,6 +43,7 @@ def check_noise(step: Step, numbers: int = _NUMBERS) -> Iterator[Check]:
     yield scale_check("noise_scale", found, "standard deviation of the noise, divided by what the plan says")
     yield _between("noise_mean", float(found.mean()) * math.sqrt(len(found)), "the noise is centred at the sum")
     yield _law(found)
+    yield _repeats(found.reshape(_RELEASES, dimension))
     yield _reuse("noise_reuse", found, "no stretch of noise occurs twice, within a release or in two of them")
     if step.fresh_release is None:
         yield not_tested("noise_rerun", "the step gives no way to make a new run")
@@ -99,6 +101,17 @@ def _reuse(name: str, found: np.ndarray, detail: str) -> Check:
     figures = np.abs(products[enough]) / np.sqrt(overlap[enough])
     limit = float(norm.isf(ERROR_RATE / 2 / len(figures))) + 1.5  # products of normals have slightly heavier tails
     return at_most(name, float(figures.max()), limit, detail)
+
+
+def _repeats(found: np.ndarray) -> Check:
+    """How often a coordinate has the same noise in two releases; independent noise does so by chance only."""
+    from scipy.stats import binom
+
+    pairs = [(i, j) for i in range(len(found)) for j in range(i)]
+    same = sum(int((np.abs(found[i] - found[j]) < _SAME).sum()) for i, j in pairs)
+    by_chance = 2 * _SAME / math.sqrt(4 * math.pi)  # the density at 0 of the difference of two standard normals
+    limit = float(binom.isf(ERROR_RATE, len(pairs) * found.shape[1], by_chance))
+    return at_most("noise_repeats", same, limit, "no coordinate has the same noise in two steps")
 
 
 def _between(name: str, z: float, detail: str) -> Check:

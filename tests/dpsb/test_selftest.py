@@ -244,6 +244,18 @@ def before_the_clip():
     return lambda total: clip_and_sum(release(total)[None], 4 * C)
 
 
+def ten_numbers_reused():
+    """The first ten coordinates, a bias perhaps, keep their noise for the whole run."""
+    release, kept = system_release(), {}
+
+    def again(total):
+        noise = release(torch.zeros_like(total))
+        noise[:10] = kept.setdefault("noise", noise[:10].clone())
+        return total + noise
+
+    return again
+
+
 def same_for_every_layer():
     release = system_release()
 
@@ -289,6 +301,7 @@ NOISES = {
     "no noise": (scaled(0.0), "noise_scale"),
     "noise before the clip": (before_the_clip, "noise_scale"),
     "noise reused": (reused, "noise_reuse"),
+    "noise of ten coordinates reused": (ten_numbers_reused, "noise_repeats"),
     "noise the same for every layer": (same_for_every_layer, "noise_reuse"),
     "noise taken back": (mirrored, "noise_reuse"),
     "noise from a fixed seed": (fixed_seed, "noise_rerun"),
