@@ -132,8 +132,11 @@ def curve(
         from dpsb.curves.progress import Watcher
         from dpsb.curves.sweep import run_sweep
 
-        with Watcher(Console(stderr=as_json, quiet=as_json), settings.task) as watcher:
-            found = run_sweep(settings, out, watcher, processes=processes)
+        try:
+            with Watcher(Console(stderr=as_json, quiet=as_json), settings.task) as watcher:
+                found = run_sweep(settings, out, watcher, processes=processes)
+        except KeyboardInterrupt:
+            fail("interrupted; charged steps are spent, finished cells are kept, and the same command goes on.")
         write_page(found, out)
         _print(found, out, as_json)
         if found.failures:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpsb.curves.cells import TUNING
 from dpsb.curves.folder import ABANDONED, CELLS, is_finished
-from dpsb_accounting import Bound, Ledger, LedgerError, LedgerRecord, epsilon
+from dpsb_accounting import Bound, Ledger, LedgerError, LedgerRecord, Plan, epsilon
 from dpsb_accounting.engines import ResourceLimit
 from dpsb_accounting.plan import number_to_json
 
@@ -27,6 +28,7 @@ class Composed:
       unfinished: Runs that failed or were cut off.
       non_private: Runs among them without a guarantee.
       steps: Steps that all of them charged or may still charge: what is composed.
+      num_examples: N of the runs, in words; None if there is none.
       tainted: Reasons that void a run's claim.
       unreadable: Ledgers that are damaged.
     """
@@ -39,6 +41,7 @@ class Composed:
     unfinished: int
     non_private: int
     steps: int
+    num_examples: str | None
     tainted: tuple[str, ...]
     unreadable: tuple[str, ...]
 
@@ -92,6 +95,7 @@ def composed(out: Path) -> Composed:
         unfinished=kinds.count("unfinished"),
         non_private=sum(not plan.is_private for plan in plans),
         steps=sum(plan.steps for plan in plans),
+        num_examples=_size(plans),
         tainted=tuple(sorted({taint.reason for record, _ in records for taint in record.taints})),
         unreadable=tuple(unreadable),
     )
@@ -105,7 +109,14 @@ def _kind(path: Path) -> str:
     return "tuning" if path.parent.name.rstrip("0123456789").endswith(f"-{TUNING}") else "curve"
 
 
-def _bound(plans: Any, like: Any = None) -> Bound:
+def _size(plans: Sequence[Plan]) -> str | None:
+    if not plans:
+        return None
+    declared = "declared" if plans[0].num_examples_declared else "the true number, which counts as public"
+    return f"{plans[0].num_examples:,} ({declared}), each drawn with probability {plans[0].sampling_prob:.4g} in a step"
+
+
+def _bound(plans: Sequence[Plan], like: Plan | None = None) -> Bound:
     first = like or plans[0]
     relations = {plan.neighboring for plan in plans} or {first.neighboring}
     if len(relations) > 1:

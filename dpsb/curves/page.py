@@ -12,6 +12,7 @@ from dpsb import __version__
 from dpsb.curves import words
 from dpsb.curves.folder import write_whole
 from dpsb.curves.plot import draw
+from dpsb.curves.settings import DEMO, MACHINE
 from dpsb.curves.style import POLICY, STYLE
 from dpsb.curves.sweep import Curve
 from dpsb.curves.table import Point
@@ -31,8 +32,7 @@ def write_page(curve: Curve, out: Path) -> None:
 
 def page(curve: Curve) -> str:
     """The page as text."""
-    shared = curve.settings.shared
-    title = f"{curve.metric.capitalize()} over ε: {Path(str(shared['data'])).name}"
+    title = f"{curve.metric.capitalize()} over ε"
     figure = draw(curve.points, curve.metric, "inline").decode()
     body = [
         f"<h1>{_text(title)}</h1>",
@@ -62,7 +62,7 @@ def page(curve: Curve) -> str:
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
+            f"<title>{_text(title)}: {_text(_data(curve))}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
             *body,
             "</body>\n</html>\n",
         ]
@@ -71,8 +71,14 @@ def page(curve: Curve) -> str:
 
 def _subtitle(curve: Curve) -> str:
     shared = curve.settings.shared
-    parts = [f"{shared.get('model')}, {curve.settings.task}", f"{len(curve.settings.entries)} methods"]
-    return ", ".join([*parts, _repeats(curve)])
+    model, count = Path(str(shared.get("model"))).name, len(curve.settings.entries)
+    methods = f"{count} method{'s' * (count != 1)}"
+    return f"{model} on {_data(curve)}: {curve.settings.task}, {methods}, {_repeats(curve)}"
+
+
+def _data(curve: Curve) -> str:
+    data = str(curve.settings.shared["data"])
+    return "the embedded mail" if data == DEMO else Path(data).name
 
 
 def _repeats(curve: Curve) -> str:
@@ -119,16 +125,21 @@ def _pivot(curve: Curve) -> str:
 
 
 def _bounds(curve: Curve) -> str:
-    def cell(point: Point) -> str:
-        if point.lower is None or point.upper is None:
-            return "–"
-        return "∞" if math.isinf(point.upper) else f"{words.down(point.lower)} – {up(point.upper, 6)}"
-
+    """A row for each pair of bounds and the methods that have it: without a paid basis one for each epsilon."""
+    shared: dict[tuple[float, float, float], list[str]] = {}
+    for point in curve.points:
+        if point.lower is not None and point.upper is not None:
+            shared.setdefault((point.epsilon, point.lower, point.upper), []).append(point.label)
+    rows = [
+        '<tr><th>asked for</th><th class="number">at least</th><th class="number">at most</th><th>methods</th></tr>'
+    ]
+    for (epsilon, lower, upper), labels in shared.items():
+        ends = f'<td class="number">{_end(lower, False)}</td><td class="number"><b>{_end(upper, True)}</b></td>'
+        rows.append(f"<tr><td>{words.listed([epsilon])}</td>{ends}<td>{_text(', '.join(labels))}</td></tr>")
     delta = next((point.delta for point in curve.points if point.delta is not None), None)
-    at = f" at δ = {delta:.3g}" if delta is not None else ""
-    return (
-        _grid(curve, cell) + f'<p class="small">Lower and upper bound{at}; the upper one is what a run may claim.</p>'
-    )
+    at = f" at δ = {words.power(delta)}" if delta is not None else ""
+    note = f'<p class="small">Bounds on ε{at}; the upper one is what whoever sees that run only may rely on.</p>'
+    return f'<table class="bounds">{"".join(rows)}</table>{note}'
 
 
 def _grid(curve: Curve, cell: Any) -> str:
@@ -146,7 +157,9 @@ def _grid(curve: Curve, cell: Any) -> str:
 def _setting(curve: Curve) -> dict[str, Any]:
     settings = curve.settings
     split = settings.split()
-    facts = {name.replace("_", " "): value for name, value in settings.shared.items() if value is not None}
+    first = {"data": _data(curve), "model": settings.shared["model"]}
+    shared = {name: value for name, value in settings.shared.items() if value is not None and name not in first}
+    facts = {name.replace("_", " "): value for name, value in (first | shared).items() if name not in MACHINE}
     if split is not None:
         facts["split"] = (
             f"by a public seed ({split.seed}) and each row's own hash: test {split.test:g}, validation "
@@ -155,6 +168,7 @@ def _setting(curve: Curve) -> dict[str, Any]:
     bound = curve.price.bound
     if bound is not None:
         facts |= {"neighbouring relation": bound.neighboring, "protected unit": bound.unit}
+        facts["number of units"] = curve.price.num_examples
     return facts
 
 
@@ -168,7 +182,6 @@ def _failures(curve: Curve) -> list[str]:
 def _limits(curve: Curve) -> list[str]:
     lost = sum(row.lost_steps for row in curve.rows)
     said = [
-        words.OUTSIDE,
         "The ε of a single run holds for whoever sees that run only. Whoever sees this page has seen all of them.",
         "Methods are compared at these settings; another rank, batch size or number of steps may order them otherwise.",
     ]

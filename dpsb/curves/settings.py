@@ -17,7 +17,7 @@ DEMO = "demo"
 
 VARIED = ("out", "epsilon", "method", "basis", "insecure_seed")
 """Settings of a run that a sweep sets for every cell, whatever a file of settings says."""
-_MACHINE = ("token_budget", "checkpoint_every", "remember_frozen_blocks")
+MACHINE = ("token_budget", "checkpoint_every", "remember_frozen_blocks")
 _CHECKPOINT_EVERY = 5
 """Steps between checkpoints: what a kill can cost a cell in updates, and so in accuracy."""
 
@@ -148,7 +148,7 @@ class CurveSettings:
             "validation_share": self.validation_share,
             "split_seed": self.split_seed,
         }
-        shared = {name: value for name, value in sorted(self.shared.items()) if name not in _MACHINE}
+        shared = {name: value for name, value in sorted(self.shared.items()) if name not in MACHINE}
         return {**varied, **shared}
 
 

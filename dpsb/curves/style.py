@@ -25,6 +25,8 @@ th { font-weight: 600; color: #3a4048; } tr:first-child > th { border-bottom: 1.
 table.facts tr > th { width: 200px; font-weight: 500; color: #5b626c; border-bottom: 1px solid #e6e8eb; }
 td.number, th.number { text-align: right; white-space: nowrap; padding-right: 4px; padding-left: 12px; }
 td { overflow-wrap: anywhere; } table.runs { font-size: 12.5px; } table.runs td, table.runs th { padding-right: 8px; }
+table.bounds td:first-child { width: 130px; }
+table.bounds th:last-child, table.bounds td:last-child { padding-left: 32px; }
 ul { margin: 6px 0; padding-left: 20px; } li { margin: 3px 0; }
 .small { color: #5b626c; font-size: 13px; } code { font: 12.5px ui-monospace, Menlo, Consolas, monospace; }
 details { margin-top: 28px; } summary { cursor: pointer; font-weight: 600; margin-bottom: 8px; }

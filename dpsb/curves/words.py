@@ -89,7 +89,7 @@ def price(composed: Composed) -> tuple[str, str]:
         if composed.unreadable:
             return "unknown", f"{', '.join(composed.unreadable)} cannot be read, so nothing bounds what was spent."
         return "0", "Nothing was run."
-    delta = f"δ = {composed.bound.delta:.3g}"
+    delta = f"δ = {power(composed.bound.delta or 0.0)}"
     about = f"per {composed.bound.unit}, {composed.bound.neighboring}"
     if composed.tainted:
         return "no claim", f"{runs}; void, because {'; '.join(composed.tainted)}."
@@ -101,7 +101,7 @@ def price(composed: Composed) -> tuple[str, str]:
     if private and composed.private is not None and composed.private.is_finite:
         rest = (
             f" The {private} private run{'s' * (private != 1)} alone compose to ε ≤ {up(composed.private.upper, 4)} at "
-            f"δ = {composed.private.delta:.3g} (information: the others did run)."
+            f"δ = {power(composed.private.delta or 0.0)} (information: the others did run)."
         )
     return "ε = ∞", (
         f"All {runs} together, {about}: {composed.non_private} of them had no guarantee, so the data of this curve has "
@@ -120,13 +120,22 @@ def tuning(curve: Curve) -> list[str]:
             continue
         runs = sum(point.tuning_runs for point in points)
         chosen = {point.learning_rate for point in points if point.learning_rate is not None}
-        edge = sorted(chosen & {min(rates), max(rates)})
-        warning = f" ({' and '.join(f'{rate:g}' for rate in edge)} at the edge of the grid)" if edge else ""
+        edge = sorted(chosen & {min(rates), max(rates)}) if len(rates) > 2 else []
+        warning = f"; {' and '.join(f'{rate:g}' for rate in edge)} at the edge of the grid" if edge else ""
         said.append(
             f"{entry.label}: {runs} tuning runs over {', '.join(f'{rate:g}' for rate in rates)} at every ε, judged on "
             f"the validation data; chosen {', '.join(f'{rate:g}' for rate in sorted(chosen)) or 'none'}{warning}."
         )
     return said
+
+
+def power(value: float) -> str:
+    """A small number as a reader writes it: ``"3.31·10⁻⁵"``."""
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    if -4 < int(exponent) < 4:
+        return f"{value:.3g}"
+    raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{float(mantissa):g}·10{raised}"
 
 
 def down(value: float, significant: int = 6) -> str:
