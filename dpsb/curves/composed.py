@@ -27,7 +27,6 @@ class Composed:
       abandoned: Runs moved aside, cut off before they could go on.
       unfinished: Runs that failed or were cut off.
       non_private: Runs among them without a guarantee.
-      steps: Steps that all of them charged or may still charge: what is composed.
       num_examples: N of the runs, in words; None if there is none.
       tainted: Reasons that void a run's claim.
       unreadable: Ledgers that are damaged.
@@ -40,7 +39,6 @@ class Composed:
     abandoned: int
     unfinished: int
     non_private: int
-    steps: int
     num_examples: str | None
     tainted: tuple[str, ...]
     unreadable: tuple[str, ...]
@@ -94,7 +92,6 @@ def composed(out: Path) -> Composed:
         abandoned=kinds.count("abandoned"),
         unfinished=kinds.count("unfinished"),
         non_private=sum(not plan.is_private for plan in plans),
-        steps=sum(plan.steps for plan in plans),
         num_examples=_size(plans),
         tainted=tuple(sorted({taint.reason for record, _ in records for taint in record.taints})),
         unreadable=tuple(unreadable),

@@ -187,6 +187,8 @@ def _limits(curve: Curve) -> list[str]:
     ]
     if curve.settings.repeats > 1:
         said.append("The standard deviation is over noise and draws on one split; it does not cover another split.")
+    if words.resolution(curve):
+        said.insert(0, words.resolution(curve))
     if lost:
         said.append(
             f"Runs were cut off and went on: {lost} charged steps left no trace in their models (see the rows)."

@@ -10,7 +10,7 @@ from typing import Any
 
 from dpsb.config import RunConfig, make_config
 from dpsb.curves.entries import CurveError, Entry, parse_entries, parse_epsilons, parse_rates, rates_text
-from dpsb.parts import Part
+from dpsb.parts import Part, part_of
 
 DEMO = "demo"
 """``data`` of a sweep on the mail that the package brings along."""
@@ -125,6 +125,13 @@ class CurveSettings:
             if getattr(self, name) < 1:
                 raise CurveError(f"Expected {name}={getattr(self, name)!r} of at least 1.")
         self.split()
+        if self.validation_data is not None and not self.tunes:
+            raise CurveError(
+                f"validation_data={self.validation_data!r} is not used: no method has more than one of learning_rates."
+            )
+        for name, file in {**self._files(), "validation_data": self.validation_data}.items():
+            if file is not None and Path(file).suffix and not Path(file).exists() and part_of(file) is None:
+                raise CurveError(f"{name}={file!r} does not exist.")
         if self.validation_data is not None and self.validation_data == self.shared.get("eval_data"):
             raise CurveError(
                 f"validation_data={self.validation_data!r} is eval_data too: a curve on what it was tuned on flatters."

@@ -109,6 +109,19 @@ def price(composed: Composed) -> tuple[str, str]:
     )
 
 
+def resolution(curve: Curve) -> str:
+    """How far an accuracy on so many held-out rows is off by chance; empty for another metric."""
+    means = [point.mean for point in curve.points if point.mean is not None]
+    counts = [n for row in curve.rows if row.purpose == "curve" and (n := row.metrics.get("examples"))]
+    if curve.metric != "accuracy" or not means or not counts:
+        return ""
+    best, count = max(means), min(counts)
+    error = 100 * math.sqrt(best * (1 - best) / count)
+    return (
+        f"On {count:.0f} held-out rows one standard error of an accuracy of {100 * best:.0f} % is {error:.1f} points."
+    )
+
+
 def tuning(curve: Curve) -> list[str]:
     """How learning rates came about, a sentence for each method."""
     settings, said = curve.settings, []

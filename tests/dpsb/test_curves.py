@@ -23,6 +23,7 @@ from dpsb.curves.settings import curve_settings
 from dpsb.curves.sweep import choose, run_sweep
 from dpsb.curves.table import METRICS, Row
 from dpsb_accounting import Ledger, epsilon
+from dpsb_accounting.engines import ResourceLimit
 from dpsb_accounting.report.words import up
 
 STEPS = 3
@@ -189,6 +190,9 @@ def test_learning_rates_for_all_or_by_method():
         ({"eval_data": str(workbench.data_file())}, {}, "eval_data"),
         ({}, {"validation_data": str(workbench.data_file()), "learning_rates": "1,2"}, "training data"),
         ({}, {"validation_data": str(workbench.data_file(seed=5)), "learning_rates": "1,2"}, "tuned on flatters"),
+        ({}, {"validation_data": "v.csv"}, "validation_data='v.csv' is not used"),
+        ({"data": "gone.csv"}, {}, "data='gone.csv' does not exist"),
+        ({}, {"validation_data": "gone.csv", "learning_rates": "1,2"}, "validation_data='gone.csv' does not exist"),
         ({"eval_data": None}, {"methods": f"sb:public:{workbench.data_file()}"}, "private training data as public"),
     ],
 )
@@ -412,9 +416,27 @@ def test_everything_in_the_folder_is_composed(tmp_path):
         [(phase.event, phase.count) for plan in plans for phase in plan.phases], 1e-3, plans[0].neighboring
     )
     assert (found.bound.lower, found.bound.upper) == (expected.lower, expected.upper)
-    assert (found.curve, found.tuning, found.unfinished, found.abandoned, found.steps) == (1, 1, 1, 1, 16)
+    assert (found.curve, found.tuning, found.unfinished, found.abandoned) == (1, 1, 1, 1)
     assert found.bound.delta == 1e-3
     assert found.private == found.bound
+
+
+def test_where_no_engine_composes_the_epsilons_add_up(tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        put_run(tmp_path / "cells" / name)
+    single = epsilon(Ledger.read(tmp_path / "cells" / "a" / "ledger.jsonl"))
+
+    def limited(schedule, *arguments):
+        if isinstance(schedule, list):
+            raise ResourceLimit("too much")
+        return epsilon(schedule, *arguments)
+
+    monkeypatch.setattr("dpsb.curves.composed.epsilon", limited)
+    bound = composed(tmp_path).bound
+    assert bound.upper == pytest.approx(3 * single.upper)
+    assert bound.delta == pytest.approx(3e-3)
+    assert bound.lower == single.lower
+    assert "basic composition" in bound.method
 
 
 def test_a_ledger_without_a_line_charged_nothing_and_a_damaged_one_bounds_nothing(tmp_path):
@@ -536,3 +558,14 @@ def test_errors_of_the_command_are_one_sentence(tmp_path):
         assert lines[0].startswith("error: ")
         assert match in lines[0]
         assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_a_causal_model_is_judged_by_perplexity(tmp_path):
+    settings = workbench.run_settings("nowhere", "causal-lm", steps=STEPS)
+    given = {name: value for name, value in settings.items() if value is not None}
+    curve = run_sweep(settings_of(given, methods="sb", epsilons="8"), tmp_path, Silent())
+    assert not curve.failures
+    assert curve.metric == "perplexity"
+    assert curve.points[0].mean > 1
+    assert "held-out perplexity" in page(curve)

@@ -159,3 +159,15 @@ def test_bounds_are_rounded_outward():
     assert words.down(0.99968399) == "0.999683"
     assert float(words.down(math.pi)) <= math.pi
     assert words.down(0.0) == "0"
+
+
+def test_chance_on_few_rows_is_told_and_nothing_to_draw_draws():
+    from dpsb.curves.plot import draw
+
+    curve = curve_of({"sb": [0.9, 0.92, 0.9], "lora": [0.7, 0.915, 0.95]})
+    assert words.resolution(curve) == "", "no rows, nothing to tell"
+    nothing = curve_of({"sb": [None] * 3, "lora": [None] * 3})
+    for kind in ("png", "svg", "inline"):
+        assert draw(nothing.points, "accuracy", kind)
+    assert draw(curve.points[:1], "accuracy", "inline").startswith(b"<svg")
+    assert words.power(3.31e-5) == "3.31·10⁻⁵"
