@@ -174,7 +174,7 @@ def _black_box(_canaries: CanaryAudit, scores: CanaryScores, delta: float, confi
 
 def _membership(_canaries: CanaryAudit, scores: CanaryScores, _delta: float, _confidence: float) -> Attack:
     """Members were not put in by coins, so their scores describe, and bound nothing."""
-    return Attack(name="members", threat_model=scores.threat_model, bounds=(), roc=auditing.roc(scores))
+    return Attack(name="real examples", threat_model=scores.threat_model, bounds=(), roc=auditing.roc(scores))
 
 
 def _mu(epsilon: float, delta: float) -> float:

@@ -22,11 +22,27 @@ table { border-collapse: collapse; width: 100%; margin: 4px 0; font-size: 14px; 
 th, td { text-align: left; vertical-align: top; padding: 4px 10px 4px 0; border-bottom: 1px solid #e4e4e4; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(380px, 1fr)); gap: 18px 26px; }
-figure { margin: 0; } figcaption { font-size: 13px; color: #444; }
+figure { margin: 0; } figure.bounds { max-width: 560px; } figcaption { font-size: 13px; color: #444; }
 svg { width: 100%; height: auto; font: 11px system-ui, Helvetica, Arial, sans-serif; fill: #333; }
 svg .grid { stroke: #e8e8e8; } svg .frame { fill: none; stroke: #999; }
 ul { margin: 4px 0; padding-left: 20px; }
 """
+_EPSILON = (
+    "Epsilon limits what the trained model can tell about any one person: whatever somebody concludes from it becomes "
+    "at most e<sup>epsilon</sup> times as likely through that person's data, up to a chance of about delta. The "
+    "ledger of the run supports the claim from above; this page attacks the same training from outside, which bounds "
+    "epsilon from below."
+)
+_FEW = (
+    "With fewer strangers than one over the false alarm rate, a column says how many members are found without a "
+    "single false alarm. In brackets: 95 % intervals."
+)
+_METHODS = {
+    "clopper-pearson": "counts right and wrong guesses, and assumes nothing about how the noise is made.",
+    "gdp": "the same counts, if the trade-off between the two errors is that of Gaussian noise; usually the sharpest.",
+    "one-run": "counts guesses about one run whose canaries may influence each other; assumes nothing about the noise.",
+    "one-run-fdp": "the same, if the trade-off is that of Gaussian noise.",
+}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -75,15 +91,17 @@ def to_html(
     """
     best = max((attack.epsilon for attack in attacks), default=0.0)
     refuted = best > claimed_epsilon
-    kind, headline = ("verdict refuted", "The claim is refuted") if refuted else ("verdict", "The claim stands")
+    kind = "verdict refuted" if refuted else "verdict"
+    headline = "The claim is refuted" if refuted else "No attack contradicts the claim"
     verdict = (
-        f"The strongest attack proves that epsilon is at least {best:.3g} (confidence {confidence:.0%}); claimed is "
-        f"{claimed_epsilon:.4g} at delta {delta:g}. "
+        f"Claimed is that epsilon is at most {claimed_epsilon:.4g} (at delta {delta:.3g}). The strongest attack proves "
+        f"that it is at least {best:.3g} (confidence {confidence:.0%})"
     )
     verdict += (
-        "One of the two is wrong: do not rely on the claim."
+        ". One of the two is wrong: do not rely on the claim."
         if refuted
-        else f"That is {best / claimed_epsilon:.0%} of the claim. An audit can refute a claim, it can never prove one."
+        else f", which is {best / claimed_epsilon:.0%} of the claim. Attacks can refute a claim; they can never prove "
+        "one, and a small figure may only mean that they were weak."
     )
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -92,18 +110,22 @@ def to_html(
         f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
         f"<h1>{html.escape(title)}</h1>",
         f'<div class="{kind}"><b>{headline}</b>{html.escape(verdict)}</div>',
+        f"<p>{_EPSILON}</p>",
         "<h2>How much the attacks prove</h2>",
         _bounds_plot(attacks, claimed_epsilon),
         _bounds_table(attacks, claimed_epsilon),
+        _methods(attacks),
         "<h2>What the attackers were given</h2>",
         _list([f"{attack.name}: {attack.threat_model}" for attack in attacks]),
         "<h2>How often the attacks find a member</h2>",
-        "<p>The horizontal axis is the share of strangers that the attacker wrongly calls members, the vertical axis "
-        "the share of members that it finds. On the dashed line it is guessing.</p>",
+        "<p>Members were in the data of this run, strangers were not; the attacker has to tell them apart. The "
+        "horizontal axis is the share of strangers that it wrongly calls members, the vertical axis the share of "
+        "members that it finds, both logarithmic. Dashed: guessing. The further above, the better the attack.</p>",
         '<div class="plots">',
         *(_roc_plot(attack) for attack in attacks),
         "</div>",
         _roc_table(attacks),
+        f"<p>{_FEW}</p>",
         "<h2>What the bounds assume</h2>",
         *(
             f"<p><b>{html.escape(attack.name)}, {bound.method}</b></p>{_list(bound.assumptions)}"
@@ -118,13 +140,18 @@ def to_html(
 
 
 def _bounds_plot(attacks: Sequence[Attack], claimed: float) -> str:
-    found = [(f"{bound.method}", bound.epsilon) for attack in attacks for bound in attack.bounds]
-    if not found:
+    rows = [(attack.name, 0.0, attack.epsilon, True) for attack in attacks if attack.bounds]
+    if not rows:
         return ""
-    top = 1.1 * max(claimed, *(epsilon for _, epsilon in found))
-    rows = [(name, 0.0, epsilon, True) for name, epsilon in found]
-    axis = Axis(label="epsilon: what each bound rules out, and the claim (vertical line)", low=0.0, high=top)
-    return f"<figure>{interval_plot('epsilon values that each bound rules out', axis, rows, claimed)}</figure>"
+    top = 1.1 * max(claimed, *(attack.epsilon for attack in attacks))
+    axis = Axis(label="epsilon that each attack rules out; vertical: the claim", low=0.0, high=top)
+    plot = interval_plot("epsilon values that each attack rules out, and the claim", axis, rows, claimed)
+    return f'<figure class="bounds">{plot}</figure>'
+
+
+def _methods(attacks: Sequence[Attack]) -> str:
+    used = {bound.method for attack in attacks for bound in attack.bounds}
+    return _list([f"{method}: {words}" for method, words in _METHODS.items() if method in used])
 
 
 def _bounds_table(attacks: Sequence[Attack], claimed: float) -> str:
@@ -152,11 +179,11 @@ def _roc_plot(attack: Attack) -> str:
         Axis(label="strangers called members", **axis),  # type: ignore[arg-type]
         Axis(label="members found", **axis),  # type: ignore[arg-type]
         [
-            Line(name="attack", points=list(zip(attack.roc.fpr, attack.roc.tpr, strict=True))),
-            Line(name="guessing", points=[(least, least), (1.0, 1.0)], dashed=True),
+            Line(name="", points=list(zip(attack.roc.fpr, attack.roc.tpr, strict=True))),
+            Line(name="", points=[(least, least), (1.0, 1.0)], dashed=True),
         ],
     )
-    return f"<figure>{curve}<figcaption>{html.escape(attack.name)}, both axes logarithmic</figcaption></figure>"
+    return f"<figure>{curve}<figcaption>{html.escape(attack.name)}</figcaption></figure>"
 
 
 def _roc_table(attacks: Sequence[Attack]) -> str:
