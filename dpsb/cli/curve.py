@@ -50,7 +50,9 @@ def curve(
     ),
     data: Annotated[
         str | None,
-        typer.Option(help="Private training data, as for dpsb train. [default: the embedded mail, with its settings]"),
+        typer.Option(
+            help="Private training data, as for dpsb train. Without it: the embedded mail, and settings for it."
+        ),
     ] = None,
     config: Annotated[
         Path | None,
@@ -78,13 +80,13 @@ def curve(
         typer.Option(
             rich_help_panel=_SWEEP,
             help="Rates to choose from at every epsilon: '0.01,0.03' for all, or 'sb=0.02|0.05,lora=0.002'. One rate "
-            "a method is no tuning. Every run that tunes counts in the sum of epsilon. [default: --lr]",
+            "a method is no tuning. Every run that tunes counts in the sum of epsilon. Without it: --lr for all.",
         ),
     ] = None,
     tuning_repeats: Annotated[int, typer.Option(rich_help_panel=_SWEEP, help="Runs of each rate that is tried.")] = 1,
     validation_data: Annotated[
         str | None,
-        typer.Option(rich_help_panel=_SWEEP, help="Where rates are chosen. [default: a part of --data]"),
+        typer.Option(rich_help_panel=_SWEEP, help="Where rates are chosen. Without it: a part of --data."),
     ] = None,
     test_share: Annotated[
         float,
@@ -100,13 +102,13 @@ def curve(
     ] = 1,
     as_json: Json = False,
 ) -> None:
-    """Draws accuracy over epsilon for several methods: trains every cell, and says what all of them together cost.
+    """Draws accuracy over epsilon for several methods, and says what all its runs together cost.
 
-    Writes curve.html (one page, opens offline), curve.png, curve.svg, curve.csv, curve.parquet and summary.csv. Kill it
-    at any time and start it again: finished cells stay, others go on. Every other option is that of dpsb train.
+    Writes curve.html (one page, opens offline), curve.png, curve.svg, curve.csv, curve.parquet, summary.csv.
 
-    Example: [bold]dpsb curve --data mail.parquet --model minilm --labels ham,spam --methods sb,sb:private,lora
-    --epsilons 1,3,8 --repeats 3 --learning-rates 'sb=0.02|0.05,lora=0.002|0.005' --out curve[/bold]
+    Kill it at any time and start it again: finished cells stay, others go on. Without --data: the embedded mail.
+
+    Example: [bold]dpsb curve --data mail.csv --model minilm --methods sb,sb:private,lora --epsilons 1,3,8[/bold]
     """
 
     def run() -> None:

@@ -14,6 +14,8 @@ from dpsb.curves.table import Point
 COLOURS = ("#1f5f8b", "#c2571a", "#2e7d4f", "#7b4fa3", "#b03060", "#8a6d1a", "#118a8a", "#555555")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _GREY = "#8a8f98"
+_LABEL = 1.025
+"""Where names begin, in widths of the axes."""
 _PERCENT = ("accuracy",)
 _AXES = {"accuracy": "held-out accuracy (%)", "perplexity": "held-out perplexity"}
 
@@ -77,7 +79,7 @@ def _fill(axes: Any, points: Sequence[Point], metric: str) -> None:
             style = (COLOURS[number % len(COLOURS)], _MARKERS[number % len(_MARKERS)])
             ends.append((label, style[0], *_series(axes, mine, places, scale, style)))
     _frame(axes, places, metric)
-    _labels(axes, places, ends)
+    _labels(axes, ends)
 
 
 class _Places:
@@ -86,12 +88,13 @@ class _Places:
     def __init__(self, finite: Sequence[float], infinite: bool) -> None:
         self.finite = list(finite)
         low, high = (self.finite[0], self.finite[-1]) if self.finite else (1.0, 1.0)
-        decades = max(math.log10(high / low), 0.6)
-        self.low = low / 10 ** (0.06 * decades)
+        span = math.log10(high / low)
+        decades = max(span, 0.6)
+        margin = 10 ** ((0.06 if span else 0.4) * decades)
+        self.low = low / margin
         self.infinity = high * 10 ** (0.2 * decades) if infinite else None
         self.half = 10 ** (0.06 * decades)
-        self.right = (self.infinity or high) * self.half
-        self.label = self.right * 10 ** (0.035 * decades)
+        self.right = self.infinity * self.half if self.infinity is not None else high * margin
         self.gap = high * 10 ** (0.09 * decades)
 
 
@@ -107,6 +110,8 @@ def _series(
         low = [a - b for a, b in zip(y, spread, strict=True)]
         high = [a + b for a, b in zip(y, spread, strict=True)]
         axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
+        if len(x) == 1:  # a band has no width there
+            axes.errorbar(x, y, spread, color=colour, alpha=0.5, capsize=4, linewidth=1.2)
     axes.plot(x, y, color=colour, marker=marker, markersize=5.5, linewidth=1.9, markeredgecolor="white", zorder=3)
     end = (x[-1], y[-1]) if x else (places.low, 0.0)
     for point in points:
@@ -148,7 +153,7 @@ def _no_ticks() -> Any:
     return NullLocator()
 
 
-def _labels(axes: Any, places: _Places, ends: Sequence[tuple[str, str, float, float]]) -> None:
+def _labels(axes: Any, ends: Sequence[tuple[str, str, float, float]]) -> None:
     """Each method's name beside its end, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     heights = apart([y for *_, y in ends], low, high, (high - low) * 0.062)
@@ -156,7 +161,8 @@ def _labels(axes: Any, places: _Places, ends: Sequence[tuple[str, str, float, fl
         axes.annotate(
             label,
             xy=(x, y),
-            xytext=(places.label, height),
+            xytext=(_LABEL, height),
+            textcoords=axes.get_yaxis_transform(),
             color=colour,
             va="center",
             fontsize=10,
