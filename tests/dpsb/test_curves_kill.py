@@ -77,3 +77,46 @@ def test_killed_and_started_again(tmp_path):
     events = [(phase.event, phase.count) for ledger in ledgers for phase in ledger.plan.phases]
     assert facts["composed"]["epsilon"]["upper"] == epsilon(events, facts["composed"]["delta"], "zero_out").upper
     assert [point["n"] for point in facts["points"]] == [2, 2, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds children in /proc")
+def test_a_worker_that_dies_costs_its_cell_only(tmp_path):
+    settings = workbench.run_settings("x", steps=STEPS, eval_data=str(workbench.data_file(seed=5)))
+    given = {name: value for name, value in settings.items() if name not in ("out", "epsilon")}
+    command = [sys.executable, "-m", "dpsb.cli", "curve", "--out", str(tmp_path), *workbench.options(given)]
+    command += ["--methods", "head-only,sb,lora", "--epsilons", "8", "--processes", "2", "--json"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes) as sweep:
+        victim, last = None, time.monotonic() + 240
+        while victim is None and time.monotonic() < last and sweep.poll() is None:
+            time.sleep(0.02)
+            for path in tmp_path.glob("cells/*/ledger.jsonl"):
+                if charged(path) > 10 and in_use(path):
+                    victim = path
+        holders = [pid for pid in children(sweep.pid) if holds(pid, victim)]
+        os.kill(holders[0], signal.SIGKILL)
+        output, _ = sweep.communicate(timeout=300)
+    assert sweep.returncode == 1
+    facts = json.loads(output)
+    assert [entry["folder"] for entry in facts["failed"]] == [f"cells/{victim.parent.name}"]
+    assert "its process died (SIGKILL)" in facts["failed"][0]["reason"]
+    assert sorted(point["n"] for point in facts["points"]) == [0, 1, 1]
+    assert facts["composed"]["runs"] == {
+        "all": 3,
+        "curve": 2,
+        "tuning": 0,
+        "abandoned": 0,
+        "unfinished": 1,
+        "non_private": 0,
+    }
+
+
+def children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
+def holds(pid, path):
+    links = (os.path.join(f"/proc/{pid}/fd", name) for name in os.listdir(f"/proc/{pid}/fd"))
+    return any(os.path.realpath(link) == str(path) for link in links)
