@@ -46,6 +46,12 @@ class Entry:
         return self.basis is not None and parse_basis(self.basis).kind in RELEASED
 
 
+def labels_of(entries: Sequence[Entry]) -> dict[str, str]:
+    """Different labels for different entries, by text: two public files of one name are told apart by their paths."""
+    labels = [entry.label for entry in entries]
+    return {entry.text: entry.label if labels.count(entry.label) == 1 else entry.text for entry in entries}
+
+
 def parse_entries(text: str, basis: str) -> tuple[Entry, ...]:
     """The methods in a comma-separated list.
 

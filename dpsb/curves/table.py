@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsb.curves.cells import Cell
+from dpsb.curves.entries import Entry, labels_of
 from dpsb.curves.folder import CELLS, lost_steps, write_whole
 
 METRICS = {
@@ -111,9 +112,9 @@ def read_row(out: Path, cell: Cell, task: str, failure: str | None = None) -> Ro
     )
 
 
-def points_of(pairs: Sequence[tuple[Any, float]], rows: Sequence[Row], metric: str) -> list[Point]:
+def points_of(pairs: Sequence[tuple[Entry, float]], rows: Sequence[Row], metric: str) -> list[Point]:
     """The summary: a point for each (method, epsilon), in the order given."""
-    found = []
+    found, labels = [], labels_of(list(dict.fromkeys(entry for entry, _ in pairs)))
     for entry, epsilon in pairs:
         here = [r for r in rows if (r.method, r.basis, r.epsilon) == (entry.method, entry.basis, epsilon)]
         curve = [r for r in here if r.purpose == "curve" and r.failure is None]
@@ -123,7 +124,7 @@ def points_of(pairs: Sequence[tuple[Any, float]], rows: Sequence[Row], metric: s
         found.append(
             Point(
                 method=entry.text,
-                label=entry.label,
+                label=labels[entry.text],
                 epsilon=epsilon,
                 delta=next((r.delta for r in curve), None),
                 lower=min(lower, default=None),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from dpsb.curves.composed import Composed
+from dpsb.curves.entries import labels_of
 from dpsb.curves.sweep import Curve
 from dpsb.curves.table import Point, is_better
 from dpsb_accounting.report.words import up
@@ -125,18 +126,19 @@ def resolution(curve: Curve) -> str:
 def tuning(curve: Curve) -> list[str]:
     """How learning rates came about, a sentence for each method."""
     settings, said = curve.settings, []
+    labels = labels_of(settings.entries)
     for entry in settings.entries:
-        rates = settings.rates[entry.text]
+        rates, label = settings.rates[entry.text], labels[entry.text]
         points = [point for point in curve.points if point.method == entry.text]
         if len(rates) == 1:
-            said.append(f"{entry.label}: learning rate {rates[0]:g}, given; no tuning runs on this data.")
+            said.append(f"{label}: learning rate {rates[0]:g}, given; no tuning runs on this data.")
             continue
         runs = sum(point.tuning_runs for point in points)
         chosen = {point.learning_rate for point in points if point.learning_rate is not None}
         edge = sorted(chosen & {min(rates), max(rates)}) if len(rates) > 2 else []
         warning = f"; {' and '.join(f'{rate:g}' for rate in edge)} at the edge of the grid" if edge else ""
         said.append(
-            f"{entry.label}: {runs} tuning runs over {', '.join(f'{rate:g}' for rate in rates)} at every ε, judged on "
+            f"{label}: {runs} tuning runs over {', '.join(f'{rate:g}' for rate in rates)} at every ε, judged on "
             f"the validation data; chosen {', '.join(f'{rate:g}' for rate in sorted(chosen)) or 'none'}{warning}."
         )
     return said

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from dpsb import run as run_module
 from dpsb.cli import app
 from dpsb.curves.composed import composed
-from dpsb.curves.entries import CurveError, parse_entries, parse_epsilons, parse_rates
+from dpsb.curves.entries import CurveError, labels_of, parse_entries, parse_epsilons, parse_rates
 from dpsb.curves.folder import FolderError, lost_steps
 from dpsb.curves.page import page, write_page
 from dpsb.curves.settings import curve_settings
@@ -121,6 +121,8 @@ def test_methods_may_carry_a_basis():
     ]
     assert entries[2].basis == "public:a.csv,/b/c.csv"
     assert entries[2].label == "sb (public a.csv c.csv)"
+    twins = parse_entries("sb:public:a/x.csv,sb:public:b/x.csv,lora", "weight")
+    assert list(labels_of(twins).values()) == ["sb:public:a/x.csv", "sb:public:b/x.csv", "lora"]
     assert [entry.pays_for_basis for entry in entries] == [False, True, False, False, False]
 
 
