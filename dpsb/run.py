@@ -41,6 +41,7 @@ from dpsb.plan import make_plan, relation_for
 from dpsb.prepare import Prepared, input_shape, labels_of, loss_of, losses_by_example, prepare, synthetic_of, targets_of
 from dpsb.randomness import Randomness, SeededRandomness, SystemRandomness
 from dpsb.sampling import length_buckets
+from dpsb.selftest.start import check_before_run
 from dpsb.start import CUT_OFF, START_NAME, attach_again, digest, read_start, start_of
 from dpsb.train import Knobs, Progress, fit
 from dpsb_accounting import Ledger, LedgerError, Phase, Plan, Report, make_report
@@ -167,6 +168,8 @@ def fine_tune(
             shape = input_shape(config, base, tokenizer, prepared)
             units = [*units, *audit.plant(plan, adapter.dimension, losses, shape)]
         callbacks.on_status("checking the model on synthetic examples")
+        if plan.is_private:
+            check_before_run(adapter, loss_fn, collate, synthetic, prepared.max_length, config.token_budget)
         fit(
             adapter,
             units,

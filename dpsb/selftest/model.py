@@ -22,13 +22,13 @@ from dpsb.selftest.ours import own_step
 from dpsb.selftest.replay import Loop, check_replay
 from dpsb.selftest.result import Check, SelfTest, at_most, not_tested
 from dpsb.selftest.run import run_selftest
-from dpsb.selftest.sums import TOLERANCE
+from dpsb.selftest.start import tolerance_for
 from dpsb.train import Knobs, fit, probe_every_bucket, training_mode
 from dpsb_accounting import Ledger, Plan
 
 _STEPS, _DIVISOR = 4, 3
 _STRIDE = 0.1  # how far a sum of length C moves theta
-_HALF, _RELOADED = 5e-2, 1e-3
+_RELOADED = 1e-3
 
 
 def selftest_model(
@@ -59,9 +59,7 @@ def selftest_model(
         are not tested.
     """
     few = list(synthetic[:6])
-    tensors = (*adapter.model.parameters(), *adapter.model.buffers())
-    half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in tensors)
-    tolerance = _HALF if half else TOLERANCE
+    tolerance = tolerance_for(adapter.model)
     subject = f"dpsb.fit on {type(adapter.model).__name__}"
     checks = [*_probe(adapter, loss_fn, collate, synthetic, max_length, token_budget)]
     try:

@@ -23,7 +23,7 @@ _SAME = 2.0**-19  # of the standard deviation; a released sum is rounded to a gr
 _NAMES = ("noise_scale", "noise_mean", "noise_law", "noise_repeats", "noise_reuse", "noise_rerun", "noise_fork")
 
 
-def check_noise(step: Step, numbers: int = _NUMBERS) -> Iterator[Check]:
+def check_noise(step: Step, numbers: int = _NUMBERS, *, forks: bool = True) -> Iterator[Check]:
     """The checks of ``release``: each fails a correct one with probability ``ERROR_RATE``.
 
     With the default number of draws a standard deviation that is off by 3 % fails (docs/auditing.md).
@@ -31,6 +31,7 @@ def check_noise(step: Step, numbers: int = _NUMBERS) -> Iterator[Check]:
     Args:
       step: What is tested.
       numbers: How many noise values are drawn in all.
+      forks: Whether this process may be forked.
     """
     if step.release is None or step.noise_multiplier is None:
         for name in _NAMES:
@@ -50,8 +51,8 @@ def check_noise(step: Step, numbers: int = _NUMBERS) -> Iterator[Check]:
     else:
         runs = [_noise(_seeded_alike(step.fresh_release), offset) / std for _ in range(2)]
         yield _reuse("noise_rerun", np.concatenate(runs), "two runs under the same global seeds have different noise")
-    if not hasattr(os, "fork"):
-        yield not_tested("noise_fork", "this system cannot fork")
+    if not forks or not hasattr(os, "fork"):
+        yield not_tested("noise_fork", "this process is not forked")
     else:
         child, parent = _in_child(step.release, offset), _noise(step.release, offset)
         if child is None:

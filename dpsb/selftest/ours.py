@@ -62,10 +62,9 @@ def own_step(
                 for parameter in adapter.parameters():
                     noise = _SCATTER * torch.randn(parameter.shape, generator=generator)
                     parameter.add_(noise.to(parameter.device, parameter.dtype))
-            clip = 0.1 * min(_norms(adapter, loss_fn, collate, examples, buckets))
-            mechanism = Mechanism(
-                l2_clip_norm=clip or 1.0, noise_multiplier=noise_multiplier, clipping="flat", adaptive=None
-            )
+            norms = _norms(adapter, loss_fn, collate, examples, buckets)
+            clip = 0.1 * min((norm for norm in norms if norm > 0), default=10.0)
+            mechanism = Mechanism(l2_clip_norm=clip, noise_multiplier=noise_multiplier, clipping="flat", adaptive=None)
             randomness = SystemRandomness()
 
             wide = replace(mechanism, l2_clip_norm=_WIDE * mechanism.l2_clip_norm)

@@ -12,7 +12,7 @@ from dpsb.selftest.step import Step
 from dpsb.selftest.sums import TOLERANCE, check_sums
 
 
-def run_selftest(step: Step, examples: Sequence[Any], *, tolerance: float = TOLERANCE) -> SelfTest:
+def run_selftest(step: Step, examples: Sequence[Any], *, tolerance: float = TOLERANCE, forks: bool = True) -> SelfTest:
     """Tests a private training step: its clipped sum, its noise and its sampling.
 
     Works on any implementation; see :class:`Step` for what it must give. Nothing is written anywhere.
@@ -21,6 +21,7 @@ def run_selftest(step: Step, examples: Sequence[Any], *, tolerance: float = TOLE
       step: What is tested.
       examples: At least 4 synthetic or public examples.
       tolerance: For rounding of the sums, in units of C.
+      forks: Whether this process may be forked, to look at the noise of a forked one.
 
     Example:
       >>> import torch
@@ -31,5 +32,5 @@ def run_selftest(step: Step, examples: Sequence[Any], *, tolerance: float = TOLE
       >>> [check.name for check in found.failures]
       ['row_bound', 'sum_bound', 'remove_one', 'add_one', 'replace_one']
     """
-    checks = [*check_sums(step, examples, tolerance), *check_noise(step), *check_draws(step)]
+    checks = [*check_sums(step, examples, tolerance), *check_noise(step, forks=forks), *check_draws(step)]
     return SelfTest(step.name, tuple(checks))

@@ -36,7 +36,9 @@ def check_sums(step: Step, examples: Sequence[Any], tolerance: float = TOLERANCE
     alone = [total([example]) for example in batch]
     without = [total(batch[:j] + batch[j + 1 :]) for j in range(size)]
 
-    yield at_most("deterministic", _norm(whole - total(batch)), 1e-6, "two passes over the same examples agree")
+    yield at_most(
+        "deterministic", _norm(whole - total(batch)), tolerance / 20, "two passes over the same examples agree"
+    )
     yield _tried("empty_step", lambda: _norm(total([])), 0.0, "a step that draws nobody sums to zero")
     largest = max(map(_norm, alone))
     yield at_most("row_bound", largest, 1 + tolerance, "no example alone contributes more than C")

@@ -17,8 +17,11 @@ from dpsb import mechanism, train
 from dpsb.cli import app
 from dpsb.data import Collator, synthetic_examples
 from dpsb.losses import causal_lm_loss, classification_loss
+from dpsb.probe import ProbeError
+from dpsb.run import fine_tune
 from dpsb.selftest import Step, run_selftest, selftest_model
 from dpsb.selftest.command import Subject, selftest_subject
+from dpsb_accounting import Ledger
 
 LENGTH = 16
 
@@ -374,3 +377,15 @@ def test_the_full_test_of_a_model_folder(task):
     assert found.ok, found.failures
     assert found["no_trace"].passed
     assert found["reload"].passed
+
+
+# --- at the start of a run
+
+
+def test_a_run_tests_itself_before_it_charges_anything(tmp_path, monkeypatch):
+    honest = mechanism.Mechanism.noise_std.fget
+    monkeypatch.setattr(mechanism.Mechanism, "noise_std", property(lambda self: 0.9 * honest(self)))
+    with pytest.raises(ProbeError, match=r"self-test of the private step failed before .* \(noise_scale"):
+        fine_tune(workbench.run_config(tmp_path / "run"))
+    assert Ledger.read(tmp_path / "run" / "ledger.jsonl").charged("train") == 0
+    fine_tune(workbench.run_config(tmp_path / "without", epsilon=float("inf")))  # claims nothing, needs no test
