@@ -11,7 +11,7 @@ from dpsb.selftest.result import ERROR_RATE, Check, at_most, not_tested
 from dpsb.selftest.step import Step
 
 _ROWS, _STEPS = 400, 400
-_NAMES = ("draw_rate", "draw_sizes", "draw_repeats", "draw_subsets", "draw_empty", "draw_rerun")
+_NAMES = ("draw_rate", "draw_sizes", "draw_repeats", "draw_same", "draw_subsets", "draw_empty", "draw_rerun")
 
 
 def check_draws(step: Step, rows: int = _ROWS, steps: int = _STEPS) -> Iterator[Check]:
@@ -36,6 +36,7 @@ def check_draws(step: Step, rows: int = _ROWS, steps: int = _STEPS) -> Iterator[
     yield _rate(table, q)
     yield _dispersion("draw_sizes", table.sum(axis=1), rows, q, "sizes of draws vary as independent coins make them")
     yield _dispersion("draw_repeats", table.sum(axis=0), steps, q, "how often a row is drawn varies as in fresh coins")
+    yield _same(drawn, rows, q)
     yield _empty(step.draw, q)
     if step.fresh_draw is None:
         yield not_tested("draw_rerun", "the step gives no way to make a new run")
@@ -83,6 +84,15 @@ def _dispersion(name: str, counts: np.ndarray, trials: int, q: float, detail: st
     reach = float(norm.isf(ERROR_RATE / 2)) + 1.5  # a sum of squares has a heavier upper tail than a normal
     low, high = max(0.0, 1 - reach * spread), 1 + reach * spread
     return Check(name=name, passed=low <= ratio <= high, figure=ratio, limit=f"{low:.3f} to {high:.3f}", detail=detail)
+
+
+def _same(drawn: Sequence[Sequence[int]], rows: int, q: float) -> Check:
+    """How often one whole draw equals another; by chance that does not happen where there are enough rows."""
+    by_chance = len(drawn) ** 2 / 2 * (q**2 + (1 - q) ** 2) ** rows
+    if by_chance > ERROR_RATE:
+        return not_tested("draw_same", "with this q equal draws occur by chance")
+    same = len(drawn) - len({tuple(sorted(one)) for one in drawn})
+    return at_most("draw_same", same, 0, "no draw is that of another step over again")
 
 
 def _empty(draw: Callable[[int], Sequence[int]], q: float) -> Check:

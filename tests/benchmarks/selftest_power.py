@@ -172,7 +172,8 @@ DRAWS: dict[str, tuple[Callable[[np.random.Generator], Draw], str]] = {
     "one coin for 2 rows": (blocks(2), "draw_sizes"),
     "one coin for 10 rows": (blocks(10), "draw_sizes"),
     "every second draw repeated": (repeated(0.5), "draw_repeats"),
-    "every tenth draw repeated": (repeated(0.1), "draw_repeats"),
+    "every tenth draw repeated": (repeated(0.1), "draw_same"),
+    "every hundredth draw repeated": (repeated(0.01), "draw_same"),
 }
 
 

@@ -386,6 +386,17 @@ def favourites():
     return draw
 
 
+def now_and_then_again():
+    """Every twentieth draw is the one before."""
+    honest, seen = system_draw(), []
+
+    def draw(n):
+        seen.append(seen[-1] if len(seen) % 20 == 19 and max(seen[-1], default=0) < n else honest(n))
+        return seen[-1]
+
+    return draw
+
+
 def ranks_alike():
     source = np.random.default_rng(0)
     return lambda n: np.flatnonzero(source.random(n) < Q).tolist()
@@ -399,6 +410,7 @@ DRAWS = {
     "q times 1.1": (more_often, "draw_rate"),
     "one coin for ten rows": (in_blocks, "draw_sizes"),
     "some rows always": (favourites, "draw_repeats"),
+    "now and then the same draw again": (now_and_then_again, "draw_same"),
     "ranks draw alike": (ranks_alike, "draw_rerun"),
 }
 

@@ -93,16 +93,18 @@ def to_html(
     refuted = best > claimed_epsilon
     kind = "verdict refuted" if refuted else "verdict"
     headline = "The claim is refuted" if refuted else "No attack contradicts the claim"
-    verdict = (
-        f"Claimed is that epsilon is at most {claimed_epsilon:.4g} (at delta {delta:.3g}). The strongest attack proves "
-        f"that it is at least {best:.3g} (confidence {confidence:.0%})"
-    )
-    verdict += (
-        ". One of the two is wrong: do not rely on the claim."
-        if refuted
-        else f", which is {best / claimed_epsilon:.0%} of the claim. Attacks can refute a claim; they can never prove "
-        "one, and a small figure may only mean that they were weak."
-    )
+    verdict = f"Claimed is that epsilon is at most {claimed_epsilon:.4g} (at delta {delta:.3g}). "
+    if best == 0.0:
+        verdict += "The attacks prove nothing against it: they could not tell well enough who was in the data. "
+    else:
+        verdict += f"The strongest attack proves that it is at least {best:.3g} (confidence {confidence:.0%}). "
+    if refuted:
+        verdict += "One of the two is wrong: do not rely on the claim."
+    else:
+        verdict += (
+            f"That is {best / claimed_epsilon:.0%} of the claim. Attacks can refute a claim; they can never prove one, "
+            "and a small figure may only mean that they were weak."
+        )
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',

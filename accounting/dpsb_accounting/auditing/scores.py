@@ -220,9 +220,10 @@ def audit(
     if method == "gdp":
         distance, critical = gaussian_distance(rest)
         inputs |= {"gaussian_distance": distance, "gaussian_distance_95": critical}
+        look = "look" if distance <= critical else "do not look"
         assumptions = (
-            f"the scores look Gaussian: largest distance of their distribution from a normal one {distance:.4f}, where "
-            f"normal scores stay below {critical:.4f} in 95 % of cases",
+            f"the scores {look} Gaussian: largest distance of their distribution from a normal one {distance:.4f}, "
+            f"where normal scores stay below {critical:.4f} in 95 % of cases",
         )
     return with_further(found[best], assumptions=assumptions, inputs=inputs)
 
