@@ -179,6 +179,7 @@ def test_page_and_json_of_a_refuted_claim():
         title="<b>", claimed_epsilon=2.0, delta=1e-5, confidence=0.95, attacks=[attack(3.0)], notes=["a & b"]
     )
     assert "The claim is refuted" in page
+    assert "Only bounds that assume a Gaussian" not in page
     assert "&lt;b&gt;" in page
     assert "sees &lt;all&gt;" in page
     assert "a &amp; b" in page
@@ -186,6 +187,13 @@ def test_page_and_json_of_a_refuted_claim():
     assert content["refuted"] is True
     assert content["epsilon_lower"] == 3.0
     assert json.loads(json.dumps(content)) == content
+
+
+def test_page_says_where_only_gaussian_bounds_refute():
+    gaussian = attack(3.0)
+    gaussian = replace(gaussian, bounds=(replace(gaussian.bounds[0], mu=1.0),))
+    page = to_html(title="x", claimed_epsilon=2.0, delta=1e-5, confidence=0.95, attacks=[gaussian], notes=[])
+    assert "Only bounds that assume a Gaussian trade-off" in page
 
 
 def test_page_without_bounds_or_attacks():

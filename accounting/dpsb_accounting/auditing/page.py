@@ -100,6 +100,8 @@ def to_html(
         verdict += f"The strongest attack proves that it is at least {best:.3g} (confidence {confidence:.0%}). "
     if refuted:
         verdict += "One of the two is wrong: do not rely on the claim."
+        if all(bound.mu is not None for a in attacks for bound in a.bounds if bound.refutes(claimed_epsilon)):
+            verdict += " (Only bounds that assume a Gaussian trade-off, see below, exceed it.)"
     else:
         verdict += (
             f"That is {best / claimed_epsilon:.0%} of the claim. Attacks can refute a claim; they can never prove one, "
