@@ -1,0 +1,192 @@
+"""Privacy-utility table: bases and baselines on real text at equal epsilon, delta, data and tuning effort.
+
+    python tests/benchmarks/utility.py --data-dir DIR --out DIR --sets snli20k --processes 2
+
+For each data set two sweeps of `dpsb curve`: at epsilon 3 every arm gets the same number of learning rates, one run
+each, judged on validation rows, and then its repeats on test rows; at epsilon 1 and 8 it keeps the rate chosen there.
+Start it again to go on: finished runs are kept, and an arm or a data set can be added later, also by another process.
+Writes `utility.csv` (a row for every run) and `utility.md` (mean and standard deviation) into --out. Reads NAME.parquet
+from --data-dir, with the columns text or text_a and text_b, label and split.
+
+Arms with a public set use 512 further rows of the same task ("near") or rows of another task ("far").
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pcsv
+import pyarrow.parquet as pq
+
+SEED = 20261125
+"""Of the split into rows; public, as these data sets are."""
+ROWS, NEAR, HELD_OUT = 4000, 512, 1000
+TUNED_AT, OTHERS = "3", ("1", "8")
+TARGETS = {
+    "top2": r"re:.*layer\.[45]\..*(query|key|value|dense)",
+    "top3": r"re:.*layer\.[345]\..*(query|key|value|dense)",
+    "all": "all-linear",
+}
+RATES = {
+    "sb": "0.02|0.05|0.12",
+    "lora": "0.005|0.015|0.05",
+    "ffa-lora": "0.01|0.03|0.1",
+    "lora-xs": "0.01|0.03|0.08",
+    "head-only": "0.03|0.1|0.3",
+}
+"""Three for each arm: those of sb and lora-xs around the demo's, the others around a first look at epsilon 8."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set, and the other task that its far public rows come from."""
+
+    name: str
+    far: str
+    max_length: int
+
+
+TASKS = {
+    task.name: task
+    for task in (Task("snli20k", "qnli5k", 64), Task("banking77", "snli20k", 48), Task("qnli5k", "snli20k", 96))
+}
+
+
+def write_parts(task: Task, data_dir: Path, out: Path) -> dict[str, Path]:
+    """Private training rows, near and far public rows, validation and test rows; all disjoint."""
+    out.mkdir(parents=True, exist_ok=True)
+    table = pq.read_table(data_dir / f"{task.name}.parquet")
+    rng = np.random.default_rng(SEED)
+    rows = {split: rng.permutation(np.flatnonzero(table["split"].to_numpy() == split)) for split in ("train", "test")}
+    size = min(ROWS, len(rows["train"]) - NEAR - HELD_OUT // 2)
+    chosen = {
+        "private": rows["train"][:size],
+        "near": rows["train"][size : size + NEAR],
+        "validation": rows["train"][size + NEAR :][:HELD_OUT],
+        "test": rows["test"][: 2 * HELD_OUT],
+    }
+    columns = [name for name in ("text", "text_a", "text_b", "label") if name in table.column_names]
+    table = table.select(columns).set_column(columns.index("label"), "label", pc.cast(table["label"], "string"))
+    paths = {name: out / f"{name}.parquet" for name in (*chosen, "far")}
+    for name, index in chosen.items():
+        pq.write_table(table.take(np.sort(index)), paths[name])
+    far = pq.read_table(data_dir / f"{task.far}.parquet")
+    far = far.filter(pc.equal(far["split"], "train")).slice(0, 2 * NEAR)
+    pq.write_table(
+        far.select([name for name in far.column_names if name in (*columns, "text_a", "text_b")]), paths["far"]
+    )
+    return paths
+
+
+def arms_of(parts: dict[str, Path]) -> dict[str, str]:
+    """Every arm by its short name, as `dpsb curve` takes it."""
+    bases = {
+        "random": "random",
+        "weight": "weight",
+        "public-far": f"public:{parts['far']}",
+        "public-near": f"public:{parts['near']}",
+        "private": "private",
+        "hybrid-near": f"hybrid:{parts['near']}",
+        "leak": "leak",
+    }
+    others = {name: name for name in RATES if name != "sb"}
+    return {**{name: f"sb:{basis}" for name, basis in bases.items()}, **others}
+
+
+def sweep(
+    task: Task, parts: dict[str, Path], out: Path, options: argparse.Namespace, arm: str, epsilon: str, rates: str
+) -> None:
+    """One sweep of one arm, by the command line."""
+    labels = sorted(set(pq.read_table(parts["private"])["label"].to_pylist()))
+    machine = ["--remember-frozen-blocks"] if options.targets != "all" else []
+    command = [
+        *(sys.executable, "-m", "dpsb.cli", "curve", "--out", str(out), "--model", "minilm"),
+        *("--data", str(parts["private"]), "--eval-data", str(parts["test"]), "--labels", ",".join(labels)),
+        *("--validation-data", str(parts["validation"]), "--methods", arm, "--epsilons", epsilon),
+        *("--learning-rates", rates, "--repeats", str(options.repeats), "--delta", "1e-5"),
+        *("--steps", str(options.steps), "--expected-batch-size", str(options.batch), "--auto-clip"),
+        *("--max-length", str(task.max_length), "--targets", TARGETS[options.targets], "--rank", str(options.rank)),
+        *("--head-lr", str(options.head_lr), "--token-budget", "2048", "--processes", str(options.processes)),
+        *("--allow-non-private-basis", "--json", *machine),
+    ]
+    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+        print(f"some runs of {arm} at epsilon {epsilon} on {task.name} failed; see {out}", flush=True)
+
+
+def run_arm(task: Task, name: str, options: argparse.Namespace) -> None:
+    """Tuning and repeats at epsilon 3, then the repeats at the other epsilons."""
+    out = options.out / task.name
+    parts = write_parts(task, options.data_dir, out / "data")
+    arm = arms_of(parts)[name]
+    grid = RATES[arm.partition(":")[0]]
+    sweep(task, parts, out / f"{name}-{TUNED_AT}", options, arm, TUNED_AT, f"{arm}={grid}")
+    runs = [
+        row for row in rows_in(options.out) if (row["set"], row["arm"], row["purpose"]) == (task.name, name, "curve")
+    ]
+    for epsilon in OTHERS if runs and not options.only_tuned else ():
+        rate = f"{arm}={runs[0]['learning_rate']!r}"
+        sweep(task, parts, out / f"{name}-{epsilon}", options, arm, epsilon, rate)
+
+
+def rows_in(out: Path) -> list[dict[str, Any]]:
+    """A row for every run of every sweep below a folder."""
+    rows = []
+    for name in TASKS:
+        for file in sorted((out / name).glob("*/curve.parquet")):
+            arm = file.parent.name.rpartition("-")[0]
+            rows += [{"set": name, "arm": arm, **row} for row in pq.read_table(file).to_pylist()]
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: accuracy by data set, arm and epsilon."""
+    epsilons = sorted((*OTHERS, TUNED_AT), key=float)
+    lines = ["| data set | arm | learning rate | " + " | ".join(f"epsilon {e}" for e in epsilons) + " |"]
+    lines.append("|" + "---|" * (len(epsilons) + 3))
+    for key in dict.fromkeys((row["set"], row["arm"]) for row in rows):
+        mine = [row for row in rows if (row["set"], row["arm"]) == key and row["purpose"] == "curve"]
+        found = []
+        for epsilon in epsilons:
+            values = [r["accuracy"] for r in mine if r["epsilon"] == float(epsilon) and r["accuracy"] is not None]
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            found.append(f"{statistics.fmean(values):.3f}{spread} ({len(values)})" if values else "–")
+        rate = mine[0]["learning_rate"] if mine else "–"
+        lines.append(f"| {key[0]} | {key[1]} | {rate} | " + " | ".join(found) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder with NAME.parquet")
+    parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--sets", default=",".join(TASKS), help="default: all three")
+    arms = ",".join(arms_of({"near": Path("near"), "far": Path("far")}))
+    parser.add_argument("--arms", default=arms, help=f"comma-separated; default: {arms}")
+    parser.add_argument("--targets", choices=list(TARGETS), default="top2", help="blocks that are adapted")
+    parser.add_argument("--only-tuned", action="store_true", help=f"epsilon {TUNED_AT} only")
+    for name, value in (("repeats", 3), ("steps", 40), ("batch", 256), ("rank", 16), ("processes", 2)):
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
+    parser.add_argument("--head-lr", type=float, default=0.1, help="of the classification head, every arm; default 0.1")
+    options = parser.parse_args()
+    for name in options.sets.split(","):
+        for arm in options.arms.split(","):
+            run_arm(TASKS[name], arm, options)
+            print(f"{name}: {arm} done", flush=True)
+    rows = rows_in(options.out)
+    pcsv.write_csv(pa.Table.from_pylist(rows), options.out / "utility.csv")
+    (options.out / "utility.md").write_text(table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
