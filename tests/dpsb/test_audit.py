@@ -133,6 +133,13 @@ def test_refuses_a_folder_in_use_and_a_folder_without_a_run(tmp_path):
     assert "holds no run" in found.stderr
 
 
+@pytest.mark.parametrize("command", ["audit", "selftest"])
+def test_help_shows_an_example(command):
+    page = CliRunner().invoke(app, [command, "--help"])
+    assert page.exit_code == 0
+    assert f"Example: dpsb {command}" in page.output
+
+
 # --- rules that are found by simulation
 
 
