@@ -1,8 +1,10 @@
 """Per-example gradients of the target weights themselves: joint norms and clipped sums, never one gradient each.
 
 The gradient of example i in a weight is :math:`G_i = \\sum_t g_{it} x_{it}^\\top` over its tokens, x what the layer
-received and g the gradient of what it returned. Norms come from x and g alone (the Gram trick), sums from a second
-backward pass that weighs every example, so no tensor of shape (n, out, in) is ever made.
+received and g the gradient of what it returned. Norms come from x and g alone (the Gram trick). One backward pass
+keeps both, in the place of the activations that it frees, until the norms of all layers are known; then the sums are
+made from them, every example weighed. Under activation checkpointing, where keeping them would cost what checkpointing
+saves, a second backward pass makes them again. No tensor of shape (n, out, in) is ever made.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dpsb.losses import LossFn, check_losses
 from dpsb.mechanism import Mechanism
 
 _CHUNK_NUMBERS = 1 << 22
+_BLOCK_NUMBERS = 1 << 20
 _ROUNDING = 2.0**-20
 
 Batch = Mapping[str, torch.Tensor]
@@ -90,10 +93,14 @@ class _Watch:
     A layer that is used several times gives one pair, its uses side by side, because their gradients add up. Activation
     checkpointing runs forward hooks again inside the backward pass: such a call counts only where the first one ran
     without gradients and so kept nothing (reentrant checkpointing).
+
+    Args:
+      num_examples: n.
+      backwards: How many backward passes will run; after the last one no x is held any longer.
     """
 
-    def __init__(self, num_examples: int) -> None:
-        self.num_examples = num_examples
+    def __init__(self, num_examples: int, backwards: int) -> None:
+        self.num_examples, self._backwards = num_examples, backwards
         self.on_pair: Callable[[str, torch.Tensor, torch.Tensor], None] = lambda _name, _x, _g: None
         self._uses: dict[str, int] = {}
         self._kept_nothing: set[str] = set()
@@ -110,6 +117,7 @@ class _Watch:
             elif name not in self._kept_nothing:
                 return
             x = inputs[0].detach()
+            version = _version(x)
             if x.dim() < 2 or x.shape[0] != self.num_examples:
                 raise CaptureError(
                     f"{name} received {tuple(x.shape)} for {self.num_examples} examples: they are not "
@@ -117,11 +125,14 @@ class _Watch:
                 )
             if not output.requires_grad:  # the first layer: nothing before it is trained
                 output.requires_grad_()
-            output.register_hook(lambda g: self._arrived(name, x, g.detach()))
+            held = [x] * self._backwards  # the graph holds its hooks, and so whatever they hold, until the last one
+            output.register_hook(lambda g: self._arrived(name, held.pop(), g.detach(), version))
 
         return forward_hook
 
-    def _arrived(self, name: str, x: torch.Tensor, g: torch.Tensor) -> None:
+    def _arrived(self, name: str, x: torch.Tensor, g: torch.Tensor, version: int) -> None:
+        if _version(x) != version:  # autograd does not mind: a frozen weight needs no x
+            raise CaptureError(f"The input of {name} was changed in place afterwards, so its gradient is lost.")
         waiting = self._waiting.setdefault(name, [])
         waiting.append((x, g))
         if len(waiting) == self._uses[name]:
@@ -139,14 +150,21 @@ class _Watch:
 
 
 def _by_token(values: torch.Tensor) -> torch.Tensor:
-    """Shape (n, tokens, width) in fp32; further dimensions count as tokens."""
-    return values.reshape(values.shape[0], -1, values.shape[-1]).float()
+    """Shape (n, tokens, width); further dimensions count as tokens."""
+    return values.reshape(values.shape[0], -1, values.shape[-1])
+
+
+def _version(values: torch.Tensor) -> int:
+    """How often a tensor was changed in place."""
+    return 0 if values.is_inference() else values._version
 
 
 @contextmanager
-def watched(layers: Mapping[str, LoraLayer], model: nn.Module, num_examples: int) -> Iterator[_Watch]:
+def watched(
+    layers: Mapping[str, LoraLayer], model: nn.Module, num_examples: int, backwards: int = 1
+) -> Iterator[_Watch]:
     """Watches the base layers under ``layers`` with every adapter off and nothing trainable; undone afterwards."""
-    watch = _Watch(num_examples)
+    watch = _Watch(num_examples, backwards)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [layer.get_base_layer().register_forward_hook(watch.hook(name)) for name, layer in layers.items()]
     disabled = {name: layer.disable_adapters for name, layer in layers.items()}
@@ -182,7 +200,7 @@ def example_norms(
 
     def on_pair(name: str, x: torch.Tensor, g: torch.Tensor) -> None:
         for column, sketch in enumerate(sketches):
-            squared[:, column] += squared_norms(*_cut(x, g, sketch[name]))
+            squared[:, column] += squared_norms(*(side.float() for side in _cut(x, g, sketch[name])))
 
     with watched(layers, model, size) as watch:
         watch.on_pair = on_pair
@@ -219,45 +237,66 @@ def add_clipped_sum(
       totals: Sums by layer, float64, changed in place. Sensitive.
 
     Raises:
-      PartlyAdded: If the second pass failed, so that ``totals`` hold part of the microbatch.
+      PartlyAdded: If adding failed, so that ``totals`` may hold part of the microbatch.
     """
     size = len(next(iter(batch.values())))
-    device = next(model.parameters()).device
-    squared = torch.zeros(size, dtype=torch.float64, device=device)
-    keep = all(sketch.is_small for sketch in sketches.values())
+    squared = torch.zeros(size, dtype=torch.float64, device=next(model.parameters()).device)
+    twice = _is_checkpointed(model) and not all(sketch.is_small for sketch in sketches.values())
     kept: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
     def measure(name: str, x: torch.Tensor, g: torch.Tensor) -> None:
         x, g = _cut(x, g, sketches[name])
-        squared.add_(squared_norms(x, g))
-        if keep:
+        squared.add_(squared_norms(x.float(), g.float()))
+        if not twice:
             kept.append((name, x, g))
 
-    with watched(layers, model, size) as watch:
+    with watched(layers, model, size, 2 if twice else 1) as watch:
         losses = check_losses(loss_fn(model, batch), size)
         watch.on_pair = measure
-        losses.sum().backward(retain_graph=not keep)
+        losses.sum().backward(retain_graph=twice)
         watch.finish()
         norms = squared.sqrt()
-        scale = mechanism.scale(norms).float()
-        usable = torch.isfinite(norms)
+        scale = mechanism.scale(norms).float()[:, None, None]
+        usable = torch.isfinite(norms)[:, None, None]
 
         def add(name: str, x: torch.Tensor, g: torch.Tensor) -> None:
-            weighted = torch.where(usable[:, None, None], g * scale[:, None, None], 0.0)
-            known = torch.where(usable[:, None, None], x, 0.0)
-            totals[name].add_(weighted.flatten(0, 1).T @ known.flatten(0, 1))
+            _add_weighted(totals[name], x, g, scale, usable)
 
-        if keep:
-            for name, x, g in kept:
-                add(name, x, g)
-        else:
-            watch.on_pair = lambda name, x, g: add(name, *_cut(x, g, sketches[name]))
-            try:
+        try:
+            if twice:
+                watch.on_pair = lambda name, x, g: add(name, *_cut(x, g, sketches[name]))
                 losses.sum().backward()
                 watch.finish()
-            except (RuntimeError, MemoryError) as error:
-                raise PartlyAdded from error
+            while kept:
+                add(*kept.pop())
+        except (RuntimeError, MemoryError) as error:
+            raise PartlyAdded from error
+
+
+def _is_checkpointed(model: nn.Module) -> bool:
+    """Whether activations are recomputed in the backward pass, as transformers says it."""
+    return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
+
+
+def _add_weighted(
+    total: torch.Tensor, x: torch.Tensor, g: torch.Tensor, scale: torch.Tensor, usable: torch.Tensor
+) -> None:
+    """Adds the products g^T x of the usable examples, each times its scale, a block of rows of the sum at a time.
+
+    Args:
+      total: Shape ``(b, a)``, float64. Sensitive.
+      x: Shape ``(n, t, a)``. Sensitive.
+      g: Shape ``(n, t, b)``. Sensitive.
+      scale: Shape ``(n, 1, 1)``, fp32. Sensitive.
+      usable: Shape ``(n, 1, 1)``. Sensitive.
+    """
+    known = torch.where(usable, x.float(), 0.0).flatten(0, 1)
+    rows = max(1, _BLOCK_NUMBERS // max(known.shape))
+    for block, part in zip(total.split(rows), g.split(rows, dim=2), strict=True):
+        weighted = torch.where(usable, part.float() * scale, 0.0).flatten(0, 1)
+        block.add_(weighted.T @ known)
 
 
 def _cut(x: torch.Tensor, g: torch.Tensor, sketch: Sketch) -> tuple[torch.Tensor, torch.Tensor]:
-    return (x if sketch.right is None else x @ sketch.right), (g if sketch.left is None else g @ sketch.left)
+    x = x if sketch.right is None else x.float() @ sketch.right
+    return x, (g if sketch.left is None else g.float() @ sketch.left)

@@ -232,3 +232,84 @@ def test_examples_must_be_in_the_first_dimension():
         example_norms(
             model, lambda m, b: m(b["x"]), {"x": torch.randn(3, 5, 4)}, layers, [dict.fromkeys(layers, WHOLE)]
         )
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_second_backward_pass_runs_only_under_checkpointing(tiny, monkeypatch, checkpointed):
+    model, batch, passes = tiny.lora(tiny.base("llama")).train(), tiny.batch("llama"), []
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    layers, backward = lora_layers(model), torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda t, **options: passes.append(1) or backward(t, **options))
+    for what, expected in (("whole", 2), ("right", 2), ("both", 1)):
+        passes.clear()
+        sketches = dict.fromkeys(layers, WHOLE) if what == "whole" else sketches_for(layers, what)
+        clipped_sums(model, tiny.loss["llama"], batch, layers, sketches)
+        assert len(passes) == (expected if checkpointed else 1)
+
+
+@pytest.mark.parametrize("what", ["whole", "right", "both"])
+def test_memory_that_runs_out_while_adding_is_no_half_sum(tiny, monkeypatch, what):
+    """The caller must not halve the microbatch and add some layers again: that would count examples twice."""
+    model, batch = tiny.lora(tiny.base("bert")).train(), tiny.batch("bert")
+    layers, added, add = lora_layers(model), [], per_example._add_weighted
+
+    def runs_out(*arguments):
+        if len(added) == 3:
+            raise torch.OutOfMemoryError("out of memory")
+        added.append(add(*arguments))
+
+    monkeypatch.setattr(per_example, "_add_weighted", runs_out)
+    with pytest.raises(per_example.PartlyAdded):
+        clipped_sums(
+            model,
+            classification_loss,
+            batch,
+            layers,
+            dict.fromkeys(layers, WHOLE) if what == "whole" else sketches_for(layers, what),
+        )
+    assert len(added) == 3
+
+
+def test_sums_do_not_depend_on_blocks(tiny, monkeypatch):
+    model, batch = tiny.lora(tiny.base("llama")).train(), tiny.batch("llama")
+    layers = lora_layers(model)
+    whole = clipped_sums(model, tiny.loss["llama"], batch, layers, dict.fromkeys(layers, WHOLE))
+    for numbers in (1, 500):
+        monkeypatch.setattr(per_example, "_BLOCK_NUMBERS", numbers)
+        got = clipped_sums(model, tiny.loss["llama"], batch, layers, dict.fromkeys(layers, WHOLE))
+        assert all(tiny.distance(got[name], whole[name]) <= 1e-6 for name in layers)
+
+
+def test_half_precision_is_multiplied_in_fp32(tiny):
+    model, batch = tiny.lora(tiny.base("llama", torch.bfloat16)).train(), tiny.batch("llama")
+    layers, bound = lora_layers(model), 1e6
+    got = clipped_sums(model, tiny.loss["llama"], batch, layers, dict.fromkeys(layers, WHOLE), bound=bound)
+    exact = one_by_one(tiny, "llama", batch)
+    for name, total in got.items():
+        assert tiny.distance(total, sum(gradients[name] for gradients in exact)) <= 0.05
+        assert total.dtype == torch.float64
+
+
+class InPlace(nn.Module):
+    """Changes what its layer received after the layer has used it; autograd lets that pass where weights are frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = 2 * self.first(x)
+        y = self.layer(x)
+        return x.add_(y).sum(dim=(1, 2))
+
+
+def test_an_input_that_is_changed_in_place_is_refused():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(InPlace(), LoraConfig(r=2, lora_alpha=2, target_modules=["first", "layer"]))
+    layers = lora_layers(model)
+    batch = {"x": torch.randn(3, 5, 4)}
+    with pytest.raises(CaptureError, match=r"layer was changed in place"):
+        clipped_sums(model, lambda m, b: m(b["x"]), batch, layers, dict.fromkeys(layers, WHOLE))
