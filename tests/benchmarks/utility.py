@@ -4,6 +4,7 @@
 
 For each data set two sweeps of `dpsb curve`: at epsilon 3 every arm gets the same number of learning rates, one run
 each, judged on validation rows, and then its repeats on test rows; at epsilon 1 and 8 it keeps the rate chosen there.
+The head alone goes first, and every other arm trains its head with the rate that was best there.
 Start it again to go on: finished runs are kept, and an arm or a data set can be added later, also by another process.
 Writes `utility.csv` (a row for every run) and `utility.md` (mean and standard deviation) into --out. Reads NAME.parquet
 from --data-dir, with the columns text or text_a and text_b, label and split.
@@ -55,6 +56,9 @@ class Task:
     far: str
     max_length: int
 
+
+HEAD = "head-only"
+"""Runs first: the rate that it chooses is the head's in every other arm."""
 
 TASKS = {
     task.name: task
@@ -108,7 +112,6 @@ def sweep(
 ) -> None:
     """One sweep of one arm, by the command line."""
     labels = sorted(set(pq.read_table(parts["private"])["label"].to_pylist()))
-    machine = ["--remember-frozen-blocks"] if options.targets != "all" else []
     command = [
         *(sys.executable, "-m", "dpsb.cli", "curve", "--out", str(out), "--model", "minilm"),
         *("--data", str(parts["private"]), "--eval-data", str(parts["test"]), "--labels", ",".join(labels)),
@@ -116,11 +119,19 @@ def sweep(
         *("--learning-rates", rates, "--repeats", str(options.repeats), "--delta", "1e-5"),
         *("--steps", str(options.steps), "--expected-batch-size", str(options.batch), "--auto-clip"),
         *("--max-length", str(task.max_length), "--targets", TARGETS[options.targets], "--rank", str(options.rank)),
-        *("--head-lr", str(options.head_lr), "--token-budget", "2048", "--processes", str(options.processes)),
-        *("--allow-non-private-basis", "--json", *machine),
+        *("--token-budget", "2048", "--processes", str(options.processes), "--allow-non-private-basis", "--json"),
     ]
+    if arm != HEAD:
+        command += ["--head-lr", repr(chosen_rate(options.out, task.name, HEAD))]
+        command += ["--remember-frozen-blocks"] if options.targets != "all" else []
     if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
         print(f"some runs of {arm} at epsilon {epsilon} on {task.name} failed; see {out}", flush=True)
+
+
+def chosen_rate(out: Path, task: str, arm: str) -> float | None:
+    """The learning rate that an arm's tuning runs chose; None if it was not run yet."""
+    found = (row for row in rows_in(out) if (row["set"], row["arm"], row["purpose"]) == (task, arm, "curve"))
+    return next((float(row["learning_rate"]) for row in found), None)
 
 
 def run_arm(task: Task, name: str, options: argparse.Namespace) -> None:
@@ -130,12 +141,9 @@ def run_arm(task: Task, name: str, options: argparse.Namespace) -> None:
     arm = arms_of(parts)[name]
     grid = RATES[arm.partition(":")[0]]
     sweep(task, parts, out / f"{name}-{TUNED_AT}", options, arm, TUNED_AT, f"{arm}={grid}")
-    runs = [
-        row for row in rows_in(options.out) if (row["set"], row["arm"], row["purpose"]) == (task.name, name, "curve")
-    ]
-    for epsilon in OTHERS if runs and not options.only_tuned else ():
-        rate = f"{arm}={runs[0]['learning_rate']!r}"
-        sweep(task, parts, out / f"{name}-{epsilon}", options, arm, epsilon, rate)
+    rate = chosen_rate(options.out, task.name, name)
+    for epsilon in OTHERS if rate is not None and not options.only_tuned else ():
+        sweep(task, parts, out / f"{name}-{epsilon}", options, arm, epsilon, f"{arm}={rate!r}")
 
 
 def rows_in(out: Path) -> list[dict[str, Any]]:
@@ -176,10 +184,10 @@ def main() -> None:
     parser.add_argument("--only-tuned", action="store_true", help=f"epsilon {TUNED_AT} only")
     for name, value in (("repeats", 3), ("steps", 40), ("batch", 256), ("rank", 16), ("processes", 2)):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
-    parser.add_argument("--head-lr", type=float, default=0.1, help="of the classification head, every arm; default 0.1")
     options = parser.parse_args()
     for name in options.sets.split(","):
-        for arm in options.arms.split(","):
+        head = [] if chosen_rate(options.out, name, HEAD) is not None else [HEAD]
+        for arm in (*head, *(arm for arm in options.arms.split(",") if arm not in head)):
             run_arm(TASKS[name], arm, options)
             print(f"{name}: {arm} done", flush=True)
     rows = rows_in(options.out)
