@@ -32,7 +32,7 @@ def check_before_run(
     anyway. A correct run is refused with a probability of about 10 times ``ERROR_RATE``.
 
     Raises:
-      ProbeError: If a check fails; nothing has been charged.
+      ProbeError: If a check fails; no training step has been charged (a private basis has).
     """
     few = list(synthetic[:4])
     with own_step(adapter, loss_fn, collate, few, max_length, token_budget=token_budget) as step:
@@ -41,7 +41,7 @@ def check_before_run(
     if not found.ok:
         first, names = found.failures[0], ", ".join(check.name for check in found.failures)
         raise ProbeError(
-            f"The self-test of the private step failed before anything was charged ({names}): it must hold that "
+            f"The self-test of the private step failed before any training step was charged ({names}): it must hold that "
             f"{first.detail}, measured {first.figure}, limit {first.limit}. `dpsb selftest --full` tells more."
         )
 
