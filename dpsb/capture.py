@@ -71,8 +71,8 @@ class Rows:
                 )
             if sample.shape[0] != self._num_examples:
                 raise CaptureError(
-                    f"{name} got {sample.shape[0]} per-example gradients for {self._num_examples} examples: its input "
-                    "does not have the examples in dimension 0 (as in mixture-of-experts layers). Do not target it."
+                    f"{name} got per-example gradients for another number of examples: its input does not have the "
+                    "examples in dimension 0 (as in mixture-of-experts layers). Do not target it."
                 )
             parts.append(sample.reshape(self._num_examples, -1).to(torch.float32))
         return torch.cat(parts, dim=1)

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 from dpsb.baselines.methods import MethodError, method_named
 from dpsb.basis_spec import RELEASED, BasisSpecError, parse_basis
-from dpsb.parts import part_of
+from dpsb.parts import Part, part_of
 
 _SCHEDULES = ("constant", "linear", "cosine")
 _OPTIMIZERS = ("adam", "adamw", "adam-corrected", "sgd")
@@ -282,15 +282,26 @@ class RunConfig:
 def _same_data(one: str, other: str) -> bool:
     """Whether two names are the same file, folder or Hub id. A copy under another name cannot be noticed.
 
-    Two sides of one split share no row; a part and its whole file, or parts of two splits, do.
+    Two sides of one split share no row; a part and its whole file, or parts of two splits, do. Parts may be of parts.
     """
-    first, second = part_of(one), part_of(other)
-    if first is not None and second is not None and second == first.other(second.side):
-        return first.side == second.side
-    one, other = first.source if first else one, second.source if second else other
+    (one, first), (other, second) = _parts_of(one), _parts_of(other)
+    for mine, theirs in zip(first, second, strict=False):
+        if replace(theirs, source=mine.source, side=mine.side) != mine:
+            break
+        if theirs.side != mine.side:
+            return False
     if Path(one).exists() and Path(other).exists():
         return Path(one).samefile(other)
     return one.partition(":")[0].strip("/").lower() == other.partition(":")[0].strip("/").lower()
+
+
+def _parts_of(name: str) -> tuple[str, list[Part]]:
+    """The file that a name means in the end, and the parts that are taken of it, one after the other."""
+    parts: list[Part] = []
+    while (part := part_of(name)) is not None:
+        name = part.source
+        parts.insert(0, part)
+    return name, parts
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from dpsb.losses import IGNORED
-from dpsb.parts import part_of
+from dpsb.parts import owner_of, part_of
 from dpsb.sampling import length_buckets
 
 _TEXT = (
@@ -340,7 +339,7 @@ def by_unit(table: Table, column: str, examples: Sequence[Any]) -> list[list[Any
     """
     units: dict[str, list[Any]] = {}
     for value, example in zip(table.column(column), examples, strict=True):
-        name = "" if isinstance(value, float) and math.isnan(value) else _text(value).strip()
+        name = owner_of(value)
         if name:
             units.setdefault(name, []).append(example)
     return list(units.values())

@@ -7,6 +7,7 @@ that no second file with private text is ever written, and the ledger says what 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +34,8 @@ class Part:
       test: Expected share of the test rows.
       validation: Expected share of the validation rows.
       seed: Public.
-      by: A column: rows with the same value there, such as those of one person, stay together.
+      by: A column: rows with the same value there, such as those of one person, stay together. Values are compared as
+        units are (:func:`dpsb.data.by_unit`); a row without one is on its own.
 
     Raises:
       ValueError: If a share is out of range or leaves nothing to train on.
@@ -71,12 +73,18 @@ class Part:
         return [row for row in range(count) if self._side({name: columns[name][row] for name in columns}) == self.side]
 
     def _side(self, row: Mapping[str, Any]) -> str:
-        owner = row.get(self.by) if self.by else None
-        key = json.dumps(sorted(row.items()) if owner is None else str(owner), default=str)
+        owner = owner_of(row.get(self.by)) if self.by else ""
+        key = json.dumps(owner or sorted(row.items()), default=str)
         place = int.from_bytes(sha256(f"{self.seed}\n{key}".encode()).digest()[:8], "big") / 2**64
         if place < self.test:
             return "test"
         return "validation" if place < self.test + self.validation else "train"
+
+
+def owner_of(value: Any) -> str:
+    """Whose a row is: the value as text without surrounding blanks; empty if it is missing (null, empty or NaN)."""
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    return "" if missing else str(value).encode("utf-8", "replace").decode("utf-8").strip()
 
 
 def part_of(source: str) -> Part | None:

@@ -189,13 +189,22 @@ class StepError(RuntimeError):
     """Something went wrong while private data were in use. Only its kind and place are told, never its message."""
 
 
+class StepMemoryError(MemoryError):
+    """Memory ran out while private data were in use. The message is ours: NumPy's tells the shape of an array."""
+
+
 @contextmanager
 def messages_withheld(what: str) -> Iterator[None]:
     """Lets no message of an error out that may quote an example, a label or the size of the draw."""
     try:
         yield
-    except (CaptureError, MemoryError):
+    except (CaptureError, StepMemoryError):
         raise
+    except MemoryError:
+        raise StepMemoryError(
+            f"{what} ran out of memory. It is charged. Lower token_budget or max_length, or resume on a machine with "
+            "more memory."
+        ) from None
     except Exception as error:
         if os.environ.get("DPSB_TRACEBACK"):
             raise
@@ -311,7 +320,7 @@ def _reduced(
         if not is_out_of_memory(error):
             raise
         if len(positions) == 1:
-            raise MemoryError(
+            raise StepMemoryError(
                 "Out of memory on a single example. The step is charged. Lower max_length, or resume on a machine "
                 "with more memory."
             ) from None

@@ -62,8 +62,16 @@ def fit_logistic_regression(
 
     Returns:
       Weights with the bias as last column, shape ``(K, f + 1)``. Released.
+
+    Raises:
+      ValueError: If the plan protects something else than examples, or its C moves; nothing has been charged.
     """
     plan, randomness = ledger.plan, randomness or SystemRandomness()
+    if plan.unit != "example" or plan.clipping == "adaptive":
+        raise ValueError(
+            f"Expected a plan whose unit is 'example' and whose C is fixed, got unit {plan.unit!r} and clipping "
+            f"{plan.clipping!r}."
+        )
     mechanism = Mechanism.from_plan(plan)
     if randomness.tainted:
         ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")

@@ -120,8 +120,8 @@ class _Watch:
             version = _version(x)
             if x.dim() < 2 or x.shape[0] != self.num_examples:
                 raise CaptureError(
-                    f"{name} received {tuple(x.shape)} for {self.num_examples} examples: they are not "
-                    "in dimension 0 (as in mixture-of-experts layers). Do not target it."
+                    f"{name} received its input for another number of examples: they are not in dimension 0 (as in "
+                    "mixture-of-experts layers). Do not target it."
                 )
             if not output.requires_grad:  # the first layer: nothing before it is trained
                 output.requires_grad_()
@@ -243,12 +243,14 @@ def add_clipped_sum(
     squared = torch.zeros(size, dtype=torch.float64, device=next(model.parameters()).device)
     twice = _is_checkpointed(model) and not all(sketch.is_small for sketch in sketches.values())
     kept: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+    versions: list[tuple[int, int]] = []
 
     def measure(name: str, x: torch.Tensor, g: torch.Tensor) -> None:
         x, g = _cut(x, g, sketches[name])
         squared.add_(squared_norms(x.float(), g.float()))
         if not twice:
             kept.append((name, x, g))
+            versions.append((_version(x), _version(g)))
 
     with watched(layers, model, size, 2 if twice else 1) as watch:
         losses = check_losses(loss_fn(model, batch), size)
@@ -268,7 +270,10 @@ def add_clipped_sum(
                 losses.sum().backward()
                 watch.finish()
             while kept:
-                add(*kept.pop())
+                name, x, g = kept.pop()
+                if versions.pop() != (_version(x), _version(g)):  # what was measured is not what would be added
+                    raise CaptureError(f"The input of {name} or its gradient was changed in place while it was kept.")
+                add(name, x, g)
         except (RuntimeError, MemoryError) as error:
             raise PartlyAdded from error
 

@@ -23,7 +23,7 @@ from dpsb.models import HEAD_NAMES
 from dpsb.probe import Collate, Example, without_dropout
 from dpsb.randomness import Randomness
 from dpsb.sampling import bucket_of, length_buckets, microbatches, padded_lengths, poisson_draw
-from dpsb.train import is_out_of_memory, messages_withheld, probe_every_bucket, training_mode
+from dpsb.train import StepMemoryError, is_out_of_memory, messages_withheld, probe_every_bucket, training_mode
 from dpsb_accounting import Gaussian, Ledger, PoissonGaussian
 
 _REHEARSED_AT_LEAST = 3
@@ -83,6 +83,8 @@ class PrivateExamples:
         """The mechanism of a basis release, read from the plan that accounts for it."""
         plan = self.ledger.plan
         event, facts = plan.phase(PHASE).event, plan.basis
+        if plan.unit != "example":
+            raise ValueError(f"A basis is released per example, so it does not protect a {plan.unit}, the plan's unit.")
         if not isinstance(event, (Gaussian, PoissonGaussian)):
             raise ValueError(f"Expected the plan's phase {PHASE!r} to be a Gaussian release, got {event!r}.")
         clip_norm, clipping = facts.get("l2_clip_norm"), facts.get("clipping")
@@ -226,4 +228,4 @@ class PrivateExamples:
 def _give_up(error: BaseException) -> NoReturn:
     if not is_out_of_memory(error):
         raise error
-    raise MemoryError("Out of memory in the pass for the basis. Lower token_budget or max_length.") from None
+    raise StepMemoryError("Out of memory in the pass for the basis. Lower token_budget or max_length.") from None

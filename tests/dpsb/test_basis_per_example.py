@@ -6,7 +6,7 @@ from torch import nn
 
 from dpsb.adapter import lora_layers
 from dpsb.basis import per_example
-from dpsb.basis.per_example import WHOLE, Sketch, add_clipped_sum, example_norms, squared_norms
+from dpsb.basis.per_example import WHOLE, PartlyAdded, Sketch, add_clipped_sum, example_norms, squared_norms
 from dpsb.capture import CaptureError
 from dpsb.losses import classification_loss
 from dpsb.mechanism import Mechanism
@@ -313,3 +313,43 @@ def test_an_input_that_is_changed_in_place_is_refused():
     batch = {"x": torch.randn(3, 5, 4)}
     with pytest.raises(CaptureError, match=r"layer was changed in place"):
         clipped_sums(model, lambda m, b: m(b["x"]), batch, layers, dict.fromkeys(layers, WHOLE))
+
+
+class FiveTimes(torch.autograd.Function):
+    """A backward pass that works in place, as fused kernels do; its gradient is shared with the other summand's."""
+
+    @staticmethod
+    def forward(_ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(_ctx, g):
+        return g.mul_(5)
+
+
+class SharedGradient(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        first = self.first(x)
+        return self.last(self.second(x) + FiveTimes.apply(first)).sum(dim=(1, 2))
+
+
+def test_a_gradient_that_is_changed_in_place_while_it_is_kept_is_refused():
+    """Its norm was taken before: added as it is now, an example would count for more than C."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(SharedGradient(), LoraConfig(r=2, lora_alpha=2, target_modules=["first", "second"]))
+    layers = lora_layers(model)
+    batch = {"x": torch.randn(1, 5, 4)}
+
+    def add(sketches):
+        return clipped_sums(model, lambda m, b: m(b["x"]), batch, layers, sketches)
+
+    with pytest.raises(PartlyAdded) as caught:
+        add(dict.fromkeys(layers, WHOLE))
+    assert isinstance(caught.value.__cause__, CaptureError)
+    small = add(dict.fromkeys(layers, Sketch(torch.eye(4), torch.eye(4))))  # a sketch is a copy
+    assert sum(float(total.square().sum()) for total in small.values()) ** 0.5 <= C + 1e-6

@@ -48,6 +48,17 @@ def test_equal_rows_and_rows_of_a_person_stay_together():
     assert len(set(found)) == 3
 
 
+@pytest.mark.parametrize("written", ["{} ", " {}", "\t{}"])
+def test_a_person_is_on_one_side_however_blanks_stand_around_the_name(written):
+    """As units are formed: a person who is trained on is not measured on as well."""
+    names = [f"person {i}" for i in range(40)]
+    plain, spaced = (sides([{"text": "x", "who": how.format(n)} for n in names], by="who") for how in ("{}", written))
+    assert spaced == plain
+    for missing in (None, "", "  ", math.nan):
+        rows = [{"text": f"row {i}", "who": missing} for i in range(40)]
+        assert len(set(sides(rows, by="who"))) == 3, "rows of nobody do not belong together"
+
+
 def test_the_parts_of_a_file_are_read_without_a_copy(tmp_path):
     source = workbench.data_file(count=60)
     whole = read_table(source).columns["text"]
@@ -86,6 +97,22 @@ def test_two_sides_of_a_split_are_not_the_same_data(tmp_path):
             config(f"{source}#train{SPLIT}", other)
     with pytest.raises(ConfigError, match="private training data as public"):
         config(f"{source}#train{SPLIT}", None, basis=f"public:{source}")
+
+
+def test_parts_of_parts_are_told_apart_from_what_holds_them(tmp_path):
+    """A sweep on a part splits that part again; whole file and outer part hold its training rows."""
+    source, again = str(workbench.data_file()), "(test=0.3,validation=0,seed=5)"
+    inner = f"{source}#train{SPLIT}#train{again}"
+    for disjoint in (
+        f"{source}#test{SPLIT}",
+        f"{source}#train{SPLIT}#test{again}",
+        f"{source}#test{SPLIT}#train{again}",
+    ):
+        workbench.run_config(tmp_path, data=inner, eval_data=disjoint)
+    for holds in (source, f"{source}#train{SPLIT}", inner, f"{source}#test{again}"):
+        for data, eval_data in ((inner, holds), (holds, inner)):
+            with pytest.raises(ConfigError, match="is the training data"):
+                workbench.run_config(tmp_path, data=data, eval_data=eval_data)
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=8))
@@ -146,8 +173,11 @@ def test_findings_name_the_best_and_say_whether_chance_could():
         "The best at ε = 8, sb (weight), lies 3.0 points below the best without privacy, lora.",
     ]
     single = words.findings(curve_of({"sb": [0.9, 0.9, 0.9], "lora": [0.7, 0.8, 0.9]}, sd=None))
-    assert single[0].startswith("At ε = 1 and 8 sb (weight) is ahead of lora in a single run each")
-    assert single[1] == "At ε = ∞ sb (weight) and lora are equal."
+    assert single[:3] == [
+        "At ε = 1 and 8 sb (weight) is ahead of lora.",
+        "At ε = ∞ sb (weight) and lora are equal.",
+        "Each is a single run, which does not tell how far chance goes.",
+    ]
     missing = words.findings(curve_of({"sb": [None, 0.9, 0.9], "lora": [0.7, None, None]}, epsilons="1,2,4"))
     assert missing == [
         "At ε = 1 lora is the only method with a result.",

@@ -228,6 +228,20 @@ def test_without_noise_both_ways_find_the_gradient(tiny, tmp_path):
     assert held[2] > 0.9
 
 
+def test_a_release_per_example_does_not_protect_people(tiny, tmp_path):
+    provenance = private_provenance(CLIP, 0)
+    phase = Phase("basis", Gaussian(noise_multiplier=SIGMA), 1)
+    people = {"unit": "user", "details": {"examples_per_unit": 2}}
+    plan = workbench.fit_plan(basis=provenance.to_json(), released_before=(phase,), **people)
+    with Ledger.create(tmp_path / "ledger.jsonl", plan) as ledger:
+        examples = examples_for(tiny, ledger, workbench.examples(12))
+        sketches = [dict.fromkeys(examples.layers, WHOLE)]
+        for release in (lambda: examples.release(sketches[0]), lambda: examples.release_preferences(sketches)):
+            with pytest.raises(ValueError, match="does not protect a user"):
+                release()
+        assert ledger.charged("basis") == 0
+
+
 def test_wide_weights_are_sketched(tiny):
     assert rounds_for(lora_layers(tiny.lora(tiny.base("bert")))) == 0
     assert rounds_for(lora_layers(tiny.lora(tiny.base("bert"))), 3) == 3

@@ -159,6 +159,19 @@ def test_out_of_memory_on_one_example_is_one_sentence_and_the_run_can_go_on(trai
     assert charged(tmp_path) == 3
 
 
+def test_an_error_of_memory_does_not_tell_how_much_memory_was_wanted(training, tmp_path):
+    """NumPy's message holds the shape of the array: the number of rows, or of those drawn."""
+
+    class Huge(list):
+        def __len__(self):
+            raise MemoryError("Unable to allocate 3 GiB for an array with shape (48151,)")
+
+    with pytest.raises(MemoryError, match=r"^Step 0 ran out of memory\. It is charged") as caught:
+        training(data=Huge(workbench.examples()))
+    assert "48151" not in str(caught.value)
+    assert charged(tmp_path) == 1
+
+
 def test_another_error_is_not_taken_for_one_of_memory(training, tmp_path):
     data = Watched(workbench.examples())
 
