@@ -187,6 +187,8 @@ def _limits(curve: Curve) -> list[str]:
     ]
     if curve.settings.repeats > 1:
         said.append("The standard deviation is over noise and draws on one split; it does not cover another split.")
+    if any(len(rates) == 1 for rates in curve.settings.rates.values()):
+        said.append("A learning rate that was given but had been chosen on this data before costs those runs as well.")
     if words.resolution(curve):
         said.insert(0, words.resolution(curve))
     if lost:

@@ -33,6 +33,8 @@ def findings(curve: Curve) -> list[str]:
         else:
             groups.append((verdict, [epsilon]))
     said = [f"At {listed(epsilons)} {best} {how}." for (best, how), epsilons in groups]
+    if curve.settings.repeats == 1 and said:
+        said.append("Each is a single run, which does not tell how far chance goes.")
     gap = _gap(curve)
     return [*said, gap] if gap else said
 
@@ -49,7 +51,7 @@ def _verdict(curve: Curve, epsilon: float) -> tuple[str, str] | None:
     if best.mean == second.mean:
         return f"{best.label} and {second.label}", "are equal"
     if best.sd is None or second.sd is None:
-        return best.label, f"is ahead of {second.label} in a single run each, which does not tell how far chance goes"
+        return best.label, f"is ahead of {second.label}"
     margin, spread = abs((best.mean or 0) - (second.mean or 0)), max(best.sd, second.sd)
     far = "by more than one standard deviation" if margin > spread else "within one standard deviation"
     return best.label, f"is ahead of {second.label} {far}"
@@ -131,7 +133,7 @@ def tuning(curve: Curve) -> list[str]:
         rates, label = settings.rates[entry.text], labels[entry.text]
         points = [point for point in curve.points if point.method == entry.text]
         if len(rates) == 1:
-            said.append(f"{label}: learning rate {rates[0]:g}, given; no tuning runs on this data.")
+            said.append(f"{label}: learning rate {rates[0]:g}, given; no tuning runs in this sweep.")
             continue
         runs = sum(point.tuning_runs for point in points)
         chosen = {point.learning_rate for point in points if point.learning_rate is not None}

@@ -275,7 +275,7 @@ def test_the_page_is_whole_and_loads_nothing(swept):
         assert row.folder.rpartition("/")[2] in text
     assert "ε = ∞" in text
     assert "outside the guarantee" in text
-    assert "no tuning runs" in text
+    assert "no tuning runs in this sweep" in text
     for name in ("curve.svg", "curve.png"):
         assert (out / name).stat().st_size > 5000
 
