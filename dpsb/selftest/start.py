@@ -41,8 +41,8 @@ def check_before_run(
     if not found.ok:
         first, names = found.failures[0], ", ".join(check.name for check in found.failures)
         raise ProbeError(
-            f"The self-test of the private step failed before any training step was charged ({names}): it must hold that "
-            f"{first.detail}, measured {first.figure}, limit {first.limit}. `dpsb selftest --full` tells more."
+            f"The self-test of the private step failed before any training step was charged ({names}): it must hold "
+            f"that {first.detail}, measured {first.figure}, limit {first.limit}. `dpsb selftest --full` tells more."
         )
 
 
