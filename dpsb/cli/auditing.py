@@ -16,7 +16,7 @@ from dpsb.cli._shared import Json, app, guarded
 @app.command()
 def audit(
     folder: Annotated[Path, typer.Argument(help="Folder of the run whose settings are audited.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the audit. [default: FOLDER-audit]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the audit. \\[default: FOLDER-audit]")] = None,
     canaries: Annotated[int, typer.Option(help="Gradient canaries, at most the number of trained numbers.")] = 3000,
     input_canaries: Annotated[int, typer.Option(help="Examples of random tokens put into the data.")] = 200,
     confidence: Annotated[float, typer.Option(help="Probability that each attack's bound holds.")] = 0.95,

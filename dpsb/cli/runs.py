@@ -16,9 +16,9 @@ from dpsb.cli._shared import Json, app, guarded, train_and_print
 def plan(
     epsilon: Annotated[float, typer.Option(help="Target epsilon; the plan never exceeds it.")],
     num_examples: Annotated[int, typer.Option(help="N, declared as a public number.")],
-    delta: Annotated[float | None, typer.Option(help="Below 1/N. [default: 1/(10 N)]")] = None,
+    delta: Annotated[float | None, typer.Option(help="Below 1/N. \\[default: 1/(10 N)]")] = None,
     expected_batch_size: Annotated[int, typer.Option(help="M; every step draws each example with q = M/N.")] = 256,
-    epochs: Annotated[float | None, typer.Option(help="Expected passes over the data. [default: 10]")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Expected passes over the data. \\[default: 10]")] = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps T, instead of --epochs.")] = None,
     neighboring: Annotated[str, typer.Option(help="add_or_remove_one, zero_out or replace_one.")] = "add_or_remove_one",
     as_json: Json = False,

@@ -39,16 +39,16 @@ def train(
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(rich_help_panel="Data", help="Tokens per example; longer ones are cut. [default: 256]"),
+        typer.Option(rich_help_panel="Data", help="Tokens per example; longer ones are cut. \\[default: 256]"),
     ] = None,
     epsilon: Annotated[
         float | None,
         typer.Option(
-            rich_help_panel="Privacy", help="Target; 'inf' trains without noise, claims nothing. [default: 3]"
+            rich_help_panel="Privacy", help="Target; 'inf' trains without noise, claims nothing. \\[default: 3]"
         ),
     ] = None,
     delta: Annotated[
-        float | None, typer.Option(rich_help_panel="Privacy", help="Below 1/N. [default: 1/(10 N)]")
+        float | None, typer.Option(rich_help_panel="Privacy", help="Below 1/N. \\[default: 1/(10 N)]")
     ] = None,
     num_examples: Annotated[
         int | None,
@@ -65,16 +65,16 @@ def train(
         ),
     ] = None,
     expected_batch_size: Annotated[
-        int | None, typer.Option(rich_help_panel="Privacy", help="M; q = M/N. [default: 256]")
+        int | None, typer.Option(rich_help_panel="Privacy", help="M; q = M/N. \\[default: 256]")
     ] = None,
     steps: Annotated[int | None, typer.Option(rich_help_panel="Privacy", help="Number of steps T, or")] = None,
     epochs: Annotated[
         float | None,
-        typer.Option(rich_help_panel="Privacy", help="expected passes over the data. [default: 10]"),
+        typer.Option(rich_help_panel="Privacy", help="expected passes over the data. \\[default: 10]"),
     ] = None,
     l2_clip_norm: Annotated[
         float | None,
-        typer.Option(rich_help_panel="Privacy", help="C, flat clipping of each row. [default: 1]"),
+        typer.Option(rich_help_panel="Privacy", help="C, flat clipping of each row. \\[default: 1]"),
     ] = None,
     auto_clip: Annotated[
         bool | None,
@@ -96,7 +96,7 @@ def train(
     ] = None,
     examples_per_unit: Annotated[
         int | None,
-        typer.Option(rich_help_panel="Privacy", help="At most so many of a person's examples a step. [default: 4]"),
+        typer.Option(rich_help_panel="Privacy", help="At most so many of a person's examples a step. \\[default: 4]"),
     ] = None,
     method: Annotated[
         str | None,
@@ -107,9 +107,9 @@ def train(
     ] = None,
     lora_plus_ratio: Annotated[
         float | None,
-        typer.Option(rich_help_panel="Optimizer", help="lora-plus: learning rate of B over that of A. [default: 16]"),
+        typer.Option(rich_help_panel="Optimizer", help="lora-plus: learning rate of B over that of A. \\[default: 16]"),
     ] = None,
-    rank: Annotated[int | None, typer.Option(rich_help_panel="Adapter", help="r of the cores. [default: 16]")] = None,
+    rank: Annotated[int | None, typer.Option(rich_help_panel="Adapter", help="r of the cores. \\[default: 16]")] = None,
     basis: Annotated[
         str | None,
         typer.Option(
@@ -124,27 +124,27 @@ def train(
         float | None,
         typer.Option(
             rich_help_panel="Adapter",
-            help="Share of the budget for a private or hybrid basis. [default: 0.1, 0.05 from epsilon 3; hybrid 0.02]",
+            help="Share of the budget for a basis that is paid for. \\[default: 0.1; 0.05 from epsilon 3; hybrid 0.02]",
         ),
     ] = None,
     basis_width: Annotated[
-        int | None, typer.Option(rich_help_panel="Adapter", help="hybrid: public width. [default: 6 times the rank]")
+        int | None, typer.Option(rich_help_panel="Adapter", help="hybrid: public width. \\[default: 6 times the rank]")
     ] = None,
     basis_rounds: Annotated[
         int | None,
         typer.Option(
             rich_help_panel="Adapter",
-            help="private: rounds of subspace iteration, 0 for one release of whole gradients. [default: 0, or 2 for "
+            help="private: rounds of subspace iteration, 0 for one release of whole gradients. \\[default: 0, or 2 for "
             "weights wider than 1024]",
         ),
     ] = None,
     basis_clip_norm: Annotated[
         float | None,
-        typer.Option(rich_help_panel="Adapter", help="Flat clipping in the basis release. [default: normalize]"),
+        typer.Option(rich_help_panel="Adapter", help="Flat clipping in the basis release. \\[default: normalize]"),
     ] = None,
     basis_sampling_prob: Annotated[
         float | None,
-        typer.Option(rich_help_panel="Adapter", help="Poisson draw for the basis release. [default: 1, all]"),
+        typer.Option(rich_help_panel="Adapter", help="Poisson draw for the basis release. \\[default: 1, all]"),
     ] = None,
     basis_choice: Annotated[
         str | None,
@@ -159,22 +159,22 @@ def train(
     ] = None,
     targets: Annotated[
         str | None,
-        typer.Option(rich_help_panel="Adapter", help="Modules, comma-separated, or re:REGEX. [default: all-linear]"),
+        typer.Option(rich_help_panel="Adapter", help="Modules, comma-separated, or re:REGEX. \\[default: all-linear]"),
     ] = None,
     pooling: Annotated[
         str | None,
         typer.Option(rich_help_panel="Adapter", help="Classifier: auto (default), native or mean over the tokens."),
     ] = None,
     head_init_std: Annotated[
-        float | None, typer.Option(rich_help_panel="Adapter", help="Spread of the new head's weights. [default: 0.3]")
+        float | None, typer.Option(rich_help_panel="Adapter", help="Spread of the new head's weights. \\[default: 0.3]")
     ] = None,
     lr: Annotated[
         float | None,
-        typer.Option(rich_help_panel="Optimizer", help="Learning rate of the cores. [default: 0.02]"),
+        typer.Option(rich_help_panel="Optimizer", help="Learning rate of the cores. \\[default: 0.02]"),
     ] = None,
     head_lr: Annotated[
         float | None,
-        typer.Option(rich_help_panel="Optimizer", help="Of the head. [default: that of the cores]"),
+        typer.Option(rich_help_panel="Optimizer", help="Of the head. \\[default: that of the cores]"),
     ] = None,
     schedule: Annotated[
         str | None, typer.Option(rich_help_panel="Optimizer", help="constant, linear (default) or cosine.")
@@ -186,9 +186,11 @@ def train(
             help="adam (default), adamw, adam-corrected (the noise taken out of its second moment) or sgd.",
         ),
     ] = None,
-    momentum: Annotated[float | None, typer.Option(rich_help_panel="Optimizer", help="Of sgd. [default: 0.9]")] = None,
+    momentum: Annotated[
+        float | None, typer.Option(rich_help_panel="Optimizer", help="Of sgd. \\[default: 0.9]")
+    ] = None,
     weight_decay: Annotated[
-        float | None, typer.Option(rich_help_panel="Optimizer", help="Of adamw. [default: 0]")
+        float | None, typer.Option(rich_help_panel="Optimizer", help="Of adamw. \\[default: 0]")
     ] = None,
     tokens_per_example: Annotated[
         int | None,
@@ -196,7 +198,7 @@ def train(
     ] = None,
     token_budget: Annotated[
         int | None,
-        typer.Option(rich_help_panel="Machine", help="Tokens per microbatch: memory and speed only. [default: 4096]"),
+        typer.Option(rich_help_panel="Machine", help="Tokens per microbatch: memory and speed only. \\[default: 4096]"),
     ] = None,
     remember_frozen_blocks: Annotated[
         bool | None,
@@ -212,7 +214,7 @@ def train(
         typer.Option(rich_help_panel="Machine", help="float32 (default) or bfloat16, frozen weights."),
     ] = None,
     checkpoint_every: Annotated[
-        int | None, typer.Option(rich_help_panel="Machine", help="Steps between checkpoints. [default: 25]")
+        int | None, typer.Option(rich_help_panel="Machine", help="Steps between checkpoints. \\[default: 25]")
     ] = None,
     allow_dropout: Annotated[
         bool | None,

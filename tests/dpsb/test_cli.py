@@ -67,6 +67,7 @@ def test_help_teaches():
         "--resume",
         "from-data",
         "--num-examples",
+        "[default: 4096]",
     ):
         assert words in page
     assert dpsb("--version").output.startswith("dpsb ")
