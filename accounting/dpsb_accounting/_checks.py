@@ -39,6 +39,15 @@ def positive(*, infinite: bool = False, **named: object) -> float:
     return result
 
 
+def scale(**named: object) -> float:
+    """Returns the one named value as a float from 1e-50 to 1e50: ratios of two and their squares are floats too."""
+    name, value = _only(named)
+    result = positive(infinite=False, **named)
+    if not 1e-50 <= result <= 1e50:
+        raise ValueError(f"{name} must be between 1e-50 and 1e50, not {value!r}")
+    return result
+
+
 def nonnegative(*, infinite: bool = False, **named: object) -> float:
     """Returns the one named value as a float of at least 0."""
     name, value = _only(named)

@@ -134,13 +134,23 @@ def _times(choices: list[_Leaves], count: int) -> list[_Leaves]:
 
 
 def _product(left: list[_Leaves], right: list[_Leaves]) -> list[_Leaves]:
+    """Every combination of one of each; `left` may be changed, so that long sums take no quadratic time."""
+    if len(left) == len(right) == 1:
+        left[0].update(right[0])
+        _refuse_many(left[0])
+        return left
     found = {frozenset(total.items()): total for one in left for other in right for total in [one + other]}
     if len(found) > MOST_CHOICES:
         raise ValueError(_too_many(f"{len(found)} combinations"))
     result = list(found.values())
-    if any(len(entry) > MOST_PARTS for entry in result):
-        raise ValueError(f"a composition must have at most {MOST_PARTS} different events")
+    for entry in result:
+        _refuse_many(entry)
     return result
+
+
+def _refuse_many(leaves: _Leaves) -> None:
+    if len(leaves) > MOST_PARTS:
+        raise ValueError(f"a composition must have at most {MOST_PARTS} different events")
 
 
 def _too_many(what: str) -> str:

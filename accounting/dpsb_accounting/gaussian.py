@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from dpsb_accounting import _checks
 
+_SMALLEST = 5e-324  # the smallest float: the delta of a Gaussian is never 0
 _ROUNDING = 1e-9  # far above the 1e-12 to which the roots are found
 
 
@@ -62,10 +63,10 @@ def delta(noise_multiplier: float, epsilon: float) -> tuple[float, float]:
     half, shift = 1 / (2 * noise_multiplier), epsilon * noise_multiplier
     first, second = float(log_ndtr(half - shift)), epsilon + float(log_ndtr(-half - shift))
     if second >= first:
-        return 0.0, math.exp(first) * _ROUNDING
+        return 0.0, math.exp(first) * _ROUNDING + _SMALLEST
     exact = math.exp(first) * -math.expm1(second - first)
     slack = math.exp(first) * _ROUNDING
-    return max(0.0, exact - slack), min(1.0, exact + slack)
+    return max(0.0, exact - slack), min(1.0, exact + slack + _SMALLEST)
 
 
 def noise_multiplier(target_epsilon: float, delta: float) -> float:

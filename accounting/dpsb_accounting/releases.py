@@ -27,7 +27,7 @@ class Laplace:
     noise_multiplier: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", _checks.positive(noise_multiplier=self.noise_multiplier))
+        object.__setattr__(self, "noise_multiplier", _checks.scale(noise_multiplier=self.noise_multiplier))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ class PoissonLaplace:
     sampling_prob: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", _checks.positive(noise_multiplier=self.noise_multiplier))
+        object.__setattr__(self, "noise_multiplier", _checks.scale(noise_multiplier=self.noise_multiplier))
         object.__setattr__(self, "sampling_prob", _checks.probability(sampling_prob=self.sampling_prob))
 
 
@@ -66,7 +66,7 @@ class DiscreteLaplace:
     sensitivity: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_parameter", _checks.positive(noise_parameter=self.noise_parameter))
+        object.__setattr__(self, "noise_parameter", _checks.scale(noise_parameter=self.noise_parameter))
         object.__setattr__(self, "sensitivity", _checks.whole(at_least=1, sensitivity=self.sensitivity))
 
 

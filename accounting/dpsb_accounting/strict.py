@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 MOST_BYTES = 1 << 26
+_MOST_DIGITS = 1000
 
 
 class StrictError(ValueError):
@@ -39,8 +40,12 @@ def load(path: str | os.PathLike[str]) -> object:
         raise StrictError(f"{path} is not valid JSON: {error}") from None
 
 
-def loads(content: bytes) -> object:
+def loads(content: bytes, *, infinite: bool = False) -> object:
     """Returns the JSON value of a text; ValueError or RecursionError if it is not strict JSON.
+
+    Args:
+        content: The text, in UTF-8.
+        infinite: Whether Infinity, and what is too large for a float, may stand for a number.
 
     Example:
         >>> loads(b'{"a": 1, "a": 2}')
@@ -51,7 +56,13 @@ def loads(content: bytes) -> object:
         text = content.decode("utf-8")
     except UnicodeDecodeError:
         raise ValueError("it is not text in UTF-8") from None
-    return json.loads(text, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
+    return json.loads(
+        text,
+        object_pairs_hook=_once,
+        parse_constant=_maybe_infinite if infinite else _finite,
+        parse_float=float if infinite else _finite,
+        parse_int=_whole,
+    )
 
 
 def mapping(value: object) -> Mapping[str, object]:
@@ -77,6 +88,16 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
             raise ValueError(f"the key {name!r} occurs twice in one object")
         result[name] = value
     return result
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"{text[:20]}... has {len(text)} digits, too many for a number that means anything")
+    return int(text)
+
+
+def _maybe_infinite(text: str) -> float:
+    return math.inf if text == "Infinity" else _finite(text)
 
 
 def _finite(text: str) -> float:

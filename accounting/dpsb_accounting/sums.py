@@ -30,7 +30,7 @@ class Gaussian:
     noise_multiplier: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", _checks.positive(noise_multiplier=self.noise_multiplier))
+        object.__setattr__(self, "noise_multiplier", _checks.scale(noise_multiplier=self.noise_multiplier))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,7 @@ class PoissonGaussian:
     sampling_prob: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", _checks.positive(noise_multiplier=self.noise_multiplier))
+        object.__setattr__(self, "noise_multiplier", _checks.scale(noise_multiplier=self.noise_multiplier))
         object.__setattr__(self, "sampling_prob", _checks.probability(sampling_prob=self.sampling_prob))
 
 
@@ -81,7 +81,7 @@ class TruncatedPoissonGaussian:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "noise_multiplier", _checks.positive(noise_multiplier=self.noise_multiplier))
+        put(self, "noise_multiplier", _checks.scale(noise_multiplier=self.noise_multiplier))
         put(self, "sampling_prob", _checks.probability(sampling_prob=self.sampling_prob))
         put(self, "max_batch_size", _checks.whole(at_least=1, max_batch_size=self.max_batch_size))
         put(self, "num_examples", _checks.whole(at_least=1, num_examples=self.num_examples))
@@ -110,7 +110,7 @@ class SampledWithoutReplacementGaussian:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "noise_multiplier", _checks.positive(noise_multiplier=self.noise_multiplier))
+        put(self, "noise_multiplier", _checks.scale(noise_multiplier=self.noise_multiplier))
         put(self, "num_examples", _checks.whole(at_least=1, num_examples=self.num_examples))
         put(self, "batch_size", _checks.whole(at_least=1, batch_size=self.batch_size))
         if self.batch_size > self.num_examples:
@@ -146,8 +146,11 @@ class UserMixture:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "noise_multiplier", _checks.positive(noise_multiplier=self.noise_multiplier))
+        put(self, "noise_multiplier", _checks.scale(noise_multiplier=self.noise_multiplier))
         put(self, "sensitivities", _checks_numbers("sensitivities", self.sensitivities))
+        for size in self.sensitivities:
+            if size:
+                _checks.scale(sensitivities=size)
         put(self, "probabilities", _checks_numbers("probabilities", self.probabilities))
         if len(self.sensitivities) != len(self.probabilities):
             raise ValueError(
@@ -181,8 +184,8 @@ class MatrixMechanism:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "noise_multiplier", _checks.positive(noise_multiplier=self.noise_multiplier))
-        put(self, "sensitivity", _checks.positive(sensitivity=self.sensitivity))
+        put(self, "noise_multiplier", _checks.scale(noise_multiplier=self.noise_multiplier))
+        put(self, "sensitivity", _checks.scale(sensitivity=self.sensitivity))
 
 
 def user_mixture(*, noise_multiplier: float, sampling_prob: float, examples_per_unit: int) -> UserMixture:

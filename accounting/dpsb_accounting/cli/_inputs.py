@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpsb_accounting import strict
 from dpsb_accounting._checks import RELATIONS, one_of, whole
 from dpsb_accounting.accountant import Schedule
 from dpsb_accounting.dp_event import event_from_dp_json
@@ -62,7 +62,7 @@ def read_source(path: Path) -> Question:
     first = content.lstrip()[:1]
     if first != b"{":
         raise ValueError(f"{path} is neither a ledger nor an event file: it does not begin with a JSON object")
-    data = _whole_json(content)
+    data = _whole_json(path, content)
     if isinstance(data, dict) and "type" in data:
         return Question(schedule=[(_event(path, data), 1)], delta=None, neighboring=None, unit="example")
     if isinstance(data, dict) and "kind" not in data:
@@ -101,16 +101,16 @@ def _content(path: Path) -> bytes:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _whole_json(content: bytes) -> object:
+def _whole_json(path: Path, content: bytes) -> object:
     """The content as one JSON value; None if it is not one, as a ledger of several lines is not."""
     try:
-        return json.loads(content, object_pairs_hook=_once, parse_constant=_constant)
+        return strict.loads(content, infinite=True)  # one field may be infinite; every other refuses it by name
     except json.JSONDecodeError:
         return None
     except RecursionError:
-        raise ValueError("the file is nested too deep") from None
-    except UnicodeDecodeError:
-        raise ValueError("the file is not text in UTF-8: neither a ledger nor an event file") from None
+        raise ValueError(f"{path} is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _json_error(content: bytes) -> str:
@@ -127,19 +127,3 @@ def _looks_like_ledger(content: bytes) -> bool:
         return isinstance(json.loads(content.split(b"\n", 1)[0]), dict)
     except ValueError:
         return b'"schema"' in content[:4096]
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"the key {name!r} occurs twice in one object")
-        found[name] = value
-    return found
-
-
-def _constant(text: str) -> float:
-    """Infinity stays what it is, for the one field that may be infinite; every other field refuses it by name."""
-    if text == "Infinity":
-        return math.inf
-    raise ValueError(f"{text} is no number that can be accounted for")

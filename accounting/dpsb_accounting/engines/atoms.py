@@ -90,6 +90,8 @@ def _from_atoms(p: list[float], q: list[float], direction: str, mesh: float) -> 
     if direction == "add":
         p, q = q, p
     pairs = [(a, b) for a, b in zip(p, q, strict=True) if a > 0 and b > 0]
+    if not pairs:  # the probabilities underflow
+        return None
     numbers = [round(math.log(a / b) / mesh) for a, b in pairs]
     first, last = min(numbers), max(numbers)
     if last - first > _MOST_CELLS:

@@ -1,8 +1,8 @@
 """The default upper bound: dp-accounting's pessimistic privacy loss distributions, wrapped.
 
 * An adaptive mesh: coarse first, then four times finer until that gains less than 1e-3 of epsilon.
-* A guard against float errors: its pessimistic values lose about 3e-16 of delta per composed release, so they are
-  asked for a delta that is smaller by that much.
+* A guard against float errors: its pessimistic values lose up to 3e-16 of delta per composed release, so they are
+  asked for a delta that is smaller by more than that (`binned.float_guard`).
 * A size check before anything is allocated.
 * One mesh for all parts, equal parts composed at once; floats and single releases only, since dp-accounting miscounts
   some nested ones.
@@ -38,7 +38,8 @@ _SMALLEST = 1e-5  # ... or this, where epsilon itself is tiny
 _FIRST_SINGLE = 8_000  # cells of one release on the first mesh
 _MOST_SINGLE = 600_000  # cells of one release: some tenths of a second
 _MOST_COMPOSED = 1 << 21  # cells of the composition: some tenths of a second
-_GUARD_SHARE = 0.05
+_MOST_ALLOCATED = 1 << 24  # cells: some hundreds of MB, beyond which the estimate of the spread was wrong
+_GUARD_SHARE = 0.1  # of delta, that the guard against float errors may take
 _LARGEST = 700.0  # beyond, exp(-loss) underflows inside dp-accounting
 _MOST_SENSITIVITY = 10_000  # of an integer sum; beyond, its pure epsilon is used
 _TRIAL_CELLS = 500
@@ -124,6 +125,8 @@ def first_mesh(composition: Composition, neighboring: str) -> float:
     """Returns the mesh to begin with; Unavailable if none is affordable, or an event has no distribution here."""
     widest, total = _spans(composition, neighboring)
     mesh = max(min(1e-2, 0.3 / math.sqrt(composition.count)), widest / _FIRST_SINGLE)
+    if mesh > _LARGEST:
+        raise Unavailable(f"the privacy loss of one release spreads over {widest:.3g}, too much for pld")
     while not _affordable(composition, neighboring, mesh):
         if mesh > 0.1:
             raise Unavailable(
@@ -166,6 +169,8 @@ def _self_composed(part: Any, count: int) -> Any:
         masses = np.asarray(cells._probs, dtype=np.float64)
         low, high = _window(masses, count)
         size = fft.next_fast_len(max(high - low + 1, len(masses)), real=True)
+        if size > _MOST_ALLOCATED:
+            raise Unavailable(f"{count} releases would need {size:.2g} cells in pld")
         found = fft.irfft(fft.rfft(masses, size) ** count, size)
         found = np.roll(found, -(low % size))[: high - low + 1]
         # What lies outside the window may have wrapped around into it, and is counted as an infinite loss as well.
@@ -183,6 +188,8 @@ def _window(masses: Any, count: int) -> tuple[int, int]:
     """
     size = len(masses)
     reached = np.cumsum(masses)
+    if reached[-1] <= 2 * _RARE:  # nearly every loss is infinite
+        return 0, (size - 1) * count
     first = int(np.searchsorted(reached, _RARE))
     last = int(np.searchsorted(reached, reached[-1] - _RARE))
     block = max(1, size // _BLOCKS)
@@ -234,6 +241,8 @@ def single(event: Event, neighboring: str, mesh: float) -> Any:
     steps = 2 if neighboring == "replace_one" else 1
     if _rough_span(event, steps) > _MOST_SINGLE * mesh:
         raise Unavailable(f"the losses of {type(event).__name__} spread too far for pld")
+    if _largest_loss(event, steps) > _LARGEST:
+        raise Unavailable(f"the losses of {type(event).__name__} are above {_LARGEST:g}, where the floats of pld fail")
     if isinstance(event, TruncatedPoissonGaussian):
         return privacy_loss_distribution.from_truncated_subsampled_gaussian_mechanism(
             event.num_examples,
@@ -275,6 +284,15 @@ def _rough_span(event: Event, steps: int) -> float:
         return 2 * steps / event.noise_multiplier
     if isinstance(event, DiscreteLaplace) and steps * event.sensitivity <= _MOST_SENSITIVITY:
         return 2 * steps * event.sensitivity * event.noise_parameter
+    return 0.0
+
+
+def _largest_loss(event: Event, steps: int) -> float:
+    """Of the events whose distribution dp-accounting builds with exponentials of the loss."""
+    if isinstance(event, (Laplace, PoissonLaplace)):
+        return steps / event.noise_multiplier
+    if isinstance(event, DiscreteLaplace) and steps * event.sensitivity <= _MOST_SENSITIVITY:
+        return steps * event.sensitivity * event.noise_parameter
     return 0.0
 
 

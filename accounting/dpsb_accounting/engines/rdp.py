@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dpsb_accounting.composition import Composition, alternatives
-from dpsb_accounting.engines import pld, renyi
+from dpsb_accounting.engines import plain, pld, renyi
+from dpsb_accounting.engines.answer import Unavailable
 from dpsb_accounting.events import (
     ApproximateDP,
     Event,
@@ -67,7 +68,8 @@ def delta(composition: Composition, epsilon: float, neighboring: str) -> float:
     divergences, lost = curve(composition, neighboring)
     with np.errstate(over="ignore"):
         found = np.exp((ORDERS - 1) * (divergences - epsilon + np.log1p(-1 / ORDERS)) - np.log(ORDERS))
-    return min(1.0, float(np.min(found[np.isfinite(found)], initial=1.0)) + lost * (1 + 1e-9))
+    least = max(float(np.min(found[np.isfinite(found)], initial=1.0)), renyi.SMALLEST)
+    return min(1.0, least + lost * (1 + 1e-9))
 
 
 def curve(composition: Composition, neighboring: str) -> tuple[Array, float]:
@@ -79,7 +81,8 @@ def curve(composition: Composition, neighboring: str) -> tuple[Array, float]:
         total = total + part.count * _subsampled(part.noise_multiplier, part.sampling_prob, neighboring)
     for event, count in composition.others:
         divergence, share = _release(event, neighboring)
-        total = total + count * divergence
+        with np.errstate(over="ignore"):
+            total = total + count * divergence
         lost += count * share
     return np.where(np.isnan(total), math.inf, total), min(lost, 1.0)
 
@@ -143,9 +146,12 @@ def _without_replacement(event: SampledWithoutReplacementGaussian) -> Array:
     )
     possible = ORDERS <= _MOST_WITHOUT_REPLACEMENT
     orders = ORDERS[possible]
-    with np.errstate(all="ignore"):
-        accountant = RdpAccountant(list(orders), NeighboringRelation.REPLACE_ONE).compose(sampled)
-        divergences = np.maximum(accountant.rdp, 0.0) + _ROUNDING / (orders - 1)
+    try:
+        with np.errstate(all="ignore"):
+            accountant = RdpAccountant(list(orders), NeighboringRelation.REPLACE_ONE).compose(sampled)
+            divergences = np.maximum(accountant.rdp, 0.0) + _ROUNDING / (orders - 1)
+    except (ArithmeticError, ValueError):  # extreme noise
+        divergences = np.full(len(orders), math.inf)
     # Without amplification it is one Gaussian of sensitivity 2C, which bounds it at any order.
     found: Array = ORDERS / 2 * (2 / event.noise_multiplier) ** 2
     found[possible] = np.fmin(found[possible], divergences)
@@ -215,9 +221,13 @@ def _mean_runs(gamma: float, shape: float) -> float:
 
 def _from_losses(event: Event, neighboring: str) -> tuple[Array, float]:
     """From the pessimistic distribution of losses; an infinite loss is lost beside the divergence."""
-    mesh, masses = pld.trial(event, neighboring)
+    try:
+        mesh, masses = pld.trial(event, neighboring)
+        distribution = pld.single(event, neighboring, max(mesh * len(masses) / _CELLS, 1e-12))
+    except Unavailable:
+        pure, rest = plain.stated(event, 2 if neighboring == "replace_one" else 1)
+        return (_pure(pure) if math.isfinite(pure) else np.full(len(ORDERS), math.inf)), rest
     found, lost = np.zeros_like(ORDERS), 0.0
-    distribution = pld.single(event, neighboring, max(mesh * len(masses) / _CELLS, 1e-12))
     sides = (
         [distribution._pmf_remove]
         if distribution._symmetric

@@ -25,6 +25,7 @@ Array = npt.NDArray[np.float64]
 _ORDERS = np.geomspace(1e-2, 1e5, 225)  # every 8th first, then the neighbours of the best
 ROUNDING = 1e-8  # relative error of each log M, far above what a finer and wider grid was seen to change (1.4e-10)
 _MOST_POINTS = 200_000
+SMALLEST = 5e-324  # the smallest float: a delta of this kind is never 0
 
 
 def epsilon(composition: Composition, delta: float, neighboring: str) -> float:
@@ -46,7 +47,7 @@ def delta(composition: Composition, epsilon: float, neighboring: str) -> float:
         best = 8 * coarse.index(min(coarse))
         near = _ORDERS[max(0, best - 7) : best + 8]
         found.append(min(_log_delta_at(composition, float(order), epsilon, direction) for order in near))
-    return math.exp(min(0.0, max(found)))
+    return max(math.exp(min(0.0, max(found))), SMALLEST)
 
 
 def _epsilon_at(composition: Composition, order: float, delta: float, direction: str) -> float:
@@ -118,7 +119,7 @@ def mixture_log_moment(weights: Array, sizes: Array, order: float, direction: st
     top = float(sizes.max())
     step = min(1 / 12, 1 / (3 * max(top, 1e-3)))
     low, high = -14.0 - (order * top if direction == "add" else 0.0), top + 14 + order * top
-    if (high - low) / step * len(sizes) > 20 * _MOST_POINTS:
+    if (high - low) / step * len(sizes) > 4 * _MOST_POINTS:
         return math.inf
     x = np.arange(low, high, step)
     log_rest = -(x**2) / 2 - math.log(math.sqrt(2 * math.pi))

@@ -39,8 +39,9 @@ def attacks(content: Mapping[str, object]) -> list[str]:
     """Returns what the claim means for whoever is attacked, a sentence each; nothing where there is no claim."""
     unit = content["unit"]
     return [
-        f"Asked whose data was used, and wrong about at most {_percent(entry['false_positive_rate'])} of the {unit}s "
-        f"that were not, it finds at most {_percent(entry['true_positive_rate_at_most'])} of those that were."
+        f"Whoever tries to find out whose data was used, and may wrongly accuse at most "
+        f"{_percent(entry['false_positive_rate'])} of the {unit}s that were not, finds at most "
+        f"{_percent(entry['true_positive_rate_at_most'])} of those that were."
         for entry in rows_of(content["attackers"])
     ] or ["nothing bounds it: there is no claim"]
 
