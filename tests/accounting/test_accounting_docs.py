@@ -1,7 +1,8 @@
 """Every ```console block of the auditor's documentation is run, and what it says the output is, is compared.
 
-The commands see one folder, `run`, a finished and signed run (the newest golden one), and what earlier blocks of the
-same page wrote. In the stated output a line of `...` stands for anything, and `...` inside a line for its rest.
+The commands see one folder, `run`, a finished and signed run (the newest golden one), a file for each ```json block
+that is given a name, and what earlier blocks of the same page wrote. In the stated output a line of `...` stands for
+anything, and `...` inside a line for its rest.
 """
 
 import doctest
@@ -33,9 +34,16 @@ def blocks(page):
     return found
 
 
+def files(page):
+    """The named JSON blocks of a page: name, content."""
+    return re.findall(r"^```json (\S+)\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_console_blocks_say_what_happens(page, tmp_path, monkeypatch, capsys):
     shutil.copytree(ROOT / "tests" / "golden" / "schema-1-revision-2", tmp_path / "run")
+    for name, content in files(page):
+        (tmp_path / name).write_text(content)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("NO_COLOR", "1")
