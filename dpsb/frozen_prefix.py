@@ -29,6 +29,7 @@ def remember_frozen_prefix(model: nn.Module) -> Iterator[int]:
     Guarantees:
       * Per-example gradients and losses are those of the model without it, up to floating-point rounding: a row's
         hidden states are computed from its own tokens, in a batch of the same padded length.
+      * ``fit`` probes the model with its frozen blocks (:func:`whole_model`), and that remembering changes no loss.
       * Outside a forward pass the model's modules are where they were. On leaving, everything kept is gone.
 
     Args:
@@ -47,11 +48,36 @@ def remember_frozen_prefix(model: nn.Module) -> Iterator[int]:
         encoder.register_forward_pre_hook(memory.before, with_kwargs=True),
         encoder.register_forward_hook(memory.after, always_call=True),
     ]
+    _ACTIVE.append(memory)
     try:
         yield count
     finally:
+        _ACTIVE.remove(memory)
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def whole_model() -> Iterator[bool]:
+    """Lets the frozen blocks run for every batch inside, as if nothing were remembered, and remembers nothing new.
+
+    A probe must look at the model so: a block that couples examples would be asked about each of them once only, and
+    then seem not to.
+
+    Yields:
+      Whether anything is remembered outside.
+    """
+    awake = [memory for memory in _ACTIVE if not memory.asleep]
+    for memory in awake:
+        memory.asleep = True
+    try:
+        yield bool(awake)
+    finally:
+        for memory in awake:
+            memory.asleep = False
+
+
+_ACTIVE: list[_Memory] = []
 
 
 def _is_trained(module: nn.Module) -> bool:
@@ -117,11 +143,11 @@ class _Memory:
         self.kept: dict[bytes, torch.Tensor] = {}
         self.batch = torch.empty(0)
         self.in_tuple = False
-        self.computing = False
+        self.computing = self.asleep = False
 
     def before(self, _encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes the hidden states of a batch ready, and lets the forward pass start above the frozen blocks."""
-        if self.computing:
+        if self.computing or self.asleep:
             return
         inputs: dict[str, Any] = {"input_ids": args[0] if args else kwargs.get("input_ids")}
         inputs |= {name: kwargs.get(name) for name in ("attention_mask", "token_type_ids")}

@@ -151,6 +151,18 @@ def check_step_moves_model(adapter: Adapter, before: Mapping[str, torch.Tensor],
         raise ProbeError("The optimizer step does not reach the model's output: the forward pass uses other tensors.")
 
 
+def check_same_losses(adapter: Adapter, whole: torch.Tensor, loss_fn: LossFn, batch: Batch) -> None:
+    """Raises ProbeError if the losses of a synthetic batch are not those of the whole model: remembering changes it."""
+    for _ in range(2):  # the first pass fills the memory
+        with torch.no_grad():
+            found = loss_fn(adapter.model, batch)
+        if _distance(found, whole) > _tolerance(adapter.model):
+            raise ProbeError(
+                "The model gives other losses where its frozen blocks are remembered: they hand on more than hidden "
+                "states. Leave remember_frozen_blocks out."
+            )
+
+
 def _perturb(adapter: Adapter) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -18,9 +18,19 @@ from torch import nn
 from dpsb.adapter import Adapter, set_gradient
 from dpsb.capture import CaptureError, adapter_train_mode, per_example_gradients
 from dpsb.checkpoint import load_checkpoint, save_checkpoint, saved_clip_norm
+from dpsb.frozen_prefix import whole_model
 from dpsb.losses import LossFn, check_losses
 from dpsb.mechanism import Mechanism
-from dpsb.probe import Batch, Collate, Example, ProbeError, check_step_moves_model, probe, without_dropout
+from dpsb.probe import (
+    Batch,
+    Collate,
+    Example,
+    ProbeError,
+    check_same_losses,
+    check_step_moves_model,
+    probe,
+    without_dropout,
+)
 from dpsb.randomness import Randomness, SystemRandomness
 from dpsb.sampling import bucket_of, choose, length_buckets, microbatches, padded_lengths, poisson_draw
 from dpsb_accounting import Ledger, Plan
@@ -236,14 +246,19 @@ def probe_every_bucket(
     by_length: dict[int, list[Example]] = {}
     for example in synthetic:
         by_length.setdefault(bucket_of(len(example["input_ids"]), buckets), []).append(example)
-    for length, examples in sorted(by_length.items()):
-        size = 3 if length == min(by_length) else min(_LARGEST_PROBE, max(3, token_budget // length))
-        try:
-            probe(adapter, loss_fn, partial(collate, padded_length=length), examples, size)
-        except IndexError as error:
-            raise ProbeError(f"The model cannot process synthetic examples of {length} tokens: {error}.") from None
     smallest = min(by_length)
-    return collate(by_length[smallest][:3], smallest)
+    batch = collate(by_length[smallest][:3], smallest)
+    with whole_model() as remembers:
+        for length, examples in sorted(by_length.items()):
+            size = 3 if length == smallest else min(_LARGEST_PROBE, max(3, token_budget // length))
+            try:
+                probe(adapter, loss_fn, partial(collate, padded_length=length), examples, size)
+            except IndexError as error:
+                raise ProbeError(f"The model cannot process synthetic examples of {length} tokens: {error}.") from None
+        whole = loss_fn(adapter.model, batch).detach() if remembers else None
+    if whole is not None:
+        check_same_losses(adapter, whole, loss_fn, batch)
+    return batch
 
 
 def _clipped_sum(

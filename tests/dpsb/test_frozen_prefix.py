@@ -6,8 +6,13 @@ import workbench
 from safetensors.torch import load_file
 
 from dpsb.config import ConfigError
+from dpsb.data import Collator, synthetic_examples
 from dpsb.frozen_prefix import PrefixError, remember_frozen_prefix
+from dpsb.losses import classification_loss
+from dpsb.probe import ProbeError
 from dpsb.run import fine_tune
+from dpsb.sampling import length_buckets
+from dpsb.train import probe_every_bucket
 
 UPPER = {"bert": r".*layer\.1\..*(query|key|value|dense)", "llama": r".*layers\.1\..*_proj", "gpt2": r".*h\.1\..*c_.*"}
 UPPER["gemma2"] = UPPER["llama"]
@@ -67,6 +72,35 @@ def test_an_example_passes_the_frozen_blocks_once_in_whatever_batch_it_comes(tin
     assert tiny.distance(padded, expected) < 1e-5
     tiny.rows(adapter, tiny.loss["bert"], batch)
     assert counter.rows == 10
+
+
+def couple(_module, _args, output):
+    """What batch statistics or batch-wide quantization in a block do."""
+    return output - 0.5 * output.mean(dim=(0, 1), keepdim=True)
+
+
+def probed(adapter):
+    synthetic, buckets = synthetic_examples("classification", 61, 3, workbench.PADDED), length_buckets(workbench.PADDED)
+    return probe_every_bucket(adapter, classification_loss, Collator(0), synthetic, buckets, 512)
+
+
+def test_a_frozen_block_that_couples_examples_is_refused_although_it_would_run_once_for_each(tiny):
+    adapter = adapter_on_top(tiny, "bert")
+    with remember_frozen_prefix(adapter.model):
+        probed(adapter)
+    adapter.model.get_submodule("base_model.model.bert.encoder.layer.0.output").register_forward_hook(couple)
+    with remember_frozen_prefix(adapter.model), pytest.raises(ProbeError, match="the examples are coupled"):
+        probed(adapter)
+
+
+def test_blocks_that_hand_on_more_than_hidden_states_are_refused(tiny):
+    """Such as a bias that the lowest block computes and the others take from it."""
+    adapter = adapter_on_top(tiny, "bert")
+    layers, seen = adapter.model.get_submodule("base_model.model.bert.encoder.layer"), []
+    layers[0].register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
+    layers[1].register_forward_pre_hook(lambda _module, args: (args[0] + seen.pop() if seen else args[0], *args[1:]))
+    with remember_frozen_prefix(adapter.model), pytest.raises(ProbeError, match="frozen blocks are remembered"):
+        probed(adapter)
 
 
 def test_token_types_tell_examples_apart(tiny):
