@@ -108,6 +108,25 @@ def test_runs_on_the_same_data_compose(call, tmp_path, file):
     assert "not declared" in call("compose", fixed, "--neighboring", "add_or_remove_one")[2]
 
 
+def test_what_must_be_known_beside_an_epsilon_is_said(call, tmp_path):
+    path = make_ledger(tmp_path, "torn.jsonl")
+    path.write_bytes(path.read_bytes()[:-50])
+    code, out, err = call("epsilon", path, "--json")
+    assert (code, json.loads(out)["delta"], err.count("\n")) == (0, 1e-5, 1)
+    assert "last line is unfinished" in err
+    path = make_ledger(tmp_path, "going.jsonl")
+    with Ledger.open(path):
+        code, _, err = call("delta", path, "--epsilon", "1")
+        assert (code, "still writing it" in err) == (0, True)
+    with Ledger.open(path) as ledger:
+        ledger.taint("seeded", "a test")
+    other = make_ledger(tmp_path, "other.jsonl")
+    for command in (["epsilon", path], ["delta", path, "--epsilon", "1"], ["compose", path, other]):
+        code, out, err = call(*command)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert "is tainted (seeded): nothing can be claimed" in err
+
+
 DEEP = '{"type":"ComposedDpEvent","events":[' * 100_000
 
 

@@ -12,20 +12,23 @@ from dpsb_accounting._checks import RELATIONS, one_of, whole
 from dpsb_accounting.accountant import Schedule
 from dpsb_accounting.dp_event import event_from_dp_json
 from dpsb_accounting.events import EVENT_TYPES, Event, PoissonGaussian, event_from_json
-from dpsb_accounting.ledger import Ledger, LedgerRecord
+from dpsb_accounting.ledger import Ledger, LedgerRecord, in_use
 
 _MOST_BYTES = 64 << 20  # of an event file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A schedule with what its source already says of delta, relation and unit; None where it says nothing."""
+    """A schedule with what its source already says of delta, relation and unit; None where it says nothing.
+
+    `notes` are sentences that whoever reads the answer should see beside it.
+    """
 
     schedule: Schedule
     delta: float | None
     neighboring: str | None
     unit: str
-    torn: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def ask(
@@ -57,7 +60,7 @@ def ask(
 
 
 def read_source(path: Path) -> Question:
-    """Returns the question that a file states: a ledger, or an event as JSON."""
+    """Returns the question that a file states: a ledger, or an event as JSON; a tainted ledger is refused."""
     content = _content(path)
     first = content.lstrip()[:1]
     if first != b"{":
@@ -70,8 +73,16 @@ def read_source(path: Path) -> Question:
     if data is None and not _looks_like_ledger(content):
         raise ValueError(f"{path} is not valid JSON: {_json_error(content)}")
     record: LedgerRecord = Ledger.read(path)
+    if record.taints:
+        names = ", ".join(taint.name for taint in record.taints)
+        raise ValueError(f"{path} is tainted ({names}): nothing can be claimed of this run")
+    notes = []
+    if record.torn:
+        notes.append(f"{path}: its last line is unfinished, as a crash leaves it; it counts as charged")
+    if in_use(path):
+        notes.append(f"{path}: a run is still writing it; this is what its plan may cost, and a taint may follow")
     plan = record.plan
-    return Question(schedule=record, delta=plan.delta, neighboring=plan.neighboring, unit=plan.unit, torn=record.torn)
+    return Question(schedule=record, delta=plan.delta, neighboring=plan.neighboring, unit=plan.unit, notes=tuple(notes))
 
 
 def relation(question: Question, asked: str | None) -> str:

@@ -85,6 +85,7 @@ def delta_command(
     """
     question = ask(ledger, event, noise_multiplier, sampling_prob, steps)
     found = accountant.delta(question.schedule, epsilon, relation(question, neighboring))
+    _note(question)
     _show_delta(found, as_json)
 
 
@@ -120,6 +121,7 @@ def compose_command(
         delta=max(deltas, default=None),
         neighboring=next(iter(relations), None),
         unit=next(iter(units), "example"),
+        notes=tuple(note for question in questions for note in question.notes),
     )
     wanted = relation(together, neighboring)
     if undeclared and wanted == "add_or_remove_one":
@@ -158,6 +160,7 @@ def _epsilon(question: Question, delta: float | None, neighboring: str | None) -
     if at is None:
         raise ValueError("--delta must be given where there is no ledger to take it from")
     found = accountant.epsilon(question.schedule, at, relation(question, neighboring))
+    _note(question)
     return Bound(
         lower=found.lower,
         upper=found.upper,
@@ -166,6 +169,11 @@ def _epsilon(question: Question, delta: float | None, neighboring: str | None) -
         unit=question.unit,
         method=found.method,
     )
+
+
+def _note(question: Question) -> None:
+    for note in question.notes:
+        typer.echo(f"note: {note}", err=True)
 
 
 def _parts(question: Question) -> list[tuple[Event, int]]:
