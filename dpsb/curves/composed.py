@@ -69,7 +69,11 @@ def composed(out: Path) -> Composed:
     its reason in the data. Delta is the largest of the runs' deltas, which are equal unless the data changed.
     """
     records: list[tuple[LedgerRecord, str]] = []
-    unreadable = []
+    unreadable = [
+        f"{folder.relative_to(out)}/ledger.jsonl"  # a finished run whose price is not known
+        for folder in sorted(out.glob(f"{CELLS}/*"))
+        if is_finished(folder) and not (folder / "ledger.jsonl").exists()
+    ]
     for path in sorted(out.glob(f"{CELLS}/*/ledger.jsonl")) + sorted(out.glob(f"{ABANDONED}/*/ledger.jsonl")):
         try:
             record = Ledger.read(path)
@@ -124,9 +128,10 @@ def _bound(plans: Sequence[Plan], like: Plan | None = None) -> Bound:
         found = epsilon(parts, delta, first.neighboring)
         ends, method = (found.lower, found.upper), found.method
     except ResourceLimit:
-        single = [epsilon(plan) for plan in plans]
-        ends = max(one.lower for one in single), sum(one.upper for one in single)
         delta = sum(plan.delta for plan in plans)
+        # at the sum of the deltas no single run is below the whole; at its own delta each is part of a valid sum
+        least = [epsilon(plan, delta).lower for plan in plans]
+        ends = max(least), sum(epsilon(plan).upper for plan in plans)
         method = "basic composition: the sum of the runs' epsilons at the sum of their deltas"
     return Bound(
         lower=ends[0], upper=ends[1], delta=delta, neighboring=first.neighboring, unit=first.unit, method=method

@@ -437,7 +437,7 @@ def test_where_no_engine_composes_the_epsilons_add_up(tmp_path, monkeypatch):
     bound = composed(tmp_path).bound
     assert bound.upper == pytest.approx(3 * single.upper)
     assert bound.delta == pytest.approx(3e-3)
-    assert bound.lower == single.lower
+    assert bound.lower == epsilon(Ledger.read(tmp_path / "cells" / "a" / "ledger.jsonl"), 3e-3).lower < single.lower
     assert "basic composition" in bound.method
 
 
@@ -452,6 +452,11 @@ def test_a_ledger_without_a_line_charged_nothing_and_a_damaged_one_bounds_nothin
     damaged = composed(tmp_path)
     assert damaged.bound is None
     assert damaged.unreadable == ("cells/b/ledger.jsonl",)
+    (cut / "ledger.jsonl").unlink()
+    (cut / "report.json").write_text("{}")
+    gone = composed(tmp_path)
+    assert gone.bound is None
+    assert gone.unreadable == ("cells/b/ledger.jsonl",)
 
 
 # --- tuning
