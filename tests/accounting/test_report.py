@@ -5,6 +5,7 @@ import pytest
 from plans import make_plan, two_phases
 
 from dpsb_accounting import Ledger, NonPrivate, Phase, epsilon, make_report, spent, verify
+from dpsb_accounting.report.build import report_content
 
 
 @pytest.fixture
@@ -195,3 +196,14 @@ def test_unusable_shapes_do_not_stop_a_report(tmp_path):
         path = tmp_path / f"{str(shapes)[:2].strip('[')}.jsonl"
         with Ledger.create(path, plan) as ledger:
             assert make_report(ledger).to_json()["noise_on_weights"] is None
+
+
+def test_half_precision_is_said_from_the_revision_on_that_knows_it(tmp_path):
+    plan = make_plan(details={"dtype": "bfloat16"})
+    with Ledger.create(tmp_path / "ledger.jsonl", plan) as ledger:
+        report = make_report(ledger).to_json()
+    assert "bfloat16" in report["assumptions"][-1]
+    record = Ledger.read(tmp_path / "ledger.jsonl")
+    assert "bfloat16" not in str(report_content(record, 1)[0]["assumptions"])
+    with Ledger.create(tmp_path / "other.jsonl", make_plan()) as ledger:
+        assert "bfloat16" not in str(make_report(ledger).to_json()["assumptions"])

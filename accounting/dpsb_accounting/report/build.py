@@ -146,7 +146,7 @@ def report_content(ledger: LedgerRecord, revision: int = REVISION) -> tuple[dict
         "cross_check_engine": second.engine,
         "cross_check_epsilon": ends["epsilon"],
         "statement": words.statement(ledger, whole.upper, claim),
-        "assumptions": [line.format(unit=plan.unit) for line in _assumptions(plan)],
+        "assumptions": [line.format(unit=plan.unit) for line in _assumptions(plan, revision)],
         "not_covered": list(words.NOT_COVERED),
         "disclosure": words.disclosure(plan),
         "noise_on_weights": _noise_on_weights(plan),
@@ -197,8 +197,10 @@ def _ends(bound: Bound) -> dict[str, object]:
     return {"lower": number_to_json(bound.lower), "upper": number_to_json(bound.upper)}
 
 
-def _assumptions(plan: Plan) -> tuple[str, ...]:
-    return (*words.ASSUMPTIONS, words.MOVING_CLIP) if plan.clipping == "adaptive" else words.ASSUMPTIONS
+def _assumptions(plan: Plan, revision: int) -> tuple[str, ...]:
+    moving = (words.MOVING_CLIP,) if plan.clipping == "adaptive" else ()
+    half = (words.HALF_PRECISION,) if plan.details.get("dtype") == "bfloat16" and revision > 1 else ()
+    return (*words.ASSUMPTIONS, *moving, *half)
 
 
 def _mechanism(plan: Plan) -> dict[str, object]:

@@ -29,6 +29,11 @@ MOVING_CLIP = (
     "with a noisy count of the {unit}s within the clip norm, and the stated event covers both."
 )
 
+HALF_PRECISION = (
+    "The frozen weights compute in bfloat16, where an example's gradient also depends, by rounding, on what else is in "
+    "its microbatch; that dependence, measured in the trainer's documentation, is not in epsilon."
+)
+
 NOT_COVERED = (
     "Choosing hyper-parameters, or among several runs, by looking at the same data.",
     "Metrics computed on private held-out people, and any other use of the data outside this ledger.",
