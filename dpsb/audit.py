@@ -93,9 +93,9 @@ def audit_run(
         f"How Gaussian the claimed mechanism is: its epsilon {claimed:.4g} at delta {plan.delta:g} is that of mu = "
         f"{_mu(claimed, plan.delta):.3f}, its total variation distance that of mu = {2 * norm.ppf((1 + tv) / 2):.3f}. "
         "The nearer the two, the better the Gaussian assumption; if the second is smaller, the gdp bounds err low.",
-        "For the operator, not for release: the canary run read the private data again and claims nothing, and scores of "
-        "members against held-out examples are computed on people. Keep this page, audit.json and the scores as you keep "
-        "the data.",
+        "For the operator, not for release: the canary run read the private data again and claims nothing, and scores "
+        "of members against held-out examples are computed on people. Keep this page, audit.json and the scores as you "
+        "keep the data.",
     ]
     content = to_json(claimed, plan.delta, confidence, attacks)
     content |= {"notes": notes, "canary_run": {"ledger": f"{CANARY_RUN}/ledger.jsonl", "released": False}}
