@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import LoraLayer
 from dpsb.adapter import Basis, Factors, Provenance
 from dpsb.basis._common import base_weight, public_generator, truncated_svd
 from dpsb.basis.per_example import Sketch
-from dpsb.basis.release import Clip, PrivateExamples
+from dpsb.basis.release import Clip, Releases
 
 TIMES_RANK = 6
 """The public basis' width K is so many times the rank, unless the user names it."""
@@ -73,7 +73,7 @@ def hybrid_provenance(clip: Clip, width: int, source: Mapping[str, str | int | f
 
 
 def hybrid(
-    examples: PrivateExamples, provenance: Provenance, frames: Mapping[str, Frames], adapter_name: str = "default"
+    examples: Releases, provenance: Provenance, frames: Mapping[str, Frames], adapter_name: str = "default"
 ) -> Basis:
     r"""A and B from a public basis of width K, turned by a private release of its K x K cores. R starts at 0.
 

@@ -53,6 +53,19 @@ class Sketch(NamedTuple):
 WHOLE = Sketch()
 
 
+def zeros_for(
+    layers: Mapping[str, LoraLayer], sketches: Mapping[str, Sketch], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Where the sums of the sketches of every layer begin, float64."""
+    totals = {}
+    for name, layer in layers.items():
+        left, right = sketches[name]
+        shape = (layer.out_features if left is None else left.shape[1], layer.in_features)
+        shape = shape if right is None else (shape[0], right.shape[1])
+        totals[name] = torch.zeros(shape, dtype=torch.float64, device=device)
+    return totals
+
+
 class PartlyAdded(Exception):
     """A sum holds part of a microbatch and cannot be released."""
 

@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from dpsb.adapter import Basis, Factors, Provenance
 from dpsb.basis._common import base_weight, public_generator, truncated_svd
 from dpsb.basis.per_example import WHOLE, Sketch
-from dpsb.basis.release import Clip, PrivateExamples
+from dpsb.basis.release import Clip, Releases
 
 WIDE = 1024
 """Where the smaller side of a weight is larger than this, sketches are released instead of whole gradients."""
@@ -37,7 +37,7 @@ def private_provenance(clip: Clip, rounds: int) -> Provenance:
     return Provenance(kind="private", access="released", detail={**clip.to_json(), "rounds": rounds})
 
 
-def private(examples: PrivateExamples, provenance: Provenance, adapter_name: str = "default") -> Basis:
+def private(examples: Releases, provenance: Provenance, adapter_name: str = "default") -> Basis:
     r"""A and B from the truncated SVD of the noisy clipped gradient sum of every target weight. R starts at 0.
 
     With ``rounds`` 0: one release :math:`\hat G_l = \sum_i c_i G_{il} + N(0, (\sigma C)^2)`, then its SVD. Otherwise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from dpsb.adapter import attach, detach
 from dpsb.basis.budget import PHASE
-from dpsb.basis.per_example import WHOLE, PartlyAdded, Sketch, add_clipped_sum, example_norms
+from dpsb.basis.per_example import WHOLE, PartlyAdded, Sketch, add_clipped_sum, example_norms, zeros_for
 from dpsb.basis.random import random
 from dpsb.capture import adapter_train_mode
 from dpsb.losses import LossFn
@@ -45,6 +45,21 @@ class Clip:
 
     def to_json(self) -> dict[str, str | int | float]:
         return {"l2_clip_norm": self.l2_clip_norm, "clipping": self.clipping, "share": self.share}
+
+
+class Releases(Protocol):
+    """What a basis is made from: noisy clipped sums of sketched gradients, whoever makes them."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def layers(self) -> Mapping[str, LoraLayer]: ...
+
+    @property
+    def mechanism(self) -> Mechanism: ...
+
+    def release(self, sketches: Mapping[str, Sketch]) -> dict[str, torch.Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +128,7 @@ class PrivateExamples:
           BudgetSpent: If the plan allows no further release.
           StepError, MemoryError: If the pass fails; the release is spent.
         """
-        totals = self._zeros(sketches)
+        totals = zeros_for(self.layers, sketches, next(self.model.parameters()).device)
 
         def add(examples: Sequence[Example], length: int) -> None:
             self._add(examples, length, sketches, totals)
@@ -173,16 +188,6 @@ class PrivateExamples:
                 lengths = padded_lengths(drawn, length_buckets(self.max_length))
                 for positions, length in microbatches(np.arange(len(drawn)), lengths, self.token_budget):
                     add([drawn[i] for i in positions], length)
-
-    def _zeros(self, sketches: Mapping[str, Sketch]) -> dict[str, torch.Tensor]:
-        device = next(self.model.parameters()).device
-        totals = {}
-        for name, layer in self.layers.items():
-            left, right = sketches[name]
-            shape = (layer.out_features if left is None else left.shape[1], layer.in_features)
-            shape = shape if right is None else (shape[0], right.shape[1])
-            totals[name] = torch.zeros(shape, dtype=torch.float64, device=device)
-        return totals
 
     def _check_isolation(self) -> None:
         """The probe that ``fit`` runs, on cores with a random basis that are taken off again."""

@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dpsb.adapter import lora_layers
 from dpsb.basis.gradient import mean_gradients
-from dpsb.basis.per_example import WHOLE, Sketch, add_clipped_sum
+from dpsb.basis.per_example import WHOLE, Sketch, add_clipped_sum, zeros_for
 from dpsb.basis.private import _OVERSAMPLING
 from dpsb.data import Collator
 from dpsb.mechanism import Mechanism
@@ -72,16 +72,6 @@ def sketches_for(layers: Layers, arm: str) -> dict[str, Sketch]:
 
 def _frame(rows: int, columns: int) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(rows, columns)).Q
-
-
-def zeros_for(layers: Layers, sketches: Mapping[str, Sketch]) -> Sums:
-    """The sums of a release, as ``PrivateExamples`` makes them."""
-    made = {}
-    for name, layer in layers.items():
-        left, right = sketches[name]
-        rows = layer.out_features if left is None else left.shape[1]
-        made[name] = torch.zeros(rows, layer.in_features if right is None else right.shape[1], dtype=torch.float64)
-    return made
 
 
 def plain_pass(workload: Workload, model: nn.Module, batches: list[Any]) -> None:
@@ -140,8 +130,10 @@ def measure(name: str, repetitions: int, microbatches: int) -> dict[str, Any]:
     batches = [collate(examples[i : i + size], workload.tokens) for i in range(0, len(examples), size)]
     frozen, model = memory.floor_model(workload, torch.float32), workload.lora().train()
     layers = lora_layers(model)
+    # as in the plain arm; by itself the pass stops at the first target layer, which says much of a model of one block
+    model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
     sketches = {arm: sketches_for(layers, arm) for arm in passes}
-    totals = {arm: zeros_for(layers, sketches[arm]) for arm in passes}
+    totals = {arm: zeros_for(layers, sketches[arm], torch.device("cpu")) for arm in passes}
     work: dict[str, Callable[[list[Any]], object]] = {
         "plain": partial(plain_pass, workload, frozen),
         "summed": partial(mean_gradients, model, workload.loss_fn),
