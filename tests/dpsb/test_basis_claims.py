@@ -1,0 +1,77 @@
+"""What is claimed of a paid basis: the total of basis and training, by both engines; and what a leak betrays."""
+
+import numpy as np
+import pytest
+import torch
+import workbench
+
+from dpsb import run
+from dpsb.basis.stage import Setup, plan_basis
+from dpsb.data import Collator
+from dpsb.losses import classification_loss
+from dpsb_accounting import Ledger, NonPrivate, epsilon, make_report
+from dpsb_accounting.auditing import CanaryScores, FixedThresholds, audit
+
+TARGET = 8.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "releases"),
+    [({"basis": "private"}, 1), ({"basis": "private", "basis_rounds": 2}, 4), ({"basis": "hybrid"}, 1)],
+)
+def test_a_run_claims_its_target_and_both_engines_agree(tmp_path, changes, releases):
+    settings = {"epsilon": TARGET, "num_examples": 60, "neighboring": "add_or_remove_one", **changes}
+    finished = run.fine_tune(workbench.run_config(tmp_path / "run", **settings))
+    ledger = Ledger.read(tmp_path / "run" / "ledger.jsonl")
+    assert ledger.charged("basis") == releases
+    assert 0.99 * TARGET <= epsilon(ledger).upper <= TARGET
+    for report in (finished.report.to_json(), make_report(ledger).to_json()):
+        assert report["claim"] is True
+        assert report["cross_check"] == "agrees", report["cross_check_reason"]
+        assert 0.99 * TARGET <= report["epsilon"]["upper"] <= TARGET
+        assert report["cross_check_epsilon"]["upper"] == pytest.approx(TARGET, rel=0.01)
+        assert report["cross_check_epsilon"]["lower"] == pytest.approx(TARGET, rel=0.02)
+
+
+def leaked(tiny, examples):
+    """The basis that ``--basis leak`` takes from these examples, and the phase that its plan owns up to."""
+    config = workbench.run_config("unused", basis="leak", allow_non_private_basis=True)
+    setup = Setup(
+        config=config,
+        model=tiny.lora(tiny.base("bert")),
+        loss_fn=classification_loss,
+        collate=Collator(0),
+        examples=examples,
+        public=(),
+        max_length=workbench.PADDED,
+        delta=1e-5,
+        neighboring="add_or_remove_one",
+    )
+    planned = plan_basis(setup)
+    return planned.basis.factors, planned.phases
+
+
+def test_a_leaking_basis_fails_the_test_that_a_private_one_passes(tiny):
+    """One canary among seven examples is read from A alone, every time: no epsilon of 1 allows that.
+
+    The private basis' own test, at its claimed epsilon, is in ``test_private_basis``.
+    """
+    data, canary, trials = workbench.examples(6, seed=4), {"input_ids": [7] * 15, "labels": 2}, 60
+    known, (phase,) = leaked(tiny, data)
+    assert isinstance(phase.event, NonPrivate)
+    assert epsilon([phase], 1e-5).upper == float("inf")
+    seen = {included: leaked(tiny, [*data, canary] if included else data)[0] for included in (0, 1)}
+    scores = []
+    for trial in range(trials):  # nothing is drawn, so one basis of either kind is as good as many
+        found = seen[trial % 2]
+        moved = max(float(torch.linalg.norm(f.A.T @ f.A - known[n].A.T @ known[n].A)) for n, f in found.items())
+        scores.append(float(moved > 1e-3))
+    assert all(torch.equal(leaked(tiny, data)[0][name].A, known[name].A) for name in known), "nothing is drawn"
+    result = audit(
+        CanaryScores(scores, np.arange(trials) % 2),
+        "clopper-pearson",
+        delta=1e-5,
+        confidence=0.99,
+        thresholds=FixedThresholds((0.5,)),
+    )
+    assert result.epsilon > 1.0
