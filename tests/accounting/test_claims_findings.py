@@ -213,6 +213,10 @@ def test_an_absurd_claim_ends_in_a_finding_not_in_an_exception():
         {"sampler": "shuffle", "batch_size": 1e-6, "sampling_prob": None, "steps": None},
         {"sampler": "without_replacement", "noise_multiplier": 1e-9},
         {"basis": "private_release", "basis_noise_multiplier": 1e-200},
+        {"basis": "private_release", "basis_noise_multiplier": 1e200},
+        {"noise_multiplier": 1e-200},
+        {"noise_multiplier": 1e200},
+        {"sampler": "shuffle", "noise_multiplier": 1e200},
     ):
         outcome = lint(with_(**changes))
         assert all(finding.id in CATALOG for finding in outcome.findings), changes

@@ -88,7 +88,7 @@ def test_noise_that_floats_cannot_hold_is_refused(make, norm):
 def test_the_noise_counts_and_not_the_norm_alone():
     assert make_plan(l2_clip_norm=1e-100).noise_std == 1e-100
     assert make_plan(l2_clip_norm=1e100).noise_std == 1e100
-    for noise, norm in ((1e-60, 1e-60), (1e60, 1e60), (1e300, 1e300)):
+    for noise, norm in ((1e-45, 1e-60), (1e45, 1e60), (1e45, 1e300)):
         phases = (Phase("train", Gaussian(noise_multiplier=noise), 1),)
         with pytest.raises(ValueError, match="l2_clip_norm"):
             make_plan(phases=phases, sampling_prob=1, l2_clip_norm=norm)

@@ -15,6 +15,7 @@ from dpsb_accounting.events import (
     Composed,
     Event,
     Gaussian,
+    NonPrivate,
     PoissonGaussian,
     RandomSelection,
     Repeated,
@@ -26,6 +27,7 @@ from dpsb_accounting.events import (
 SAMPLERS = ("poisson", "shuffle", "fixed_order", "without_replacement")
 _NEGLIGIBLE = 1e-18
 _MOST_PARTICIPATIONS = 200
+_NO_NOISE = 1e-50  # the least that an event can state
 _LEAST_NOISE = 0.05  # below, probabilities underflow in the engines
 _STEPS_SEEN = 1000
 
@@ -127,10 +129,12 @@ def basis_event(claim: Claim) -> tuple[Event, int] | None:
     if not claim.basis_noise_multiplier:
         return None
     prob = claim.basis_sampling_prob or 1.0
-    event: Event = Gaussian(noise_multiplier=claim.basis_noise_multiplier)
+    noise, count = min(claim.basis_noise_multiplier, 1 / _NO_NOISE), claim.basis_count or 1
+    if noise < _NO_NOISE:
+        return NonPrivate(reason="a basis with next to no noise"), count
     if prob < 1:
-        event = PoissonGaussian(noise_multiplier=claim.basis_noise_multiplier, sampling_prob=prob)
-    return event, claim.basis_count or 1
+        return PoissonGaussian(noise_multiplier=noise, sampling_prob=prob), count
+    return Gaussian(noise_multiplier=noise), count
 
 
 def as_charged(claim: Claim) -> Setting | None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,8 @@ from dpsb_accounting.engines import atoms
 Array = npt.NDArray[np.float64]
 SMALLEST_NOISE = 0.05  # below this, probabilities of the cells underflow
 _TAIL = 1e-17
+_MANY = 1_000  # releases, from which on the float errors of doubles could be seen at small deltas
+_MOST_LONG = 1 << 18  # cells that are composed in long doubles: some tenths of a second
 _BLOCKS = 10_000  # of rare cells; cells where nearly all of the mass is are taken one by one
 _RARE = 1e-7
 _MARGIN = 10.0  # standard deviations beyond which everything falls into the last cells (mass 1e-23)
@@ -79,6 +82,17 @@ def float_guard(count: int) -> float:
     and counts up to 1e5, in tails of at most 1 %.
     """
     return 3e-15 * math.sqrt(count) + 4e-16 * count
+
+
+def _long(count: int, size: int) -> bool:
+    """Whether to compose in long doubles: where float errors matter, if there are any that are finer than doubles."""
+    return count >= _MANY and size <= _MOST_LONG and bool(np.finfo(np.longdouble).eps < 1e-18)
+
+
+def _guard(count: int, size: int) -> float:
+    """What float errors may do to the small tails of a composition here."""
+    # The rounding of long doubles is 1/2048 of that of doubles; the result is rounded to these once.
+    return 1e-15 + float_guard(count) / 500 if _long(count, size) else float_guard(count)
 
 
 def tails(composition: Composition, neighboring: str, mesh: float, most_cells: int) -> list[Tails]:
@@ -211,7 +225,7 @@ def _tails(parts: list[_Cells], mesh: float, most_cells: int) -> Tails | None:
     log_scale = math.fsum(part.count * math.log(scale) for part, scale in zip(parts, scales, strict=True))
     first = low + sum(part.count * part.first for part in parts)
     losses = (first + np.arange(size)) * mesh
-    guard = float_guard(sum(counts)) + 2 * _TAIL
+    guard = _guard(sum(counts), size) + 2 * _TAIL
     p_tail = np.cumsum(p[::-1], dtype=np.longdouble)[::-1].astype(np.float64)
     top = int(np.max(np.nonzero(p_tail > 2 * guard)[0], initial=0))
     center = float(losses[top])
@@ -262,8 +276,21 @@ def _blocks(p: Array) -> tuple[Array, Array, Array]:
 def _convolve(masses: list[Array], counts: list[int], size: int, low: int) -> Array:
     if counts == [1]:
         return np.roll(np.concatenate((masses[0], np.zeros(size - len(masses[0])))), -(low % size))
-    product: npt.NDArray[np.complex128] = np.ones(size // 2 + 1, dtype=np.complex128)
+    long = _long(sum(counts), size)
+    product: Any = np.ones(1)
     for p, count in zip(masses, counts, strict=True):
-        product = product * fft.rfft(p, size) ** count
-    result: Array = np.roll(fft.irfft(product, size), -(low % size))
+        product = product * _power(fft.rfft(p.astype(np.longdouble if long else np.float64), size), count)
+    result: Array = np.roll(fft.irfft(product, size), -(low % size)).astype(np.float64)
     return result
+
+
+def _power(values: Any, count: int) -> Any:
+    """The `count`-th power; of long doubles by squaring, since numpy's own power of them is slow."""
+    if values.dtype != np.clongdouble:
+        return values**count
+    found = np.ones(1, dtype=np.clongdouble)
+    while count:
+        if count & 1:
+            found = found * values
+        values, count = values * values, count >> 1
+    return found
