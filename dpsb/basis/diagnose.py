@@ -239,7 +239,7 @@ def _candidates(judging: Judging) -> list[_Candidate]:
     """Data-free bases, one from each set, and the paid ones; a set's own basis is judged by the others if there are."""
     model, every = judging.model, tuple(range(len(judging.halves)))
     found = [
-        _Candidate(basis=kind, kind="free", judged_on=every, factors=made(model).factors)
+        _Candidate(basis=kind, kind="free", judged_on=every, factors=_on_cpu(made(model).factors))
         for kind, made in DATA_FREE.items()
     ]
     hybrids = [_Candidate(basis="hybrid", kind="hybrid", judged_on=every)]
@@ -257,6 +257,10 @@ def _candidates(judging: Judging) -> list[_Candidate]:
         )
         hybrids.append(_Candidate(basis=f"hybrid:{part.name}", kind="hybrid", judged_on=elsewhere, source=entry.fit))
     return [*found, _Candidate(basis="private", kind="private", judged_on=every), *hybrids]
+
+
+def _on_cpu(factors: FactorsByLayer) -> FactorsByLayer:
+    return {name: Factors(A=f.A.cpu(), B=f.B.cpu()) for name, f in factors.items()}
 
 
 def _judge(
