@@ -174,7 +174,7 @@ def _window(cells, counts: list[int]) -> tuple[int, int]:  # type: ignore[no-unt
                 for mass, count in parts:
                     scaled = order * np.arange(len(mass))
                     peak = float(scaled.max())
-                    exponent += count * (peak + math.log(float(np.exp(scaled - peak) @ mass)))
+                    exponent += count * (peak + math.log(float((np.exp(scaled - peak) * mass).sum())))
                 if order > 0:
                     most = min(most, exponent / order)
                 else:

@@ -237,8 +237,8 @@ def _tails(parts: list[_Cells], mesh: float, most_cells: int) -> Tails | None:
 
 def _variance(p: Array) -> float:
     index = np.arange(len(p))
-    mean = float(p @ index)
-    return float(p @ (index - mean) ** 2)
+    mean = float((p * index).sum())  # no `@`: threads that wait for each other cost more than these few numbers
+    return float((p * (index - mean) ** 2).sum())
 
 
 def _window(masses: list[Array], counts: list[int], orders: npt.NDArray[np.float64], tail: float) -> tuple[int, int]:
@@ -253,7 +253,7 @@ def _window(masses: list[Array], counts: list[int], orders: npt.NDArray[np.float
         for (sums, firsts, lasts), count in zip(blocks, counts, strict=True):
             scaled = order * (lasts if order > 0 else firsts)
             peak = float(scaled.max())
-            exponent += count * (peak + math.log(float(np.exp(scaled - peak) @ sums)))
+            exponent += count * (peak + math.log(float((np.exp(scaled - peak) * sums).sum())))
         if order > 0:
             high = min(high, exponent / order)
         else:
