@@ -300,6 +300,7 @@ def _judge(
                 step_noise = noise[kinds[one.basis]].train / judging.budget.expected_batch_size
                 length = step_noise * median * judging.numbers**0.5
                 snr = measured.length_held(factors) / length if length else None
+                snr = snr or None  # the quarters do not agree on a direction: its length is not known
             one = replace(one, rho=median / whole if whole else None, snr_per_step=snr)
         done.append(one)
     count = sum(len(next(iter(batch.values()))) for batches in (part.fit, *part.quarters) for batch in batches)

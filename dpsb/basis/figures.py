@@ -37,7 +37,8 @@ class BasisFigures:
       own_half: For a public basis, the same on the other half of its own file.
       at_most: For a hybrid: what it would hold if its release had no noise and every example were known.
       rho: Median length of an example's gradient in the cores over that in the weights.
-      snr_per_step: Length of the mean gradient over that of the noise in one step of the budget's plan.
+      snr_per_step: Length of the mean gradient over that of the noise in one step of the budget's plan; None where
+        the judging quarters do not agree on a gradient.
       visible_layers: For a paid basis: share of the layers whose strongest direction stands above the release's noise.
       share: Of the budget that a paid basis takes.
     """

@@ -100,6 +100,18 @@ def squared_norms(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     return torch.cat([(gs.mT @ xs).square_().sum(dim=(1, 2), dtype=torch.float64) for xs, gs in chunks])
 
 
+class _Begin(torch.autograd.Function):
+    """Lets gradients be asked for from here on. A leaf would hold its values, and a copy of its gradient besides."""
+
+    @staticmethod
+    def forward(_context: Any, output: torch.Tensor, _start: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(_context: Any, *_g: Any) -> Any:
+        return None, None
+
+
 class _Watch:
     """Hands the (x, g) of each target layer to ``on_pair`` while a backward pass runs.
 
@@ -119,16 +131,18 @@ class _Watch:
         self._kept_nothing: set[str] = set()
         self._waiting: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
-    def hook(self, name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-        def forward_hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def hook(self, name: str) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor | None]:
+        def forward_hook(
+            _module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+        ) -> torch.Tensor | None:
             in_backward = torch._C._current_graph_task_id() != -1
             if not in_backward:
                 self._uses[name] = self._uses.get(name, 0) + 1
                 if not torch.is_grad_enabled():
                     self._kept_nothing.add(name)
-                    return
+                    return None
             elif name not in self._kept_nothing:
-                return
+                return None
             x = inputs[0].detach()
             version = _version(x)
             if x.dim() < 2 or x.shape[0] != self.num_examples:
@@ -137,9 +151,10 @@ class _Watch:
                     "mixture-of-experts layers). Do not target it."
                 )
             if not output.requires_grad:  # the first layer: nothing before it is trained
-                output.requires_grad_()
+                output = _Begin.apply(output, torch.zeros((), requires_grad=True, device=output.device))
             held = [x] * self._backwards  # the graph holds its hooks, and so whatever they hold, until the last one
             output.register_hook(lambda g: self._arrived(name, held.pop(), g.detach(), version))
+            return output
 
         return forward_hook
 

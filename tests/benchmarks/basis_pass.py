@@ -130,8 +130,8 @@ def measure(name: str, repetitions: int, microbatches: int) -> dict[str, Any]:
     batches = [collate(examples[i : i + size], workload.tokens) for i in range(0, len(examples), size)]
     frozen, model = memory.floor_model(workload, torch.float32), workload.lora().train()
     layers = lora_layers(model)
-    # as in the plain arm; by itself the pass stops at the first target layer, which says much of a model of one block
-    model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+    # as in the plain arm: by itself the pass stops at the first target layer, half the backward pass of a single block
+    hook = model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
     sketches = {arm: sketches_for(layers, arm) for arm in passes}
     totals = {arm: zeros_for(layers, sketches[arm], torch.device("cpu")) for arm in passes}
     work: dict[str, Callable[[list[Any]], object]] = {
@@ -143,6 +143,7 @@ def measure(name: str, repetitions: int, microbatches: int) -> dict[str, Any]:
     arms = {arm: partial(function, batches) for arm, function in work.items()}
     with common.no_garbage_collection():
         rounds = list(common.interleaved(arms, WARM_UP + repetitions))[WARM_UP:]
+    hook.remove()
     peaks = {arm: peak_bytes(partial(work[arm], batches[:1])) for arm in passes}
     sums = {arm: sum(8 * total.numel() for total in totals[arm].values()) for arm in passes}
     make_trainable(frozen)

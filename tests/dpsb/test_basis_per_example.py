@@ -333,8 +333,8 @@ class SharedGradient(nn.Module):
         self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1)
 
     def forward(self, x):
-        first = self.first(x)
-        return self.last(self.second(x) + FiveTimes.apply(first)).sum(dim=(1, 2))
+        first = FiveTimes.apply(self.first(x))  # made earlier, so its backward runs after that of ``second``
+        return self.last(self.second(x) + first).sum(dim=(1, 2))
 
 
 def test_a_gradient_that_is_changed_in_place_while_it_is_kept_is_refused():
