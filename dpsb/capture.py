@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from opacus.grad_sample import GradSampleHooks
@@ -26,19 +27,33 @@ class _CheckpointSafeHooks(GradSampleHooks):
     That kind of checkpointing runs the forward pass (and its hooks) again while the backward pass is under way,
     although the first pass has already kept the activation: such a second call is skipped. Reentrant checkpointing
     runs its first pass without gradients, where nothing is kept, so there the second call is the one that counts.
+
+    The gradient of a module's output comes from a hook on that very tensor. Torch's full backward hooks hand on the
+    same gradient, and wrap every input and output in a function of its own to do so, which costs twice as much.
     """
 
     def __init__(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         self._first_pass_kept_nothing: set[nn.Module] = set()
         super().__init__(*args, **kwargs)
 
-    def capture_activations_hook(self, module, forward_input, _forward_output) -> None:  # type: ignore[no-untyped-def]
+    def add_hooks(self, *, loss_reduction="mean", batch_first=True, force_functorch=False) -> None:  # type: ignore[no-untyped-def]
+        super().add_hooks(loss_reduction=loss_reduction, batch_first=batch_first, force_functorch=force_functorch)
+        for handle in self.autograd_grad_sample_hooks[1::2]:  # the backward hooks; each output gets one of its own
+            handle.remove()
+
+    def capture_activations_hook(self, module, forward_input, forward_output) -> None:  # type: ignore[no-untyped-def]
         in_backward = torch._C._current_graph_task_id() != -1
         if not in_backward and not torch.is_grad_enabled():
             self._first_pass_kept_nothing.add(module)
         if in_backward and module not in self._first_pass_kept_nothing:
             return
-        super().capture_activations_hook(module, forward_input, _forward_output)
+        held = len(getattr(module, "activations", ()))
+        super().capture_activations_hook(module, forward_input, forward_output)
+        if len(getattr(module, "activations", ())) > held:
+            forward_output.register_hook(partial(self._gradient_of_output, module))
+
+    def _gradient_of_output(self, module: nn.Module, gradient: torch.Tensor) -> None:
+        self.capture_backprops_hook(module, None, (gradient,), self.loss_reduction, self.batch_first)
 
 
 class CaptureError(RuntimeError):
