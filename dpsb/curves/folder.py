@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from dpsb.curves.cells import Cell
 from dpsb_accounting import Ledger, LedgerError
+from dpsb_accounting.files import write_whole
 
 SETTINGS_NAME, LOCK_NAME = "curve.json", ".curve.lock"
 CELLS, ABANDONED = "cells", "abandoned"
@@ -145,18 +145,3 @@ def _noted(folder: Path) -> dict[str, Any]:
 def lost_steps(folder: Path) -> int:
     """How many charged steps left no trace in a cell's model, because it was cut off."""
     return sum(_noted(folder)["lost"].values())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file such that another process sees the old one or the new one."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -10,12 +10,12 @@ from typing import Any
 
 from dpsb import __version__
 from dpsb.curves import words
-from dpsb.curves.folder import write_whole
 from dpsb.curves.plot import draw
 from dpsb.curves.settings import DEMO, MACHINE
 from dpsb.curves.style import POLICY, STYLE
 from dpsb.curves.sweep import Curve
 from dpsb.curves.table import Point
+from dpsb_accounting.files import write_whole
 from dpsb_accounting.report.words import up
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from dpsb.curves.cells import Cell
 from dpsb.curves.entries import Entry, labels_of
-from dpsb.curves.folder import CELLS, lost_steps, write_whole
+from dpsb.curves.folder import CELLS, lost_steps
+from dpsb_accounting.files import write_whole
 
 METRICS = {
     "classification": ("accuracy", "cross_entropy", "examples"),

@@ -45,7 +45,7 @@ RATES = {
     "lora-xs": "0.01|0.03|0.08",
     "head-only": "0.03|0.1|0.3",
 }
-"""Three for each arm: those of sb and lora-xs around the demo's, the others around a first look at epsilon 8."""
+"""Three for each arm, set beforehand: sb and lora-xs around the rate of the demo, the others by rule of thumb."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from dpsb_accounting import _checks, accountant, noise
 from dpsb_accounting.agreement import CrossCheck, cross_check
 from dpsb_accounting.bound import Bound
 from dpsb_accounting.events import event_to_json
+from dpsb_accounting.files import write_whole
 from dpsb_accounting.plan import Phase, Plan, number_to_json
 from dpsb_accounting.record import LedgerRecord
 from dpsb_accounting.report import page, words
@@ -63,24 +63,7 @@ class Report:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the JSON form atomically: another process sees the old file or the whole new one."""
-        path = Path(path)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(self.content, file, indent=2, allow_nan=False)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        write_whole(Path(path), (json.dumps(self.content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def make_report(
