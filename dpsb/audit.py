@@ -12,7 +12,6 @@ import numpy as np
 from scipy.stats import norm
 
 from dpsb.canaries import CanaryAudit, expected_scores
-from dpsb.checkpoint import write_durably
 from dpsb.config import RunConfig
 from dpsb.run import Callbacks, RunError, fine_tune
 from dpsb_accounting import Ledger, auditing
@@ -20,6 +19,7 @@ from dpsb_accounting import delta as delta_of
 from dpsb_accounting import epsilon as epsilon_of
 from dpsb_accounting.auditing import METHODS, CanaryScores, Counts, FixedThresholds, LowerBound, SplitThreshold
 from dpsb_accounting.auditing.page import Attack, to_html, to_json
+from dpsb_accounting.files import write_whole
 
 CANARY_RUN = "canary-run"
 _WHITE_BOX = METHODS
@@ -107,8 +107,8 @@ def audit_run(
         attacks=attacks,
         notes=notes,
     )
-    write_durably(out / "audit.json", (json.dumps(content, indent=1) + "\n").encode())
-    write_durably(out / "audit.html", page.encode())
+    write_whole(out / "audit.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_whole(out / "audit.html", page.encode())
     return Audit(out, content, tuple(attacks))
 
 

@@ -51,12 +51,6 @@ def replacing(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Writes a file and waits until it is on disk."""
-    path.write_bytes(content)
-    _flush(path)
-
-
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -20,7 +20,7 @@ from dpsb.basis.budget import realised_share
 from dpsb.basis.release import PrivateExamples
 from dpsb.basis.stage import BASIS_NAME, Planned, Setup, charge_leak, plan_basis, release_basis
 from dpsb.canaries import CanaryAudit
-from dpsb.checkpoint import remove_checkpoint, write_durably
+from dpsb.checkpoint import remove_checkpoint
 from dpsb.config import ConfigError, RunConfig
 from dpsb.data import (
     Collator,
@@ -45,6 +45,7 @@ from dpsb.selftest.start import check_before_run
 from dpsb.start import CUT_OFF, START_NAME, attach_again, digest, read_start, start_of
 from dpsb.train import Knobs, Progress, fit
 from dpsb_accounting import Ledger, LedgerError, Phase, Plan, Report, make_report
+from dpsb_accounting.files import write_whole
 
 LEDGER_NAME, SETTINGS_NAME = "ledger.jsonl", "run.json"
 
@@ -340,8 +341,8 @@ def _open_ledger(config: RunConfig, resume: bool, out: Path, plan: Plan, start: 
     except OSError as error:
         raise RunError(f"{out} cannot be written: {error.strerror}.") from None
     try:
-        write_durably(out / SETTINGS_NAME, (json.dumps(config.to_json(), indent=1) + "\n").encode())
-        write_durably(out / START_NAME, start)
+        write_whole(out / SETTINGS_NAME, (json.dumps(config.to_json(), indent=1) + "\n").encode())
+        write_whole(out / START_NAME, start)
     except OSError as error:
         ledger.close()
         for name in (LEDGER_NAME, SETTINGS_NAME, START_NAME):  # nothing has been charged

@@ -26,13 +26,13 @@ from dpsb.basis.release import Clip, PrivateExamples
 from dpsb.basis.sources import EXAMPLES, PublicSet, batches_of, public_gradients
 from dpsb.basis.weight_svd import weight_svd
 from dpsb.basis_spec import parse_basis
-from dpsb.checkpoint import write_durably
 from dpsb.config import RunConfig
 from dpsb.data import DataError
 from dpsb.losses import LossFn
 from dpsb.models import HEAD_NAMES
 from dpsb.probe import Collate, Example
 from dpsb_accounting import Ledger, LedgerError, NonPrivate, Phase
+from dpsb_accounting.files import write_whole
 
 BASIS_NAME = "basis.safetensors"
 
@@ -244,7 +244,7 @@ def release_basis(
         tensors = {f"{name}.A": factors.A.cpu() for name, factors in basis.factors.items()}
         tensors |= {f"{name}.B": factors.B.cpu() for name, factors in basis.factors.items()}
         content = bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-        write_durably(out / BASIS_NAME, content)
+        write_whole(out / BASIS_NAME, content)
         ledger.bind_file(BASIS_NAME, sha256(content).hexdigest())
     saved = load(content)
     names = sorted({key.removesuffix(".A") for key in saved if key.endswith(".A")})

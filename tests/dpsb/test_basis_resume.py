@@ -74,7 +74,7 @@ def test_cut_off_in_training_goes_on_with_the_same_basis(tmp_path, monkeypatch, 
     ("target", "name", "when"),
     [
         (release, "add_clipped_sum", lambda _m, _l, batch, *_a: "spoilt" in batch),
-        (stage, "write_durably", lambda *_a: True),
+        (stage, "write_whole", lambda *_a: True),
         (Ledger, "bind_file", lambda *_a: True),
     ],
     ids=["during the pass", "before the basis is on disk", "before it is bound"],

@@ -373,14 +373,14 @@ def test_killed_in_a_step_the_cell_goes_on(tmp_path, monkeypatch):
 
 def test_cut_off_before_it_could_go_on_it_is_moved_aside_and_still_counts(tmp_path, monkeypatch):
     settings = settings_of(methods="sb", epsilons="8")
-    write = run_module.write_durably
+    write = run_module.write_whole
 
     def deadly(path, content):
         write(path, content)
         os.kill(os.getpid(), signal.SIGKILL)
 
     def work():
-        monkeypatch.setattr(run_module, "write_durably", deadly)
+        monkeypatch.setattr(run_module, "write_whole", deadly)
         run_sweep(settings, tmp_path, Silent())
 
     assert in_a_fork(work) == signal.SIGKILL

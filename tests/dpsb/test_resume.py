@@ -86,7 +86,7 @@ POINTS = {
     ),
     "before the last save": lambda: at(train, "save_checkpoint", count=STEPS + 1),
     "before the results": lambda: at(run, "save_run"),
-    "between two result files": lambda: at(os, "replace", count=2),
+    "between two result files": lambda: at(os, "replace", count=4),  # after settings and start
     "before the report": lambda: at(Report, "write"),
 }
 FAST = ("in the middle of a ledger line", "after the draw", "between the two renames", "between two result files")
@@ -213,12 +213,12 @@ def test_killed_after_the_report_is_finished_and_its_leftovers_go(tmp_path, note
     check_end(out, notes())
 
 
-@pytest.mark.parametrize("settings_there", [False, True])
-def test_killed_before_training_could_start_says_what_to_do(tmp_path, settings_there):
+@pytest.mark.parametrize("file", ["run.json", "start.safetensors"])
+def test_killed_while_a_file_of_the_start_is_written_says_what_to_do(tmp_path, file):
     out = tmp_path / "run"
 
     def killed():
-        at(Path, "write_bytes", when=named("start.safetensors" if settings_there else "run.json"))
+        at(os, "replace", when=lambda _new, path: named(file)(path))
         run.fine_tune(workbench.run_config(out))
 
     assert in_a_fork(killed) == signal.SIGKILL

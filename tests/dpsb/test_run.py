@@ -219,7 +219,7 @@ def test_a_full_disk_before_the_first_step_leaves_nothing(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dpsb.run.write_durably", full)
+        patch.setattr("dpsb.run.write_whole", full)
         with pytest.raises(run.RunError, match="nothing was started"):
             run.fine_tune(workbench.run_config(tmp_path / "run"))
     assert workbench.written(tmp_path / "run") == {}
