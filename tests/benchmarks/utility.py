@@ -2,8 +2,8 @@
 
     python tests/benchmarks/utility.py --data-dir DIR --out DIR --sets snli20k --processes 2
 
-For each data set two sweeps of `dpsb curve`: at epsilon 3 every arm gets the same number of learning rates, one run
-each, judged on validation rows, and then its repeats on test rows; at epsilon 1 and 8 it keeps the rate chosen there.
+Sweeps of `dpsb curve`: at one epsilon (--tuned-at) every arm gets the same number of learning rates, one run each,
+judged on validation rows, and then its repeats on test rows; at the other epsilons it keeps the rate chosen there.
 The head alone goes first, and every other arm trains its head with the rate that was best there.
 Start it again to go on: finished runs are kept, and an arm or a data set can be added later, also by another process.
 Writes `utility.csv` (a row for every run) and `utility.md` (mean and standard deviation) into --out. Reads NAME.parquet
@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 SEED = 20261125
 """Of the split into rows; public, as these data sets are."""
 ROWS, NEAR, HELD_OUT = 4000, 512, 1000
-TUNED_AT, OTHERS = "3", ("1", "8")
+EPSILONS = ("1", "3", "8")
 TARGETS = {
     "top2": r"re:.*layer\.[45]\..*(query|key|value|dense)",
     "top3": r"re:.*layer\.[345]\..*(query|key|value|dense)",
@@ -135,14 +135,17 @@ def chosen_rate(out: Path, task: str, arm: str) -> float | None:
 
 
 def run_arm(task: Task, name: str, options: argparse.Namespace) -> None:
-    """Tuning and repeats at epsilon 3, then the repeats at the other epsilons."""
+    """Tuning and repeats at one epsilon, then the repeats at the others."""
+    tuned_at = options.tuned_at
     out = options.out / task.name
     parts = write_parts(task, options.data_dir, out / "data")
     arm = arms_of(parts)[name]
     grid = RATES[arm.partition(":")[0]]
-    sweep(task, parts, out / f"{name}-{TUNED_AT}", options, arm, TUNED_AT, f"{arm}={grid}")
+    sweep(task, parts, out / f"{name}-{tuned_at}", options, arm, tuned_at, f"{arm}={grid}")
     rate = chosen_rate(options.out, task.name, name)
-    for epsilon in OTHERS if rate is not None and not options.only_tuned else ():
+    for epsilon in EPSILONS if rate is not None and not options.only_tuned else ():
+        if epsilon == tuned_at:
+            continue
         sweep(task, parts, out / f"{name}-{epsilon}", options, arm, epsilon, f"{arm}={rate!r}")
 
 
@@ -158,7 +161,7 @@ def rows_in(out: Path) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: accuracy by data set, arm and epsilon."""
-    epsilons = sorted((*OTHERS, TUNED_AT), key=float)
+    epsilons = EPSILONS
     lines = ["| data set | arm | learning rate | " + " | ".join(f"epsilon {e}" for e in epsilons) + " |"]
     lines.append("|" + "---|" * (len(epsilons) + 3))
     for key in dict.fromkeys((row["set"], row["arm"]) for row in rows):
@@ -181,7 +184,8 @@ def main() -> None:
     arms = ",".join(arms_of({"near": Path("near"), "far": Path("far")}))
     parser.add_argument("--arms", default=arms, help=f"comma-separated; default: {arms}")
     parser.add_argument("--targets", choices=list(TARGETS), default="top2", help="blocks that are adapted")
-    parser.add_argument("--only-tuned", action="store_true", help=f"epsilon {TUNED_AT} only")
+    parser.add_argument("--tuned-at", choices=EPSILONS, default="3", help="epsilon at which rates are chosen; default 3")
+    parser.add_argument("--only-tuned", action="store_true", help="the epsilon of --tuned-at only")
     for name, value in (("repeats", 3), ("steps", 40), ("batch", 256), ("rank", 16), ("processes", 2)):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
     options = parser.parse_args()
