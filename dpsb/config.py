@@ -67,6 +67,8 @@ class RunConfig:
         module names.
       pooling: Classification: ``"auto"``, ``"native"`` (transformers' own class) or ``"mean"`` over the tokens.
       head_init_std: Standard deviation of the new head's weights.
+      warm_start: Public file with rows of the run's labels: the head starts as a logistic regression on them.
+      precondition: Public file: every row is scaled by the second moments of its rows before it is clipped.
       learning_rate: For the cores.
       head_learning_rate: For the classification head; the cores' by default.
       schedule: ``"constant"``, ``"linear"`` or ``"cosine"`` decay over the plan's steps.
@@ -121,6 +123,8 @@ class RunConfig:
     targets: str = "all-linear"
     pooling: str = "auto"
     head_init_std: float = 0.3
+    warm_start: str | None = None
+    precondition: str | None = None
     learning_rate: float = 0.02
     head_learning_rate: float | None = None
     schedule: str = "linear"
@@ -170,6 +174,7 @@ class RunConfig:
         self._check_method()
         self._check_basis()
         self._check_basis_numbers()
+        self._check_public_files()
 
     def _check_numbers(self) -> None:
         if not self.epsilon > 0:
@@ -243,6 +248,14 @@ class RunConfig:
         for source in spec.sources:
             if _same_data(source, self.data):
                 raise ConfigError(f"basis={self.basis!r} names the private training data as public.")
+
+    def _check_public_files(self) -> None:
+        for name in ("warm_start", "precondition"):
+            source = getattr(self, name)
+            if source and _same_data(source, self.data):
+                raise ConfigError(f"{name}={source!r} names the private training data as public.")
+        if self.warm_start and self.task != "classification":
+            raise ConfigError(f"warm_start={self.warm_start!r} is for a classification head; task is {self.task!r}.")
 
     def _check_basis_numbers(self) -> None:
         if self.basis_choice not in _CHOICES:

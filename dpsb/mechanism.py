@@ -171,14 +171,19 @@ class Mechanism:
       noise_multiplier: Noise standard deviation divided by C; 0 for runs that claim nothing.
       clipping: Rule for :func:`clip_and_sum`, or ``"adaptive"``.
       adaptive: For ``"adaptive"``: flat clipping at a C that moves; the vectors then have a count at their end.
+      row_scale: Public positive constants, shape ``(d,)``: every row is multiplied by them *before* it is clipped, so
+        what is released is a noisy sum of scaled rows, with the sensitivity and noise that it has without.
     """
 
     l2_clip_norm: float
     noise_multiplier: float
     clipping: str
     adaptive: AdaptiveClip | None = None
+    row_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.row_scale is not None and not bool((torch.isfinite(self.row_scale) & (self.row_scale > 0)).all()):
+            raise ValueError("Expected every number of row_scale to be positive and finite.")
         if (self.adaptive is not None) != (self.clipping == "adaptive"):
             raise ValueError(f"Expected adaptive={self.adaptive!r} to be given exactly for clipping 'adaptive'.")
         if self.clipping != "none" and not _SMALLEST_NOISE < self.noise_std < 1 / _SMALLEST_NOISE:
@@ -213,6 +218,8 @@ class Mechanism:
 
         With ``adaptive`` the count stands at the end, in the unit in which ``noise_std`` is the noise it needs.
         """
+        if self.row_scale is not None:
+            rows = rows.to(torch.float64) * self.row_scale
         if self.adaptive is None:
             return clip_and_sum(rows, self.l2_clip_norm, self.clipping)
         total = clip_and_sum(rows, self.l2_clip_norm, "flat")

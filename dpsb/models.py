@@ -150,13 +150,23 @@ def _is_mean_pooled(path: str) -> bool:
 def _start_head(base: nn.Module, std: float) -> None:
     """Draws the last linear layer of the head from a fixed public generator, with no bias."""
     generator = torch.Generator().manual_seed(0)
+    head = head_of(base)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
+        if head.bias is not None:
+            head.bias.zero_()
+
+
+def head_of(base: nn.Module) -> nn.Linear:
+    """The last linear layer of a classifier's head, which is the one that has a row for each label.
+
+    Raises:
+      ModelError: If there is none by a known name.
+    """
     heads = [m for n, m in base.named_modules() if isinstance(m, nn.Linear) and set(n.split(".")) & set(HEAD_NAMES)]
     if not heads:
         raise ModelError(f"The model has no classification head named {' or '.join(HEAD_NAMES)}.")
-    with torch.no_grad():
-        heads[-1].weight.copy_(torch.randn(heads[-1].weight.shape, generator=generator) * std)
-        if heads[-1].bias is not None:
-            heads[-1].bias.zero_()
+    return heads[-1]
 
 
 def peft_task(base: nn.Module, task: str) -> TaskType:

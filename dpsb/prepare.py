@@ -23,7 +23,7 @@ from dpsb.data import (
     tokenize_causal,
     tokenize_classification,
 )
-from dpsb.losses import LossFn, causal_lm_loss, classification_loss
+from dpsb.losses import IGNORED, LossFn, causal_lm_loss, classification_loss
 from dpsb.models import config_labels, longest_input
 
 
@@ -35,6 +35,8 @@ class Prepared:
     units: Sequence[Any]
     held_out: Sequence[Any] | None
     public: tuple[PublicSet, ...]
+    warm_start: Sequence[Any]
+    precondition: Sequence[Any]
     columns: dict[str, str | None]
     labels: tuple[str, ...]
     label_origin: str
@@ -97,11 +99,19 @@ def prepare(
         units=units,
         held_out=tokenized(config.eval_data, columns),
         public=tuple(read_public(s, config.task, columns, tokenizer, labels, max_length) for s in sources),
+        warm_start=tokenized(config.warm_start, columns) or (),
+        precondition=_with_labels(config.precondition, tokenized(config.precondition, columns) or ()),
         columns=chosen_columns(table, columns, config.task),
         labels=labels,
         label_origin=origin,
         max_length=max_length,
     )
+
+
+def _with_labels(source: str | None, examples: Sequence[Any]) -> Sequence[Any]:
+    if examples and all(example["labels"] == IGNORED for example in examples):  # never so for a language model
+        raise DataError(f"{source} is of no use for second moments: no row has a usable label of the run.")
+    return examples
 
 
 def loss_of(config: RunConfig) -> LossFn:

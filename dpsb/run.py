@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dpsb.adapter import Provenance, attach, lora_layers
+from dpsb.adapter import Adapter, Provenance, attach, lora_layers
 from dpsb.artifacts import save_run
 from dpsb.baselines.build import adapt, add_method, lora_xs
 from dpsb.baselines.methods import method_named
@@ -38,12 +38,14 @@ from dpsb.models import (
 )
 from dpsb.optimizers import make_optimizer
 from dpsb.plan import make_plan, relation_for
+from dpsb.precondition import public_row_scale
 from dpsb.prepare import Prepared, input_shape, labels_of, loss_of, losses_by_example, prepare, synthetic_of, targets_of
 from dpsb.randomness import Randomness, SeededRandomness, SystemRandomness
 from dpsb.sampling import length_buckets
 from dpsb.selftest.start import check_before_run
 from dpsb.start import CUT_OFF, START_NAME, attach_again, digest, read_start, start_of
 from dpsb.train import Knobs, Progress, fit
+from dpsb.warm_start import warm_start
 from dpsb_accounting import Ledger, LedgerError, Phase, Plan, Report, make_report
 from dpsb_accounting.files import write_whole
 
@@ -116,13 +118,8 @@ def fine_tune(
     )
     prepared = prepare(config, table, base, tokenizer, labels, origin)
     method = method_named(config.method)
-    if method.kind == "cores":
-        model = add_lora(base, config.task, config.rank, targets_of(config.targets))
-    else:
-        model = add_method(base, method, config.task, config.rank, targets_of(config.targets))
-    if torch.cuda.is_available():
-        model.to("cuda")
-    collate = Collator(tokenizer.pad_token_id, next(model.parameters()).device)
+    collate = Collator(tokenizer.pad_token_id, "cuda" if torch.cuda.is_available() else "cpu")
+    model = _adapted(config, base.to(collate.device), prepared, collate, resume)
     loss_fn = loss_of(config)
 
     existing = Ledger.read(out / LEDGER_NAME).plan if resume else None
@@ -184,6 +181,7 @@ def fine_tune(
             knobs=Knobs(token_budget=config.token_budget, checkpoint_every=config.checkpoint_every),
             randomness=randomness,
             allow_dropout=config.allow_dropout,
+            row_scale=_row_scale(config, adapter, prepared, collate, loss_fn),
             canaries=None if audit is None else audit.rows,
             on_step=callbacks.on_step,
         )
@@ -200,6 +198,27 @@ def fine_tune(
         files = save_run(out, adapter, report, ledger, tokenizer)
         _remove_resumable(out)
     return Run(out, report, held_out, files)
+
+
+def _adapted(config: RunConfig, base: Any, prepared: Prepared, collate: Collator, resume: bool) -> Any:
+    """The base model with what its method trains; its head warm, if it is to be, unless the run's start is on disk."""
+    if prepared.warm_start and not resume:
+        warm_start(base, prepared.warm_start, collate, prepared.max_length, config.token_budget)
+    method, targets = method_named(config.method), targets_of(config.targets)
+    if method.kind == "cores":
+        model: Any = add_lora(base, config.task, config.rank, targets)
+    else:
+        model = add_method(base, method, config.task, config.rank, targets)
+    return model.to(collate.device)
+
+
+def _row_scale(
+    config: RunConfig, adapter: Adapter, prepared: Prepared, collate: Collator, loss_fn: LossFn
+) -> torch.Tensor | None:
+    if not prepared.precondition:
+        return None
+    budget = config.token_budget
+    return public_row_scale(adapter, loss_fn, prepared.precondition, collate, prepared.max_length, budget)
 
 
 def _remove_resumable(out: Path) -> None:
@@ -291,6 +310,7 @@ def _details(config: RunConfig, model: Any, prepared: Prepared, start: bytes) ->
         "target_shapes": target_shapes(model),
         "pooling": "mean" if isinstance(model, MeanPooledClassifier) else "native",
         "head_init_std": config.head_init_std,
+        **{name: Path(given).name for name in ("warm_start", "precondition") if (given := getattr(config, name))},
         "max_length": prepared.max_length,
         "length_buckets": list(length_buckets(prepared.max_length)),
         "labels": list(prepared.labels),

@@ -84,6 +84,7 @@ def fit(
     knobs: Knobs = Knobs(),
     randomness: Randomness | None = None,
     allow_dropout: bool = False,
+    row_scale: torch.Tensor | None = None,
     canaries: Canaries | None = None,
     on_step: Callable[[Progress], None] = lambda _progress: None,
 ) -> None:
@@ -113,6 +114,8 @@ def fit(
       knobs: Memory and speed.
       randomness: Source of draws and noise, by default the operating system; a seeded one taints the run.
       allow_dropout: Leave dropout on while training (an example's gradient is then that of a thinned model).
+      row_scale: Public constants, shape ``(d,)``, that every row is multiplied with before it is clipped; the optimizer
+        gets the gradient in that scale (``dpsb.precondition``).
       canaries: Rows that stand for no example, to audit the mechanism (``dpsb.canaries``). They are drawn, clipped and
         summed like any others, and taint the run.
       on_step: Called after every step with public numbers.
@@ -126,7 +129,7 @@ def fit(
       StepError: If anything else goes wrong while a step's data are in use; the step is charged, the message withheld.
     """
     plan, run_dir = ledger.plan, ledger.path.parent
-    mechanism = Mechanism.from_plan(plan)
+    mechanism = replace(Mechanism.from_plan(plan), row_scale=row_scale)
     randomness = randomness or SystemRandomness()
     buckets = length_buckets(max_length)
     most = _examples_per_unit(plan)
@@ -134,6 +137,8 @@ def fit(
         raise ValueError(
             f"The plan states the basis {dict(plan.basis)}, the adapter has {adapter.provenance.to_json()}."
         )
+    if row_scale is not None and canaries is not None:
+        raise ValueError("row_scale and canaries do not go together: the audit's scores know no scale.")
     adapter.check_nothing_else_is_trained()
     _check_optimizer(optimizer, adapter)
     base_rates = [float(group["lr"]) for group in optimizer.param_groups]

@@ -168,6 +168,20 @@ def train(
     head_init_std: Annotated[
         float | None, typer.Option(rich_help_panel="Adapter", help="Spread of the new head's weights. \\[default: 0.3]")
     ] = None,
+    warm_start: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel="Adapter",
+            help="Public file with rows of the run's labels: the head starts as a logistic regression on them.",
+        ),
+    ] = None,
+    precondition: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel="Privacy",
+            help="Public file: rows are scaled by the second moments of its gradients before they are clipped.",
+        ),
+    ] = None,
     lr: Annotated[
         float | None,
         typer.Option(rich_help_panel="Optimizer", help="Learning rate of the cores. \\[default: 0.02]"),

@@ -1,0 +1,79 @@
+"""Public second moments, by which every row is scaled before it is clipped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dpsb.adapter import Adapter
+from dpsb.basis.sources import EXAMPLES, batches_of
+from dpsb.capture import adapter_train_mode, per_example_gradients
+from dpsb.data import DataError
+from dpsb.losses import LossFn, check_losses
+from dpsb.probe import Collate, Example, without_dropout
+
+_FLOOR = 0.1
+
+
+def public_row_scale(
+    adapter: Adapter,
+    loss_fn: LossFn,
+    examples: Sequence[Example],
+    collate: Collate,
+    max_length: int,
+    token_budget: int,
+) -> torch.Tensor:
+    r"""What to multiply every row with before it is clipped, from public examples at the start of training.
+
+    With public rows :math:`g_i`, each divided by its norm, and :math:`v_j` the mean of their squared j-th numbers,
+    :math:`s_j = 1/(\sqrt{v_j} + f\,\sqrt{\bar v})`, f = 0.1. Noise of equal size on every number of the scaled sum then
+    meets a signal of about equal size. The s are scaled such that a public row keeps its squared norm on average, so
+    that C keeps its meaning. They are public constants: a row is clipped *after* it, so sensitivity and noise are what
+    they were.
+
+    Args:
+      adapter: What is trained, where training starts.
+      loss_fn: Per-example loss.
+      examples: Rows that are **public; the caller vouches for that**. The first 512 are used.
+      collate: Examples to model inputs.
+      max_length: Largest number of tokens.
+      token_budget: Tokens per microbatch.
+
+    Returns:
+      Shape ``(d,)``, float64, positive. Public.
+
+    Raises:
+      DataError: If no public row has a gradient.
+
+    References:
+      Li, Zaheer, Reddi and Smith (2022), arXiv:2202.05963 (AdaDPS), Algorithm 1 with public side information.
+    """
+    device = adapter.parameters()[0].device
+    squares = torch.zeros(adapter.dimension, dtype=torch.float64, device=device)
+    norms = raw = torch.zeros((), dtype=torch.float64, device=device)
+    count = 0
+    was_training = adapter.model.training
+    adapter.model.train()
+    adapter_train_mode(adapter)
+    try:
+        with without_dropout(adapter.model):
+            for batch in batches_of(examples[:EXAMPLES], collate, max_length, token_budget):
+                size = len(next(iter(batch.values())))
+                with per_example_gradients(adapter, size) as rows:
+                    check_losses(loss_fn(adapter.model, batch), size).sum().backward()
+                    exact = rows.get().to(torch.float64)
+                square = exact.square().sum(dim=1)
+                good = torch.isfinite(square) & (square > 0)
+                exact, square = exact[good], square[good]
+                squares += (exact.square() / square[:, None]).sum(dim=0)
+                raw = raw + exact.square().sum(dim=0)
+                norms = norms + square.sum()
+                count += int(good.sum())
+    finally:
+        adapter.model.train(was_training)
+    if not count:
+        raise DataError("Second moments need public rows that have a gradient: no row has a usable label.")
+    mean = squares / count
+    scale = 1.0 / (mean.sqrt() + _FLOOR * mean.mean().sqrt())
+    return scale * (norms / (scale.square() * raw).sum()).sqrt()
