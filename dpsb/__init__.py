@@ -5,8 +5,10 @@ Names are loaded when they are first used, so that ``dpsb --help`` does not wait
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 _HOME = {
@@ -41,7 +43,10 @@ def __dir__() -> list[str]:
 
 
 if find_spec("torch") is None:
-    raise ImportError(
+    _MISSING = (
         "dpsb trains with torch, which is not installed: pip install 'dpsb[train]'. "
         "(The auditor's package, dpsb_accounting, works without it.)"
     )
+    if Path(sys.argv[0]).name == "dpsb":  # the console script: one sentence, no traceback
+        raise SystemExit(f"error: {_MISSING}")
+    raise ImportError(_MISSING)

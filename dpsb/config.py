@@ -89,6 +89,7 @@ class RunConfig:
         memory: speed and memory only.
       checkpoint_every: Steps between checkpoints.
       allow_dropout: Leave the model's dropout on.
+      part_of_sweep: The run is one of several on the same data (``dpsb curve``); its report says so.
       insecure_seed: Repeatable noise for tests; the run then claims nothing.
     """
 
@@ -144,6 +145,7 @@ class RunConfig:
     remember_frozen_blocks: bool = False
     checkpoint_every: int = 25
     allow_dropout: bool = False
+    part_of_sweep: bool = False
     insecure_seed: int | None = None
 
     def __post_init__(self) -> None:

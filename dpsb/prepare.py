@@ -42,6 +42,11 @@ class Prepared:
     label_origin: str
     max_length: int
 
+    @property
+    def members(self) -> list[Any]:
+        """Every example that training may read: with a unit column, those that somebody owns. Sensitive."""
+        return [example for unit in self.units for example in (unit if isinstance(unit, list) else [unit])]
+
 
 def labels_of(config: RunConfig, table: Table) -> tuple[tuple[str, ...], str]:
     """The public label set and where it was declared; empty where there are no labels."""

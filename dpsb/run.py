@@ -186,7 +186,7 @@ def fine_tune(
             on_step=callbacks.on_step,
         )
         if audit is not None:
-            audit.finish(losses, prepared.examples, prepared.held_out)
+            audit.finish(losses, prepared.members, prepared.held_out)
         held_out: dict[str, float] = {}
         if prepared.held_out is not None:
             callbacks.on_status("evaluating on held-out data")
@@ -323,6 +323,7 @@ def _details(config: RunConfig, model: Any, prepared: Prepared, start: bytes) ->
         "head_learning_rate": config.head_learning_rate or config.learning_rate,
         "schedule": config.schedule,
         "dtype": config.dtype,
+        **({"part_of_sweep": True} if config.part_of_sweep else {}),
         "tokens_per_example": config.tokens_per_example,
         "allow_dropout": config.allow_dropout,
     }

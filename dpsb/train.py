@@ -137,6 +137,8 @@ def fit(
         raise ValueError(
             f"The plan states the basis {dict(plan.basis)}, the adapter has {adapter.provenance.to_json()}."
         )
+    if unpaid := [phase.name for phase in plan.phases if phase.name != "train" and ledger.remaining(phase.name)]:
+        raise ValueError(f"The plan pays for {', '.join(unpaid)} first, which the ledger does not fully hold yet.")
     if row_scale is not None and canaries is not None:
         raise ValueError("row_scale and canaries do not go together: the audit's scores know no scale.")
     adapter.check_nothing_else_is_trained()

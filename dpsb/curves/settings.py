@@ -15,7 +15,7 @@ from dpsb.parts import Part, part_of
 DEMO = "demo"
 """``data`` of a sweep on the mail that the package brings along."""
 
-VARIED = ("out", "epsilon", "method", "basis", "insecure_seed")
+VARIED = ("out", "epsilon", "method", "basis", "part_of_sweep", "insecure_seed")
 """Settings of a run that a sweep sets for every cell, whatever a file of settings says."""
 MACHINE = ("token_budget", "checkpoint_every", "remember_frozen_blocks")
 _CHECKPOINT_EVERY = 5
@@ -94,6 +94,7 @@ class CurveSettings:
                 "epsilon": epsilon,
                 "learning_rate": learning_rate,
                 "out": str(out),
+                "part_of_sweep": True,
             }
         )
         return config if entry.basis is None else replace(config, basis=entry.basis)

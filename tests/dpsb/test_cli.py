@@ -303,12 +303,16 @@ class Without:
 sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
 import dpsb_accounting
 print("accounting works", flush=True)
+sys.argv[0] = PROGRAM
 import dpsb
 """
 
 
 def test_without_torch_the_import_names_the_extra():
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (1, "accounting works\n")
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: dpsb trains with torch, which is not installed: pip install 'dpsb[train]'")
+    sentence = "dpsb trains with torch, which is not installed: pip install 'dpsb[train]'"
+    for program, kind in (("'-c'", "ImportError"), ("'/usr/bin/dpsb'", "error")):
+        code = WITHOUT_TORCH.replace("PROGRAM", program)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (1, "accounting works\n")
+        assert done.stderr.strip().splitlines()[-1].startswith(f"{kind}: {sentence}")
+        assert ("Traceback" in done.stderr) == (kind == "ImportError")

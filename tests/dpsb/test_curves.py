@@ -371,6 +371,12 @@ def test_killed_in_a_step_the_cell_goes_on(tmp_path, monkeypatch):
     assert curve.price.runs == 2
 
 
+def test_a_cell_says_that_it_is_one_of_several(swept):
+    _, out = swept
+    for report in (out / "cells").glob("*/report.json"):
+        assert any("one of several on the same data" in line for line in json.loads(report.read_text())["assumptions"])
+
+
 def test_cut_off_before_it_could_go_on_it_is_moved_aside_and_still_counts(tmp_path, monkeypatch):
     settings = settings_of(methods="sb", epsilons="8")
     write = run_module.write_whole

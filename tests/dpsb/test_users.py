@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpsb import run, train
+from dpsb.canaries import CanaryAudit
 from dpsb.config import ConfigError
 from dpsb.data import Collator, DataError, Table, by_unit
 from dpsb.losses import classification_loss
@@ -280,3 +281,15 @@ def test_a_plan_of_people_counts_people():
     assert plan.unit == "user"
     with pytest.raises(ValueError, match="unit must be one of"):
         make_plan(epsilon=9, delta=1e-3, num_examples=5, expected_batch_size=5, steps=3, noise_multiplier=1, unit="x")
+
+
+def test_members_of_an_audit_are_owned(tmp_path, monkeypatch):
+    """Rows of nobody were not trained on; the membership attack must not count them as members."""
+    seen = []
+    monkeypatch.setattr(
+        "dpsb.canaries.CanaryAudit.finish", lambda _self, _losses, members, _others: seen.append(len(members))
+    )
+    data = mail(tmp_path / "data", [None, "", *(f"person {i % 9}" for i in range(58))])
+    settings = {"unit_column": "sender", "examples_per_unit": 2, "expected_batch_size": 5, "data": data}
+    run.fine_tune(workbench.run_config(tmp_path / "run", **settings), audit=CanaryAudit(4, 0))
+    assert seen == [58]

@@ -183,7 +183,8 @@ def _ends(bound: Bound) -> dict[str, object]:
 def _assumptions(plan: Plan, revision: int) -> tuple[str, ...]:
     moving = (words.MOVING_CLIP,) if plan.clipping == "adaptive" else ()
     half = (words.HALF_PRECISION,) if plan.details.get("dtype") == "bfloat16" and revision > 1 else ()
-    return (*words.ASSUMPTIONS, *moving, *half)
+    sweep = (words.PART_OF_SWEEP,) if plan.details.get("part_of_sweep") is True and revision > 1 else ()
+    return (*words.ASSUMPTIONS, *moving, *half, *sweep)
 
 
 def _mechanism(plan: Plan) -> dict[str, object]:

@@ -34,6 +34,11 @@ HALF_PRECISION = (
     "its microbatch; that dependence, measured in the trainer's documentation, is not in epsilon."
 )
 
+PART_OF_SWEEP = (
+    "This run is one of several on the same data, made to compare settings: each costs what its own report says, and "
+    "together they cost more than any of them. The page of the sweep states the epsilon of all."
+)
+
 NOT_COVERED = (
     "Choosing hyper-parameters, or among several runs, by looking at the same data.",
     "Metrics computed on private held-out people, and any other use of the data outside this ledger.",
