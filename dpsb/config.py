@@ -32,7 +32,7 @@ class RunConfig:
     """Settings of one private fine-tune. All of them are public: they go into the ledger.
 
     Args:
-      model: Folder, Hub id or ``"minilm"`` (embedded).
+      model: Folder, Hub id, ``"minilm"`` (embedded) or ``"smollm2"`` (see :mod:`dpsb.packaged`).
       data: Training file, data set folder or Hub id. Sensitive content, public name.
       out: Folder of the run.
       task: ``"classification"`` or ``"causal-lm"``.
@@ -83,6 +83,7 @@ class RunConfig:
       label_column: As above.
       prompt_column: As above.
       completion_column: As above.
+      chat_template: Causal LM: put prompts into the tokenizer's chat template.
       tokens_per_example: Causal LM: divide an example's loss by this constant instead of by its own token count.
       token_budget: Tokens per microbatch: memory and speed only.
       remember_frozen_blocks: Run the blocks below the lowest trained one once per example and keep what they return in
@@ -140,6 +141,7 @@ class RunConfig:
     label_column: str | None = None
     prompt_column: str | None = None
     completion_column: str | None = None
+    chat_template: bool = False
     tokens_per_example: int | None = None
     token_budget: int = 4096
     remember_frozen_blocks: bool = False
@@ -256,6 +258,8 @@ class RunConfig:
             source = getattr(self, name)
             if source and _same_data(source, self.data):
                 raise ConfigError(f"{name}={source!r} names the private training data as public.")
+        if self.chat_template and self.task != "causal-lm":
+            raise ConfigError(f"chat_template is for causal-lm; task is {self.task!r}.")
         if self.warm_start and self.task != "classification":
             raise ConfigError(f"warm_start={self.warm_start!r} is for a classification head; task is {self.task!r}.")
 

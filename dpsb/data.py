@@ -254,30 +254,57 @@ def tokenize_classification(
     return [{**{key: encoded[key][i] for key in keys}, "labels": target} for i, target in enumerate(targets)]
 
 
-def tokenize_causal(table: Table, columns: Columns, tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
-    """Tokenized examples with one label per token: the completion's tokens, or all of a plain text's. Sensitive."""
-    prompt, completion = table.pick(columns.prompt, _PROMPT), table.pick(columns.completion, _COMPLETION)
-    if completion is not None and (prompt is not None or columns.completion is not None):
-        sources = table.column(prompt) if prompt else [""] * len(table)
-        targets = table.column(completion)
-    else:
+def tokenize_causal(
+    table: Table, columns: Columns, tokenizer: Any, max_length: int, chat_template: bool = False
+) -> list[dict[str, Any]]:
+    """Tokenized examples with one label per token: the completion's tokens, or all of a plain text's. Sensitive.
+
+    With ``chat_template`` a prompt is put as what a user says, in the tokenizer's own chat template, and the completion
+    is the assistant's answer.
+    """
+    pairs = prompts_and_completions(table, columns)
+    if pairs is None:
         text = table.pick(columns.text, _TEXT)
         if text is None:
             raise DataError(
                 f"{table.source} has neither a text column nor prompt and completion; name them with --text-column, or "
                 f"--prompt-column and --completion-column ({table.described()})."
             )
-        sources, targets = [""] * len(table), table.column(text)
+        pairs = [""] * len(table), table.column(text)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     cut = {"truncation": True, "max_length": max_length, "verbose": False}  # verbose would log a row's length
     examples = []
-    for source, target in zip(sources, targets, strict=True):
-        head = tokenizer(_text(source), **cut)["input_ids"] if _text(source) else _start(tokenizer)
+    for source, target in zip(*pairs, strict=True):
+        head = prompt_ids(_text(source), tokenizer, max_length, chat_template)
         tail = tokenizer(_text(target), add_special_tokens=False, **cut)["input_ids"] + end
         ids = (head + tail)[:max_length] or [tokenizer.eos_token_id or 0]
         marks = ([IGNORED] * len(head) + tail)[: len(ids)]
         examples.append({"input_ids": ids, "labels": marks + [IGNORED] * (len(ids) - len(marks))})
     return examples
+
+
+def prompts_and_completions(table: Table, columns: Columns) -> tuple[list[Any], list[Any]] | None:
+    """The two columns of a table of pairs; None if it has plain texts. Sensitive."""
+    prompt, completion = table.pick(columns.prompt, _PROMPT), table.pick(columns.completion, _COMPLETION)
+    if completion is None or (prompt is None and columns.completion is None):
+        return None
+    return (table.column(prompt) if prompt else [""] * len(table)), table.column(completion)
+
+
+def prompt_ids(prompt: str, tokenizer: Any, max_length: int, chat_template: bool = False) -> list[int]:
+    """What stands before a completion, at most ``max_length`` tokens of it. Sensitive.
+
+    Raises:
+      DataError: If a chat template is wanted and the tokenizer has none.
+    """
+    cut = {"truncation": True, "max_length": max_length, "verbose": False}
+    if chat_template:
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError("chat_template=True needs a tokenizer with a chat template, and this model's has none.")
+        said = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False, **cut)["input_ids"])
+    return list(tokenizer(prompt, **cut)["input_ids"]) if prompt else _start(tokenizer)
 
 
 def _start(tokenizer: Any) -> list[int]:

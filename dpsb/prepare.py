@@ -90,7 +90,7 @@ def prepare(
         table = source if isinstance(source, Table) else read_table(source)
         if config.task == "classification":
             return tokenize_classification(table, columns, tokenizer, labels, max_length)
-        return tokenize_causal(table, columns, tokenizer, max_length)
+        return tokenize_causal(table, columns, tokenizer, max_length, config.chat_template)
 
     columns = columns_of(config)
     examples = tokenized(table, columns) or []

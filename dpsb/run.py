@@ -323,7 +323,7 @@ def _details(config: RunConfig, model: Any, prepared: Prepared, start: bytes) ->
         "head_learning_rate": config.head_learning_rate or config.learning_rate,
         "schedule": config.schedule,
         "dtype": config.dtype,
-        **({"part_of_sweep": True} if config.part_of_sweep else {}),
+        **{name: True for name in ("part_of_sweep", "chat_template") if getattr(config, name)},
         "tokens_per_example": config.tokens_per_example,
         "allow_dropout": config.allow_dropout,
     }

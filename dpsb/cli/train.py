@@ -206,6 +206,12 @@ def train(
     weight_decay: Annotated[
         float | None, typer.Option(rich_help_panel="Optimizer", help="Of adamw. \\[default: 0]")
     ] = None,
+    chat_template: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat-template", rich_help_panel="Data", help="Causal LM: prompts in the model's chat template."
+        ),
+    ] = None,
     tokens_per_example: Annotated[
         int | None,
         typer.Option(rich_help_panel="Optimizer", help="Causal LM: divide losses by this, not by own token count."),
