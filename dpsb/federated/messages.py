@@ -51,14 +51,17 @@ class Receipt:
       ledger_id: The run id of the silo's ledger.
       length: Its number of lines.
       head: The hash of its last line.
+      round: The round that the reply was for.
     """
 
     ledger_id: str
     length: int
     head: str
+    round: int
 
     def __post_init__(self) -> None:
         check_whole(1, length=self.length)
+        check_whole(0, round=self.round)
         check_match(SHA256, head=self.head)
 
     def to_json(self) -> dict[str, Any]:

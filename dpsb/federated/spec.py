@@ -233,7 +233,7 @@ def checked_fields(kind: type[Any], content: Mapping[str, Any], where: str) -> d
     return dict(content)
 
 
-def model_named(name: object) -> PrivacyModel:
+def model_named(name: Any) -> PrivacyModel:
     """The privacy model of a name."""
     try:
         return PrivacyModel(name)
