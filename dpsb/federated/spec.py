@@ -193,9 +193,7 @@ class SiloPolicy:
             ("local_steps", spec.local_steps, self.max_local_steps, "at most"),
         ):
             if value < limit if wrong == "at least" else value > limit:
-                raise SpecRefused(
-                    f"The policy of silo {self.silo!r} wants {asked} of {wrong} {limit:g}, not {value:g}."
-                )
+                raise SpecRefused(f"Silo {self.silo!r} wants {asked} of {wrong} {limit:g}, not {value:g}.")
         if spec.model.value not in self.models:
             raise SpecRefused(
                 f"The policy of silo {self.silo!r} allows the models {', '.join(self.models)}, not {spec.model.value}."

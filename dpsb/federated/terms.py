@@ -20,6 +20,7 @@ from dpsb.federated.spec import (
     checked_fields,
     model_named,
 )
+from dpsb.optimizers import SCHEDULES
 
 SERVER_OPTIMIZERS = ("none", *OPTIMIZERS)
 _DONE = (PrivacyModel.SILO_LOCAL, PrivacyModel.TRUSTED_SERVER)
@@ -58,6 +59,7 @@ class Terms:
       head_learning_rate: Of a head.
       optimizer: Of the local steps, its state new in each round.
       momentum: Of ``"sgd"``.
+      schedule: ``"constant"``, ``"linear"`` or ``"cosine"``: how the learning rates fall from round to round.
       server_optimizer: ``"none"``: the next theta is the mean, which is Fed-SB. ``"sgd"`` or ``"adam"``: a step on the
         difference to the mean (in ``trusted_server``: on the noisy mean gradient), its state kept over the rounds.
       server_learning_rate: Of ``server_optimizer`` on the difference to the mean.
@@ -75,6 +77,7 @@ class Terms:
     head_learning_rate: float = 0.1
     optimizer: str = "adam"
     momentum: float = 0.0
+    schedule: str = "constant"
     server_optimizer: str = "none"
     server_learning_rate: float = 1.0
     min_silos: int = 2
@@ -90,6 +93,7 @@ class Terms:
         check_whole(1, attempts=self.attempts)
         check_positive(max_update_norm=self.max_update_norm, server_learning_rate=self.server_learning_rate)
         check_choice(SERVER_OPTIMIZERS, server_optimizer=self.server_optimizer)
+        check_choice(tuple(SCHEDULES), schedule=self.schedule)
         if not 1 <= self.min_silos <= len(self.silos):
             raise FederatedError(f"Expected min_silos={self.min_silos!r} between 1 and the {len(self.silos)} silos.")
         if self.model not in _DONE:
@@ -122,11 +126,15 @@ class Terms:
             sampling_prob=asked.sampling_prob,
             l2_clip_norm=self.l2_clip_norm,
             noise_multiplier=asked.noise_multiplier,
-            learning_rate=self.learning_rate,
-            head_learning_rate=self.head_learning_rate,
+            learning_rate=self.learning_rate * self.factor(number),
+            head_learning_rate=self.head_learning_rate * self.factor(number),
             optimizer=self.optimizer,
             momentum=self.momentum,
         )
+
+    def factor(self, number: int) -> float:
+        """What the learning rates of a round are multiplied with."""
+        return SCHEDULES[self.schedule](number / self.rounds)
 
     def specs(self, run_id: str, number: int, theta: State, basis_sha256: str) -> dict[str, RoundSpec]:
         """A round as it is asked of all silos."""
