@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from dpsb.cli import auditing, basis, compare, curve, runs, selftest, train
+from dpsb.cli import auditing, basis, compare, curve, federate, runs, selftest, train
 from dpsb.cli._shared import app
 
-COMMANDS = (runs, train, basis, compare, curve, selftest, auditing)  # importing them registers their commands
+COMMANDS = (runs, train, basis, compare, curve, federate, selftest, auditing)  # importing them registers their commands
 
 __all__ = ["COMMANDS", "app", "main"]
 

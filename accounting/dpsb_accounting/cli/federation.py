@@ -139,6 +139,7 @@ def _given(value: int | None) -> int:
 
 
 def show_federation(report: FederatedReport) -> None:
+    """Prints a federation's report as tables and sentences."""
     console = Console()
     table = Table(title=f"Federation, model {report.model}", title_justify="left")
     for name in ("silo", "epsilon, upper bound", "lower", "steps charged", ""):

@@ -1,0 +1,99 @@
+"""The one report of a federation, from what lies in its folder: the silos' ledgers and the coordinator's rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpsb.federated.budget import LEDGER_NAME, run_folder
+from dpsb.federated.server import ServerError, ServerState, load_state
+from dpsb.federated.spec import PrivacyModel
+from dpsb_accounting import Ledger, federated
+from dpsb_accounting.federated import FederatedReport, Silo
+from dpsb_accounting.files import write_whole
+
+SCHEMA = "dpsb-federation-report/1"
+REPORT_NAME, SILOS = "report.json", "silos"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """What a federation did and may claim. Public.
+
+    Args:
+      report: The claim, by ``dpsb_accounting.federated``.
+      state: The coordinator's.
+      never: Silos without a ledger: they charged nothing, and nothing of them was released.
+    """
+
+    report: FederatedReport
+    state: ServerState
+    never: tuple[str, ...]
+
+    def to_json(self, held_out: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The report as JSON; ``held_out`` are metrics outside the guarantee."""
+        rounds = [record.to_json() for record in self.state.history]
+        content = {
+            "schema": SCHEMA,
+            **{key: value for key, value in self.report.to_json().items() if key != "schema"},
+            "run_id": self.state.run_id,
+            "rounds": {"done": self.state.round, "planned": self.state.terms.rounds, "history": rounds},
+            "left": dict(self.state.left),
+            "without_ledger": list(self.never),
+            "bytes": {
+                "up": sum(record.bytes_up for record in self.state.history),
+                "down": sum(record.bytes_down for record in self.state.history),
+            },
+        }
+        if held_out:
+            content["held_out"] = {"metrics": dict(held_out), "note": "outside the guarantee"}
+        return content
+
+
+def federation_report(out: Path) -> Federation:
+    """Recomputes the report from the folder of a federation, finished or not.
+
+    Every silo that has a ledger counts with its whole plan, whether or not its replies were used. The claim is that of
+    the plans; what was charged stands beside it.
+
+    Raises:
+      ServerError: If there is no federation, or no silo has charged anything yet.
+      LedgerError: If a ledger is damaged.
+      ValueError: If the ledgers' plans do not go together, with the reason.
+    """
+    state = load_state(out)
+    if state is None:
+        raise ServerError(f"{out} holds no federation; start one with `dpsb federate simulate`.")
+    found, never = [], []
+    for name in state.terms.silos:
+        path = run_folder(out / SILOS / name, state.run_id) / LEDGER_NAME
+        if not path.exists():
+            if name in state.receipts:
+                raise ServerError(f"The ledger of silo {name!r}, which took part, is gone: nothing can be claimed.")
+            never.append(name)
+            continue
+        record = Ledger.read(path)
+        receipt = state.receipts.get(name)
+        if receipt is not None:
+            record.check_not_behind(receipt.length, receipt.head)
+        silo = Silo.from_ledger(record, name)
+        if state.tainted:
+            silo = dataclasses.replace(silo, taints=(*silo.taints, "seeded_randomness of the server"))
+        found.append(silo)
+    if not found:
+        raise ServerError(f"No silo in {out} has a ledger yet, so there is nothing to report.")
+    if state.terms.model is PrivacyModel.TRUSTED_SERVER:
+        report = federated.trusted_server(found, local_steps=state.terms.local_steps)
+    else:
+        report = federated.silo_local(found)
+    return Federation(report=report, state=state, never=tuple(never))
+
+
+def write_report(out: Path, federation: Federation, held_out: Mapping[str, Any] | None = None) -> None:
+    """Writes ``report.json``, whole or not at all."""
+    text = json.dumps(federation.to_json(held_out), indent=1)
+    write_whole(out / REPORT_NAME, (text + "\n").encode())
