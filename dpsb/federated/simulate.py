@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from dpsb.federated.spec import FederatedError, PrivacyModel, SiloPolicy
 from dpsb.federated.split import split_table
 from dpsb.federated.terms import SiloTerms, Terms
 from dpsb.federated.trainer import Trainer
+from dpsb.frozen_prefix import remember_frozen_prefix
 from dpsb.models import HEAD_NAMES, add_lora, load_base
 from dpsb.plan import noise_multiplier_for, relation_for
 from dpsb.prepare import Prepared, labels_of, loss_of, prepare, synthetic_of, targets_of
@@ -101,16 +103,18 @@ def simulate(config: FederateConfig, *, callbacks: Callbacks = Callbacks()) -> S
             folder, policy, ready.trainer, ready.data[name], randomness=randomness, on_problem=callbacks.on_problem
         )
     callbacks.on_status("checking the model on synthetic examples")
-    ready.trainer.check()
-    state = Coordinator(
-        out,
-        terms,
-        ready.trainer.start,
-        ready.trainer.basis_sha256,
-        LocalTransport(silos, callbacks.on_reply),
-        randomness=randomness,
-        on_round=callbacks.on_round,
-    ).run()
+    model = ready.trainer.adapter.model
+    with remember_frozen_prefix(model) if config.run.remember_frozen_blocks else nullcontext():
+        ready.trainer.check()
+        state = Coordinator(
+            out,
+            terms,
+            ready.trainer.start,
+            ready.trainer.basis_sha256,
+            LocalTransport(silos, callbacks.on_reply),
+            randomness=randomness,
+            on_round=callbacks.on_round,
+        ).run()
     adapter = ready.trainer.adapter
     adapter.load_state(state.theta)
     _save_adapter(out, adapter, state.run_id, ready.tokenizer)
