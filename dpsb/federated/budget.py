@@ -11,7 +11,7 @@ from typing import Any
 
 from dpsb.federated.messages import Receipt
 from dpsb.federated.spec import PrivacyModel, RoundSpec, SiloPolicy, SpecRefused
-from dpsb_accounting import Ledger, LedgerError, Phase, Plan, PoissonGaussian
+from dpsb_accounting import Gaussian, Ledger, LedgerError, Phase, Plan, PoissonGaussian
 from dpsb_accounting import epsilon as epsilon_of
 from dpsb_accounting.engines import ResourceLimit
 
@@ -58,15 +58,16 @@ def plan_for(
       details: Public facts of model and task.
     """
     count = num_examples if policy.num_examples is None else policy.num_examples
-    server = spec.model is PrivacyModel.TRUSTED_SERVER
     federated = {
         "model": spec.model.value,
         "federation": spec.run_id,
         "silo": policy.silo,
         "local_steps": spec.local_steps,
         "noise": "gaussian",
-        **({"noise_by": "server"} if server else {"noise_of": "share"}),
+        **_noise_of(spec),
     }
+    if spec.model is PrivacyModel.CLIENT_LEVEL:
+        return _client_plan(spec, policy, basis, {**details, "federated": federated})
     facts = {
         "federated": federated,
         "rounds": spec.rounds,
@@ -83,6 +84,41 @@ def plan_for(
         num_examples_declared=policy.num_examples is not None,
         expected_batch_size=max(1, round(spec.sampling_prob * count)),
         sampling_prob=spec.sampling_prob,
+        l2_clip_norm=spec.l2_clip_norm,
+        clipping="flat",
+        basis=dict(basis),
+        details={**details, **facts},
+    )
+
+
+def _noise_of(spec: RoundSpec) -> dict[str, Any]:
+    """Whose noise the plan's noise multiplier is, for the federation's report."""
+    if spec.model is PrivacyModel.SECAGG:
+        shares = {"clients": spec.clients, "dropouts": spec.dropouts, "colluders": spec.colluders}
+        return {"noise_of": "guaranteed", **shares}
+    if spec.model is PrivacyModel.TRUSTED_SERVER:
+        return {"noise_by": "server"}
+    if spec.model is PrivacyModel.CLIENT_LEVEL:
+        return {"noise_by": "server", "participation": "every_round"}
+    return {"noise_of": "share"}
+
+
+def _client_plan(spec: RoundSpec, policy: SiloPolicy, basis: Mapping[str, Any], details: Mapping[str, Any]) -> Plan:
+    """Each round releases the silo's whole clipped update once, in a sum with the server's noise; the unit is the silo.
+
+    The number of silos is public, so the relation is ``zero_out``: the silo's update, or nothing in its place.
+    """
+    facts = {"rounds": spec.rounds, "spare_rounds": policy.spare_rounds, "basis_sha256": spec.basis_sha256}
+    return Plan(
+        phases=(Phase("train", Gaussian(noise_multiplier=spec.noise_multiplier), spec.rounds + policy.spare_rounds),),
+        delta=policy.delta,
+        target_epsilon=policy.max_epsilon,
+        neighboring="zero_out",
+        unit="client",
+        num_examples=spec.clients,
+        num_examples_declared=False,
+        expected_batch_size=spec.clients,
+        sampling_prob=1.0,
         l2_clip_norm=spec.l2_clip_norm,
         clipping="flat",
         basis=dict(basis),
@@ -116,7 +152,7 @@ def open_ledger(folder: Path, policy: SiloPolicy, plan: Plan, run_id: str, recei
         if receipt is not None or any(home.glob("*.safetensors")):
             raise LedgerError("The silo's ledger of this run is gone; what it spent is unknown, so the silo must stop.")
         _check_budget(folder, policy, plan)
-        home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
         return Ledger.create(path, plan)
     ledger = Ledger.open(path)
     try:
@@ -145,11 +181,11 @@ def _check_budget(folder: Path, policy: SiloPolicy, plan: Plan) -> None:
     for record in records(folder):
         if record.taints or not record.plan.is_private:
             raise SpecRefused(f"The ledger of run {record.path.parent.name} supports no claim to add to.")
-        if record.plan.unit != plan.unit:
-            raise SpecRefused(f"The ledger of run {record.path.parent.name} protects another unit.")
+        if (record.plan.unit, record.plan.neighboring) != (plan.unit, plan.neighboring):
+            raise SpecRefused(f"The ledger of run {record.path.parent.name} protects another unit or relation.")
         phases += record.plan.phases
     try:
-        upper = epsilon_of(phases, delta=policy.delta, neighboring=policy.relation).upper
+        upper = epsilon_of(phases, delta=policy.delta, neighboring=plan.neighboring).upper
     except ResourceLimit as error:
         raise SpecRefused(f"What the run would cost silo {policy.silo!r} cannot be bounded: {error}") from None
     if not upper <= policy.max_epsilon:

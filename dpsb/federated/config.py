@@ -74,11 +74,15 @@ class FederationSettings:
       silos: How many silos ``data`` is split over; left out where there are tables ``[silos.NAME]``.
       split_by: The column by whose value rows go to silos, so that rows of one person, domain or branch stay together.
       split_seed: Public seed of the split.
-      model: ``"silo_local"``, or ``"trusted_server"``: one step a round, the server sees sums without noise.
-      server_optimizer: ``"none"`` (Fed-SB's mean), ``"sgd"`` or ``"adam"``; ``trusted_server`` needs one of the latter.
+      model: ``"silo_local"``; ``"trusted_server"``: one step a round, the server sees sums without noise;
+        ``"secagg"``: one step a round, noise in shares, the sum as a secure aggregation would show it;
+        ``"client_level"``: whole silos are hidden, epsilon is then for a silo.
+      server_optimizer: ``"none"`` (Fed-SB's mean), ``"sgd"`` or ``"adam"``; models with sums need one of the latter.
       server_learning_rate: Of the server's optimizer on the difference to the mean.
       min_silos: With fewer replies the run stops; all silos if left out.
       spare_rounds: Rounds' worth of steps that each silo pays for besides, for what crashes waste.
+      dropouts: ``secagg``: how many silos may be missing in a sum that is opened.
+      colluders: ``secagg``: how many silos may help the server, at least 1.
     """
 
     rounds: int = 8
@@ -91,10 +95,13 @@ class FederationSettings:
     server_learning_rate: float = 1.0
     min_silos: int | None = None
     spare_rounds: int = 0
+    dropouts: int = 0
+    colluders: int = 1
 
     def __post_init__(self) -> None:
         check_whole(1, rounds=self.rounds, local_steps=self.local_steps)
-        check_whole(0, split_seed=self.split_seed, spare_rounds=self.spare_rounds)
+        check_whole(0, split_seed=self.split_seed, spare_rounds=self.spare_rounds, dropouts=self.dropouts)
+        check_whole(1, colluders=self.colluders)
         for name in ("silos", "min_silos"):
             if getattr(self, name) is not None:
                 check_whole(1, **{name: getattr(self, name)})
@@ -167,7 +174,9 @@ class FederateConfig:
     @property
     def min_silos(self) -> int:
         """With fewer replies the run stops."""
-        return len(self.silos) if self.federation.min_silos is None else self.federation.min_silos
+        if self.federation.min_silos is not None:
+            return self.federation.min_silos
+        return len(self.silos) - self.federation.dropouts
 
     def epsilon(self, silo: str) -> float:
         """The budget of a silo."""

@@ -29,14 +29,15 @@ class Coordinator:
 
     A round sends theta to every silo that has not left and averages the replies, unweighted:
     :math:`\theta_{t+1} = \frac{1}{|S_t|}\sum_{i \in S_t} \theta_{i,t}` over the silos :math:`S_t` that replied. In
-    ``trusted_server`` it adds up the silos' clipped sums, adds one noise and takes a step of its own optimizer.
+    the other models it adds up the silos' clipped vectors, with one noise (``secagg``: the silos' shares of it), and
+    takes a step of its own optimizer.
 
     Guarantees:
       * Its state is on disk, whole, after each round. A coordinator that was killed resumes at the round that is not
         closed and sends the same theta, which silos that have replied answer from their disks, at no cost.
       * A round is closed with the replies of at least ``min_silos`` silos, or not at all.
       * A silo whose ledger does not continue what its receipts say is out of the run.
-      * In ``trusted_server`` what leaves the coordinator is computed from noisy sums only, one noise for each round.
+      * In the models with sums, what leaves the coordinator is computed from noisy sums only, one for each round.
 
     Args:
       out: Its folder; the state is in ``out/server``.
@@ -102,7 +103,7 @@ class Coordinator:
 
     @property
     def _tainted(self) -> bool:
-        return self._randomness.tainted and self._terms.model is PrivacyModel.TRUSTED_SERVER
+        return self._randomness.tainted and self._terms.model is not PrivacyModel.SILO_LOCAL
 
     def _round(self, state: ServerState) -> ServerState:
         verdict, sent = self._collect(state)
@@ -118,6 +119,8 @@ class Coordinator:
                 f"Round {state.round} has {len(updates)} usable replies, min_silos is {state.terms.min_silos} "
                 f"({reasons or 'no silo is left'}). What was charged stays charged; resume to ask again."
             )
+        if state.terms.model is PrivacyModel.SECAGG:
+            state = self._open(state, tuple(updates))
         theta, moments = self._next_theta(state, updates)
         record = RoundRecord(
             round=state.round,
@@ -135,6 +138,23 @@ class Coordinator:
             receipts=receipts,
             history=(*state.history, record),
         )
+
+    def _open(self, state: ServerState, names: tuple[str, ...]) -> ServerState:
+        """Puts on disk whose sum is opened, before it is: the same round is never opened for another set of silos.
+
+        Two sums of the same contributions over different silos would show what the silos between them contributed, with
+        one share of the noise instead of all.
+        """
+        if state.opened is not None and state.opened[0] == state.round:
+            if state.opened[1] != names:
+                raise TooFewSilos(
+                    f"The sum of round {state.round} was opened for {', '.join(state.opened[1])} before the "
+                    f"coordinator stopped; it cannot be opened for {', '.join(names)}. Resume when those are there."
+                )
+            return state
+        state = replace(state, opened=(state.round, names))
+        save_state(self._out, state)
+        return state
 
     def _collect(self, state: ServerState) -> tuple[Verdict, int]:
         """Asks the silos that have not left; those that gave nothing usable again, ``attempts`` times in all."""
@@ -168,9 +188,11 @@ class Coordinator:
         self, state: ServerState, updates: Mapping[str, Update]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         terms, theta = state.terms, state.theta
-        if terms.model is PrivacyModel.TRUSTED_SERVER:
-            gradient = self._noisy_mean(terms, theta, updates)
-            return server_step(theta, gradient, state, own_rates=True)
+        if terms.model is not PrivacyModel.SILO_LOCAL:
+            mean = self._noisy_mean(terms, theta, updates)
+            if terms.model is PrivacyModel.CLIENT_LEVEL:
+                return server_step(theta, {name: -value for name, value in mean.items()}, state, own_rates=False)
+            return server_step(theta, mean, state, own_rates=True)
         mean = fed_sb([update.tensors for update in updates.values()])
         if terms.server_optimizer == "none":
             return {name: mean[name] for name in theta}, {}
@@ -180,10 +202,17 @@ class Coordinator:
     def _noisy_mean(
         self, terms: Terms, theta: Mapping[str, torch.Tensor], updates: Mapping[str, Update]
     ) -> dict[str, torch.Tensor]:
-        """The silos' sums added up, with one noise, divided by the public expected batch of those that took part."""
-        mechanism = Mechanism(l2_clip_norm=terms.l2_clip_norm, noise_multiplier=terms.noise_multiplier, clipping="flat")
+        """The silos' vectors added up, with one noise, divided by a public number.
+
+        In ``secagg`` the noise is in the silos' shares; the sum is as it would come out of a secure aggregation. The
+        divisor is the expected batch of those that took part, in ``client_level`` the number of all clients.
+        """
         total = torch.stack([update.tensors[SUM] for update in updates.values()]).sum(dim=0)
-        released = mechanism.release(total, self._randomness)
-        mean = released / sum(terms.silos[name].expected_batch_size for name in updates)
+        if terms.model is not PrivacyModel.SECAGG:
+            noise = terms.noise_multiplier
+            mechanism = Mechanism(l2_clip_norm=terms.l2_clip_norm, noise_multiplier=noise, clipping="flat")
+            total = mechanism.release(total, self._randomness)
+        divisor = sum(terms.silos[name].expected_batch_size for name in updates)
+        mean = total / (len(terms.silos) if terms.model is PrivacyModel.CLIENT_LEVEL else divisor)
         parts = mean.split([tensor.numel() for tensor in theta.values()])
         return {name: part.view_as(tensor) for (name, tensor), part in zip(theta.items(), parts, strict=True)}

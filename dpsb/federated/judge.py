@@ -106,7 +106,7 @@ def _update(
 def wrong_receipt(reply: Update, spec: RoundSpec, held: Receipt | None) -> str:
     """Why the receipt of a reply does not continue the one that is held; empty if it does."""
     new = reply.receipt
-    least = (1 if held is None else held.length) + spec.local_steps + 1  # the charges, and the line binding the reply
+    least = (1 if held is None else held.length) + spec.charges + 1  # the charges, and the line binding the reply
     if held is not None and held.round == spec.round:  # the round was asked for before and could not be closed
         least = held.length
     if held is not None and new.ledger_id != held.ledger_id:
@@ -133,6 +133,8 @@ def wrong_tensors(reply: Update, spec: RoundSpec, theta: State, max_update_norm:
             return f"the reply's tensor {name} has another shape or type"
         if not bool(torch.isfinite(tensor).all()):
             return "the reply holds a number that is not finite"
+    if spec.model is PrivacyModel.CLIENT_LEVEL:
+        max_update_norm = min(max_update_norm, spec.l2_clip_norm * (1 + 1e-9))
     squares = sum(float((t.double() - wanted[n].double()).square().sum()) for n, t in reply.tensors.items())
     if not squares**0.5 <= max_update_norm:
         return f"the reply moves by {squares**0.5:.3g}, which is more than max_update_norm={max_update_norm:g}"

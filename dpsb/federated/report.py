@@ -12,6 +12,7 @@ from typing import Any
 from dpsb.federated.budget import LEDGER_NAME, run_folder
 from dpsb.federated.server import ServerError, ServerState, load_state
 from dpsb.federated.spec import PrivacyModel
+from dpsb.federated.terms import Terms
 from dpsb_accounting import Ledger, federated
 from dpsb_accounting.federated import FederatedReport, Silo
 from dpsb_accounting.files import write_whole
@@ -86,11 +87,24 @@ def federation_report(out: Path) -> Federation:
         found.append(silo)
     if not found:
         raise ServerError(f"No silo in {out} has a ledger yet, so there is nothing to report.")
-    if state.terms.model is PrivacyModel.TRUSTED_SERVER:
-        report = federated.trusted_server(found, local_steps=state.terms.local_steps)
-    else:
-        report = federated.silo_local(found)
-    return Federation(report=report, state=state, never=tuple(never))
+    return Federation(report=_report(found, state.terms), state=state, never=tuple(never))
+
+
+def _report(silos: list[Silo], terms: Terms) -> FederatedReport:
+    """The report in the federation's own model; what the ledgers state otherwise is refused."""
+    if terms.model is PrivacyModel.TRUSTED_SERVER:
+        return federated.trusted_server(silos, local_steps=terms.local_steps)
+    if terms.model is PrivacyModel.CLIENT_LEVEL:
+        return federated.client_level(silos, participation="every_round", noise_by="server")
+    if terms.model is PrivacyModel.SECAGG:
+        return federated.secagg(
+            silos,
+            local_steps=terms.local_steps,
+            dropouts=terms.dropouts,
+            colluders=terms.colluders,
+            noise_of="guaranteed",
+        )
+    return federated.silo_local(silos)
 
 
 def write_report(out: Path, federation: Federation, held_out: Mapping[str, Any] | None = None) -> None:

@@ -73,6 +73,7 @@ class ServerState:
       left: Silos that are out of the run, with the reason.
       history: The rounds so far.
       tainted: Whether noise of the server came from a seed.
+      opened: The round whose sum was opened last, and whose contributions were in it; None before. ``secagg``.
     """
 
     run_id: str
@@ -85,6 +86,7 @@ class ServerState:
     left: Mapping[str, str] = field(default_factory=dict)
     history: tuple[RoundRecord, ...] = ()
     tainted: bool = False
+    opened: tuple[int, tuple[str, ...]] | None = None
 
 
 def save_state(out: Path, state: ServerState) -> None:
@@ -100,6 +102,7 @@ def save_state(out: Path, state: ServerState) -> None:
         "left": dict(state.left),
         "history": [record.to_json() for record in state.history],
         "tainted": state.tainted,
+        "opened": state.opened,
     }
     with replacing(out / SERVER) as folder:
         save_file({name: tensor.contiguous() for name, tensor in state.theta.items()}, folder / "theta.safetensors")
@@ -133,6 +136,7 @@ def load_state(out: Path) -> ServerState | None:
             left=facts["left"],
             history=tuple(_record(entry) for entry in facts["history"]),
             tainted=facts["tainted"],
+            opened=None if facts["opened"] is None else (facts["opened"][0], tuple(facts["opened"][1])),
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ServerError(f"{folder} cannot be read ({type(error).__name__}); start a new run elsewhere.") from None

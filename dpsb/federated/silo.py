@@ -25,8 +25,6 @@ from dpsb.randomness import Randomness, SystemRandomness
 from dpsb.reasons import reason
 from dpsb_accounting import Ledger, LedgerError
 
-_SUPPORTED = (PrivacyModel.SILO_LOCAL, PrivacyModel.TRUSTED_SERVER)
-
 
 class _Refused(Exception):
     def __init__(self, kind: str, message: str) -> None:
@@ -127,11 +125,11 @@ class Silo:
             tensors = find(home, ledger, spec)
             if tensors is None:
                 left = ledger.remaining("train")
-                if left < spec.local_steps:
+                if left < spec.charges:
                     raise _Refused(
                         "budget",
                         f"The budget of silo {self.name!r} for this run is spent: of {plan.steps} steps {left} are "
-                        f"left, the round takes {spec.local_steps}. Nothing was charged.",
+                        f"left, the round takes {spec.charges}. Nothing was charged.",
                     )
                 self._trainer.check()
                 if self._randomness.tainted:
@@ -164,13 +162,6 @@ class Silo:
             raise _Refused("state", "The theta of the message is not the one whose digest the round names.")
         if spec.basis_sha256 != self._trainer.basis_sha256:
             raise _Refused("state", "The silo's basis (A, B) is not the one that the round names.")
-        if spec.model not in _SUPPORTED:
-            raise SpecRefused(f"Model {spec.model.value} is not done by this silo.")
-        if spec.model is PrivacyModel.TRUSTED_SERVER and spec.local_steps != 1:
-            raise SpecRefused(
-                f"In model {spec.model.value} a round is one step, not local_steps={spec.local_steps}: after a second "
-                "one nothing bounds what an example changes."
-            )
 
     def _refusal(self, spec: RoundSpec, kind: str, message: str) -> Refusal:
         return Refusal(silo=self.name, run_id=spec.run_id, round=spec.round, kind=kind, message=message)

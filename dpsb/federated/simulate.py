@@ -21,6 +21,7 @@ from dpsb.basis.stage import Setup, plan_basis
 from dpsb.checkpoint import replacing
 from dpsb.data import Collator, read_table
 from dpsb.evaluate import evaluate
+from dpsb.federated.calibrate import policy_text, terms_of
 from dpsb.federated.config import FederateConfig, silo_config
 from dpsb.federated.coordinator import Coordinator
 from dpsb.federated.local import LocalTransport
@@ -28,13 +29,12 @@ from dpsb.federated.messages import Reply
 from dpsb.federated.report import REPORT_NAME, SILOS, Federation, federation_report, write_report
 from dpsb.federated.server import RoundRecord, ServerError
 from dpsb.federated.silo import Silo
-from dpsb.federated.spec import FederatedError, PrivacyModel, SiloPolicy
+from dpsb.federated.spec import FederatedError, SiloPolicy
 from dpsb.federated.split import split_table
-from dpsb.federated.terms import SiloTerms, Terms
+from dpsb.federated.terms import Terms
 from dpsb.federated.trainer import Trainer
 from dpsb.frozen_prefix import remember_frozen_prefix
 from dpsb.models import HEAD_NAMES, add_lora, load_base
-from dpsb.plan import noise_multiplier_for, relation_for
 from dpsb.prepare import Prepared, labels_of, loss_of, prepare, synthetic_of, targets_of
 from dpsb.randomness import Randomness, SeededRandomness, SystemRandomness
 from dpsb.run import run_details
@@ -91,7 +91,7 @@ def simulate(config: FederateConfig, *, callbacks: Callbacks = Callbacks()) -> S
         raise ServerError(f"{out} is not empty and holds no federation; choose another folder.")
     ready = _prepare(config, out, resumed, callbacks)
     callbacks.on_status("calibrating the silos' noise")
-    terms, policies = _terms(config, ready.data)
+    terms, policies = terms_of(config, {name: len(examples) for name, examples in ready.data.items()})
     callbacks.on_terms(terms, policies)
     randomness = _randomness(config)
     silos = {}
@@ -211,72 +211,6 @@ def _adapter(
     settings = {"settings": config.to_json(), "basis": adapter.provenance.to_json()}
     write_whole(out / SETTINGS_NAME, (json.dumps(settings, indent=1) + "\n").encode())
     return adapter
-
-
-def _terms(config: FederateConfig, data: Mapping[str, Sequence[Any]]) -> tuple[Terms, dict[str, SiloPolicy]]:
-    """What each silo is asked, with noise calibrated to its own budget; and policies that allow just that."""
-    run, federation = config.run, config.federation
-    sizes = {name: config.silos[name].num_examples or len(data[name]) for name in config.silos}
-    delta = run.delta if run.delta is not None else 0.1 / max(sizes.values())
-    declared = config.silos[next(iter(sizes))].num_examples is not None
-    relation = relation_for(run.neighboring, declared)
-    steps = (federation.rounds + federation.spare_rounds) * federation.local_steps
-    asked = {}
-    for name, size in sizes.items():
-        batch = config.expected_batch_size(name)
-        if batch > size:
-            raise FederatedError(f"expected_batch_size={batch} exceeds the {size} examples of silo {name!r}.")
-        noise = noise_multiplier_for(
-            target_epsilon=config.epsilon(name),
-            delta=delta,
-            sampling_prob=batch / size,
-            steps=steps,
-            neighboring=relation,
-        )
-        asked[name] = SiloTerms(sampling_prob=batch / size, noise_multiplier=noise, expected_batch_size=batch)
-    if federation.model == PrivacyModel.TRUSTED_SERVER.value:  # one noise for all: the largest that any silo needs
-        noise = max(terms.noise_multiplier for terms in asked.values())
-        asked = {name: replace(terms, noise_multiplier=noise) for name, terms in asked.items()}
-    terms = Terms(
-        silos=asked,
-        rounds=federation.rounds,
-        model=PrivacyModel(federation.model),
-        local_steps=federation.local_steps,
-        l2_clip_norm=run.l2_clip_norm,
-        learning_rate=run.learning_rate,
-        head_learning_rate=run.head_learning_rate or run.learning_rate,
-        optimizer=run.optimizer,
-        momentum=run.momentum if run.optimizer == "sgd" else 0.0,
-        schedule=run.schedule,
-        server_optimizer=federation.server_optimizer,
-        server_learning_rate=federation.server_learning_rate,
-        min_silos=config.min_silos,
-        max_update_norm=1e9 if federation.model == PrivacyModel.TRUSTED_SERVER.value else 1000.0,
-    )
-    policies = {
-        name: SiloPolicy(
-            silo=name,
-            max_epsilon=config.epsilon(name),
-            delta=delta,
-            num_examples=config.silos[name].num_examples,
-            neighboring=relation,
-            min_noise_multiplier=min(0.3, asked[name].noise_multiplier),
-            max_sampling_prob=asked[name].sampling_prob,
-            max_rounds=federation.rounds,
-            max_local_steps=federation.local_steps,
-            spare_rounds=federation.spare_rounds,
-            models=(federation.model,),
-        )
-        for name in sizes
-    }
-    return terms, policies
-
-
-def policy_text(policy: SiloPolicy) -> str:
-    """A policy as the TOML file that :func:`dpsb.federated.spec.read_policy` reads."""
-    lines = ["# What this silo allows at most; see docs/federated.md. A server can only ask for less."]
-    lines += [f"{name} = {json.dumps(value)}" for name, value in policy.to_json().items()]
-    return "\n".join(lines) + "\n"
 
 
 def _save_adapter(out: Path, adapter: Adapter, run_id: str, tokenizer: Any) -> None:

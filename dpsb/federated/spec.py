@@ -63,11 +63,14 @@ class RoundSpec:
       sampling_prob: q in (0, 1], of each example in each step.
       l2_clip_norm: C.
       noise_multiplier: sigma, noise standard deviation divided by C: of the silo's own noise in ``silo_local``, of the
-        server's in ``trusted_server``.
+        server's in ``trusted_server`` and ``client_level``, and in ``secagg`` of what is certainly in an opened sum.
       learning_rate: Of the cores in the local steps.
       head_learning_rate: Of a head in the local steps.
       optimizer: ``"sgd"`` or ``"adam"``; its state begins anew in each round.
       momentum: Of ``"sgd"``.
+      clients: K, how many silos a sum has; of use in ``secagg`` and ``client_level``.
+      dropouts: t, how many of them may be missing in a sum that is opened; ``secagg``.
+      colluders: k, how many may tell the server their share of the noise, at least 1; ``secagg``.
 
     Raises:
       FederatedError: If a field is out of range.
@@ -87,6 +90,9 @@ class RoundSpec:
     head_learning_rate: float = 0.1
     optimizer: str = "adam"
     momentum: float = 0.0
+    clients: int = 1
+    dropouts: int = 0
+    colluders: int = 1
 
     def __post_init__(self) -> None:
         check_match(RUN_ID, run_id=self.run_id)
@@ -103,6 +109,30 @@ class RoundSpec:
         check_choice(OPTIMIZERS, optimizer=self.optimizer)
         if not isinstance(self.momentum, (int, float)) or not 0 <= self.momentum < 1:
             raise FederatedError(f"Expected momentum={self.momentum!r} between 0 and 1.")
+        check_whole(1, clients=self.clients, colluders=self.colluders)
+        check_whole(0, dropouts=self.dropouts)
+        if self.model in (PrivacyModel.TRUSTED_SERVER, PrivacyModel.SECAGG) and self.local_steps != 1:
+            raise FederatedError(
+                f"In model {self.model.value} a round is one gradient release, not local_steps={self.local_steps!r}: "
+                "after a second step the noise of the sum no longer bounds what an example changes."
+            )
+        if self.model is PrivacyModel.SECAGG and self.honest < 1:
+            raise FederatedError(
+                f"Of clients={self.clients!r} none is left that certainly adds noise, with dropouts={self.dropouts!r} "
+                f"and colluders={self.colluders!r}."
+            )
+        if self.model is PrivacyModel.CLIENT_LEVEL and self.clients < 2:
+            raise FederatedError(f"Model client_level hides one of several clients, not of clients={self.clients!r}.")
+
+    @property
+    def honest(self) -> int:
+        """c - t - k: how many shares of the noise are certainly in an opened sum and unknown."""
+        return self.clients - self.dropouts - self.colluders
+
+    @property
+    def charges(self) -> int:
+        """What a round costs a silo: one charge for each step, or for the whole update where that is clipped."""
+        return 1 if self.model is PrivacyModel.CLIENT_LEVEL else self.local_steps
 
     def to_json(self) -> dict[str, Any]:
         """The specification as JSON."""
@@ -131,6 +161,7 @@ class SiloPolicy:
       spare_rounds: Rounds' worth of steps that the silo plans and pays for besides, to make up for rounds that a
         crash, or a server that asks twice, wastes.
       models: Privacy models the silo takes part in. Only ``silo_local`` protects it against the server.
+      min_clients: Least K - t, the parties of an opened sum, in ``secagg``.
       runs: Ids of the runs that it takes part in; empty: any, within ``max_epsilon``.
 
     Raises:
@@ -148,6 +179,7 @@ class SiloPolicy:
     max_local_steps: int = 1000
     spare_rounds: int = 0
     models: tuple[str, ...] = (PrivacyModel.SILO_LOCAL.value,)
+    min_clients: int = 3
     runs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -162,6 +194,7 @@ class SiloPolicy:
             if getattr(self, name) > 1 or (name == "delta" and self.delta == 1):
                 raise FederatedError(f"Expected {name}={getattr(self, name)!r} to be a probability.")
         check_whole(1, max_rounds=self.max_rounds, max_local_steps=self.max_local_steps)
+        check_whole(2, min_clients=self.min_clients)
         check_whole(0, spare_rounds=self.spare_rounds)
         if self.num_examples is not None:
             check_whole(1, num_examples=self.num_examples)
@@ -198,6 +231,9 @@ class SiloPolicy:
             raise SpecRefused(
                 f"The policy of silo {self.silo!r} allows the models {', '.join(self.models)}, not {spec.model.value}."
             )
+        least = spec.clients - spec.dropouts
+        if spec.model is PrivacyModel.SECAGG and least < self.min_clients:
+            raise SpecRefused(f"Silo {self.silo!r} wants sums of at least {self.min_clients} parties, not {least}.")
         if self.runs and spec.run_id not in self.runs:
             raise SpecRefused(f"The policy of silo {self.silo!r} does not allow the run {spec.run_id}.")
 

@@ -23,7 +23,6 @@ from dpsb.federated.spec import (
 from dpsb.optimizers import SCHEDULES
 
 SERVER_OPTIMIZERS = ("none", *OPTIMIZERS)
-_DONE = (PrivacyModel.SILO_LOCAL, PrivacyModel.TRUSTED_SERVER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +64,8 @@ class Terms:
       server_learning_rate: Of ``server_optimizer`` on the difference to the mean.
       min_silos: With fewer replies the round is not closed and the run stops; it can be resumed.
       attempts: How often a silo is asked in a round before it counts as lost.
+      dropouts: t of ``secagg``: how many silos may be missing in a sum that is opened.
+      colluders: k of ``secagg``: how many silos may help the server, at least 1.
       max_update_norm: Replies that are further from theta than this, or sums that are longer, are not used.
     """
 
@@ -82,6 +83,8 @@ class Terms:
     server_learning_rate: float = 1.0
     min_silos: int = 2
     attempts: int = 2
+    dropouts: int = 0
+    colluders: int = 1
     max_update_norm: float = 1000.0
 
     def __post_init__(self) -> None:
@@ -94,23 +97,26 @@ class Terms:
         check_positive(max_update_norm=self.max_update_norm, server_learning_rate=self.server_learning_rate)
         check_choice(SERVER_OPTIMIZERS, server_optimizer=self.server_optimizer)
         check_choice(tuple(SCHEDULES), schedule=self.schedule)
+        check_whole(1, colluders=self.colluders)
+        check_whole(0, dropouts=self.dropouts)
         if not 1 <= self.min_silos <= len(self.silos):
             raise FederatedError(f"Expected min_silos={self.min_silos!r} between 1 and the {len(self.silos)} silos.")
-        if self.model not in _DONE:
-            raise FederatedError(f"Model {self.model.value} is accounted for but not run yet; use silo_local.")
-        if self.model is PrivacyModel.TRUSTED_SERVER:
-            self._check_server()
+        if self.model is not PrivacyModel.SILO_LOCAL:
+            self._check_summed()
         for name in self.silos:
             self.spec(name, "0" * 32, 0, "0" * 64, "0" * 64)  # the other fields are checked there
 
-    def _check_server(self) -> None:
-        if self.local_steps != 1:
-            raise FederatedError(f"Model trusted_server takes one step a round, not local_steps={self.local_steps!r}.")
+    def _check_summed(self) -> None:
         if self.server_optimizer == "none":
-            raise FederatedError("Model trusted_server needs server_optimizer 'sgd' or 'adam': the server steps.")
+            raise FederatedError(f"Model {self.model.value} needs server_optimizer 'sgd' or 'adam': the server steps.")
+        if self.model is PrivacyModel.SECAGG and self.min_silos != len(self.silos) - self.dropouts:
+            raise FederatedError(
+                f"Model secagg opens sums of at least clients - dropouts = {len(self.silos) - self.dropouts} silos, so "
+                f"min_silos={self.min_silos!r} must be just that."
+            )
         noise = {terms.noise_multiplier for terms in self.silos.values()}
         if len(noise) != 1:
-            raise FederatedError(f"Model trusted_server adds one noise, not noise_multiplier={sorted(noise)}.")
+            raise FederatedError(f"Model {self.model.value} has one noise, not noise_multiplier={sorted(noise)}.")
 
     def spec(self, silo: str, run_id: str, number: int, theta_sha256: str, basis_sha256: str) -> RoundSpec:
         """A round as it is asked of a silo."""
@@ -130,6 +136,9 @@ class Terms:
             head_learning_rate=self.head_learning_rate * self.factor(number),
             optimizer=self.optimizer,
             momentum=self.momentum,
+            clients=len(self.silos),
+            dropouts=self.dropouts,
+            colluders=self.colluders,
         )
 
     def factor(self, number: int) -> float:
@@ -143,7 +152,7 @@ class Terms:
 
     @property
     def noise_multiplier(self) -> float:
-        """Of the server's noise in ``trusted_server``."""
+        """Of the noise of a sum, in the models that have sums."""
         return next(iter(self.silos.values())).noise_multiplier
 
     def to_json(self) -> dict[str, Any]:

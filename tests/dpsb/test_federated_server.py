@@ -139,14 +139,17 @@ def test_a_server_killed_after_the_noise_draws_it_anew_and_charges_nobody(fed, m
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"local_steps": 2}, "one step a round"),
+        ({"local_steps": 2}, "one gradient release, not local_steps=2"),
         ({"server_optimizer": "none"}, "needs server_optimizer"),
         (
             {"silos": {n: SiloTerms(sampling_prob=0.1, noise_multiplier=1 + i) for i, n in enumerate(NAMES)}},
-            "adds one noise",
+            "has one noise",
         ),
-        ({"model": "secagg"}, "accounted for but not run yet"),
-        ({"model": "client_level"}, "accounted for but not run yet"),
+        ({"model": "secagg", "local_steps": 2}, "one gradient release, not local_steps=2"),
+        ({"model": "secagg", "dropouts": 1}, "opens sums of at least clients - dropouts = 2 silos, so min_silos=3"),
+        ({"model": "secagg", "dropouts": 2, "min_silos": 1}, "none is left that certainly adds noise"),
+        ({"model": "secagg", "colluders": 0}, "colluders=0"),
+        ({"model": "client_level", "server_optimizer": "none"}, "needs server_optimizer"),
         ({"min_silos": 4}, "min_silos=4 between 1 and the 3"),
         ({"model": "none"}, "Expected model='none' to be one of silo_local"),
     ],

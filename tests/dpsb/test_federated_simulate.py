@@ -19,7 +19,7 @@ from dpsb_accounting import Ledger, verify
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("dpsb.federated.simulate.noise_multiplier_for", lambda **_facts: 2.0)  # epsilon about 1.5
+    monkeypatch.setattr("dpsb.federated.calibrate.noise_multiplier_for", lambda **_facts: 2.0)  # epsilon about 1.5
     monkeypatch.setattr("dpsb.federated.trainer.check_before_run", lambda *_args: None)
 
 
@@ -71,7 +71,7 @@ def test_one_file_split_over_three_silos(tmp_path):
 
 
 def test_own_files_declared_sizes_and_budgets(tmp_path, monkeypatch):
-    monkeypatch.setattr("dpsb.federated.simulate.noise_multiplier_for", workbench.calibrated)
+    monkeypatch.setattr("dpsb.federated.calibrate.noise_multiplier_for", workbench.calibrated)
     silos = "".join(
         f'[silos.{name}]\ndata = "{workbench.data_file(seed=seed)}"\nepsilon = {epsilon}\nnum_examples = 60\n'
         for name, seed, epsilon in (("north", 1, 4.0), ("south", 2, 8.0))
@@ -82,13 +82,18 @@ def test_own_files_declared_sizes_and_budgets(tmp_path, monkeypatch):
     assert done.federation.report.terms.neighboring == "add_or_remove_one"
 
 
-def test_trusted_server_in_one_process(tmp_path):
-    federation = f'{SPLIT}\nmodel = "trusted_server"\nserver_optimizer = "adam"'
+@pytest.mark.parametrize(
+    ("model", "more"), [("trusted_server", ""), ("secagg", ""), ("client_level", "server_learning_rate = 0.5")]
+)
+def test_models_with_sums_in_one_process(tmp_path, model, more):
+    federation = f'{SPLIT}\nmodel = "{model}"\nserver_optimizer = "adam"\n{more}'
     path = settings(tmp_path, split_file(tmp_path), federation)
-    path.write_text(path.read_text().replace("local_steps = 2", "local_steps = 1"))
+    if model != "client_level":
+        path.write_text(path.read_text().replace("local_steps = 2", "local_steps = 1"))
     done = simulate(read_federation(path))
-    assert done.federation.report.model == "trusted_server"
+    assert done.federation.report.model == model
     assert done.federation.report.claim
+    assert done.federation.report.terms.unit == ("client" if model == "client_level" else "example")
 
 
 def test_a_killed_simulation_goes_on(tmp_path, monkeypatch):
