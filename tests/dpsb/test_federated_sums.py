@@ -18,7 +18,7 @@ from dpsb.randomness import SeededRandomness, SystemRandomness
 from dpsb_accounting import Gaussian
 from dpsb_accounting import epsilon as epsilon_of
 
-ROUNDS, CLIP = 2, 0.005
+ROUNDS, CLIP = 2, 0.001
 
 
 @pytest.fixture
