@@ -64,7 +64,9 @@ def terms_of(config: FederateConfig, sizes: Mapping[str, int]) -> tuple[Terms, d
             max_local_steps=federation.local_steps,
             spare_rounds=federation.spare_rounds,
             models=(model.value,),
+            clients=len(sizes) if model is PrivacyModel.SECAGG else None,
             min_clients=max(2, len(sizes) - federation.dropouts),
+            min_colluders=federation.colluders,
         )
         for name in sizes
     }

@@ -161,7 +161,10 @@ class SiloPolicy:
       spare_rounds: Rounds' worth of steps that the silo plans and pays for besides, to make up for rounds that a
         crash, or a server that asks twice, wastes.
       models: Privacy models the silo takes part in. Only ``silo_local`` protects it against the server.
+      clients: K of ``secagg``, which the silo must know from elsewhere: a server that says there are more silos than
+        there are would make every silo's share of the noise too small.
       min_clients: Least K - t, the parties of an opened sum, in ``secagg``.
+      min_colluders: Least k in ``secagg``.
       runs: Ids of the runs that it takes part in; empty: any, within ``max_epsilon``.
 
     Raises:
@@ -179,7 +182,9 @@ class SiloPolicy:
     max_local_steps: int = 1000
     spare_rounds: int = 0
     models: tuple[str, ...] = (PrivacyModel.SILO_LOCAL.value,)
+    clients: int | None = None
     min_clients: int = 3
+    min_colluders: int = 1
     runs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -195,6 +200,9 @@ class SiloPolicy:
                 raise FederatedError(f"Expected {name}={getattr(self, name)!r} to be a probability.")
         check_whole(1, max_rounds=self.max_rounds, max_local_steps=self.max_local_steps)
         check_whole(2, min_clients=self.min_clients)
+        check_whole(1, min_colluders=self.min_colluders)
+        if self.clients is not None:
+            check_whole(2, clients=self.clients)
         check_whole(0, spare_rounds=self.spare_rounds)
         if self.num_examples is not None:
             check_whole(1, num_examples=self.num_examples)
@@ -231,11 +239,24 @@ class SiloPolicy:
             raise SpecRefused(
                 f"The policy of silo {self.silo!r} allows the models {', '.join(self.models)}, not {spec.model.value}."
             )
-        least = spec.clients - spec.dropouts
-        if spec.model is PrivacyModel.SECAGG and least < self.min_clients:
-            raise SpecRefused(f"Silo {self.silo!r} wants sums of at least {self.min_clients} parties, not {least}.")
+        if spec.model is PrivacyModel.SECAGG:
+            self._check_sum(spec)
         if self.runs and spec.run_id not in self.runs:
             raise SpecRefused(f"The policy of silo {self.silo!r} does not allow the run {spec.run_id}.")
+
+    def _check_sum(self, spec: RoundSpec) -> None:
+        least = spec.clients - spec.dropouts
+        if self.clients is None or spec.clients != self.clients:
+            raise SpecRefused(
+                f"The policy of silo {self.silo!r} knows of clients={self.clients!r} in a sum, not of {spec.clients}; "
+                "its share of the noise depends on that number."
+            )
+        if least < self.min_clients:
+            raise SpecRefused(f"Silo {self.silo!r} wants sums of at least {self.min_clients} parties, not {least}.")
+        if spec.colluders < self.min_colluders:
+            raise SpecRefused(
+                f"Silo {self.silo!r} wants colluders of at least {self.min_colluders}, not {spec.colluders}."
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The policy as JSON, without what is not set."""

@@ -27,7 +27,7 @@ def fed(tiny, tmp_path):
 
 
 def allow(fed, model, **changes):
-    fed.policies = {name: policy(name, models=[model], **changes) for name in NAMES}
+    fed.policies = {name: policy(name, models=[model], **{"clients": 3, **changes}) for name in NAMES}
 
 
 def secagg(**changes):
@@ -144,6 +144,22 @@ def test_a_silo_wants_enough_parties_in_a_sum(fed):
     allow(fed, "secagg", min_clients=3)
     with pytest.raises(TooFewSilos, match="wants sums of at least 3 parties, not 2"):
         fed.coordinator(asked=secagg(dropouts=1, min_silos=2)).run()
+    assert not list((fed.out / "silos").glob("**/*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"clients": 2, "min_clients": 2}, "knows of clients=2 in a sum, not of 3"),
+        ({"clients": None}, "knows of clients=None in a sum"),
+        ({"min_colluders": 2}, "wants colluders of at least 2, not 1"),
+    ],
+)
+def test_a_silo_knows_who_adds_noise(fed, changes, said):
+    allow(fed, "secagg", **changes)
+    start = fed.trainer.start
+    spec = secagg().specs("a" * 32, 0, start, fed.trainer.basis_sha256)["north"]
+    assert said in fed.silo("north").handle(start, spec).message
     assert not list((fed.out / "silos").glob("**/*.jsonl"))
 
 
