@@ -168,7 +168,7 @@ def server_step(
         rate = terms.server_learning_rate
         if own_rates:
             rate = terms.head_learning_rate if set(name.split(".")) & set(HEAD_NAMES) else terms.learning_rate
-            rate *= terms.factor(state.round)
+        rate *= terms.factor(state.round)
         if terms.server_optimizer == "sgd":
             first = terms.momentum * state.moments.get(f"first/{name}", torch.zeros_like(g)) + g
             step = first

@@ -58,7 +58,8 @@ class Terms:
       head_learning_rate: Of a head.
       optimizer: Of the local steps, its state new in each round.
       momentum: Of ``"sgd"``.
-      schedule: ``"constant"``, ``"linear"`` or ``"cosine"``: how the learning rates fall from round to round.
+      schedule: ``"constant"``, ``"linear"`` or ``"cosine"``: how learning rates fall from round to round: the
+        server's where it has an optimizer, else those of the local steps.
       server_optimizer: ``"none"``: the next theta is the mean, which is Fed-SB. ``"sgd"`` or ``"adam"``: a step on the
         difference to the mean (in ``trusted_server``: on the noisy mean gradient), its state kept over the rounds.
       server_learning_rate: Of ``server_optimizer`` on the difference to the mean.
@@ -121,6 +122,7 @@ class Terms:
     def spec(self, silo: str, run_id: str, number: int, theta_sha256: str, basis_sha256: str) -> RoundSpec:
         """A round as it is asked of a silo."""
         asked = self.silos[silo]
+        factor = self.factor(number) if self.server_optimizer == "none" else 1.0
         return RoundSpec(
             run_id=run_id,
             round=number,
@@ -132,8 +134,8 @@ class Terms:
             sampling_prob=asked.sampling_prob,
             l2_clip_norm=self.l2_clip_norm,
             noise_multiplier=asked.noise_multiplier,
-            learning_rate=self.learning_rate * self.factor(number),
-            head_learning_rate=self.head_learning_rate * self.factor(number),
+            learning_rate=self.learning_rate * factor,
+            head_learning_rate=self.head_learning_rate * factor,
             optimizer=self.optimizer,
             momentum=self.momentum,
             clients=len(self.silos),
