@@ -68,7 +68,13 @@ def simulate(
             )
         _print(finished.federation, finished.out, finished.held_out, as_json)
 
-    guarded(run)
+    def stoppable() -> None:
+        try:
+            run()
+        except KeyboardInterrupt:
+            fail("interrupted; charged steps are spent, the same command goes on at the round that is open.")
+
+    guarded(stoppable)
 
 
 @federate.command()

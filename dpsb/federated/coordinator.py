@@ -33,8 +33,9 @@ class Coordinator:
     takes a step of its own optimizer.
 
     Guarantees:
-      * Its state is on disk, whole, after each round. A coordinator that was killed resumes at the round that is not
-        closed and sends the same theta, which silos that have replied answer from their disks, at no cost.
+      * Its state is on disk, whole, after each round, and its receipts before a round's replies are used. A coordinator
+        that was killed resumes at the round that is not closed and sends the same theta, which silos that have replied
+        answer from their disks, at no cost.
       * A round is closed with the replies of at least ``min_silos`` silos, or not at all.
       * A silo whose ledger does not continue what its receipts say is out of the run.
       * In the models with sums, what leaves the coordinator is computed from noisy sums only, one for each round.
@@ -111,9 +112,9 @@ class Coordinator:
             state = replace(state, left={**state.left, **verdict.left})
         updates = {name: verdict.updates[name] for name in sorted(verdict.updates)}
         receipts = {**state.receipts, **{name: update.receipt for name, update in updates.items()}}
+        state = replace(state, receipts=receipts)
+        save_state(self._out, state)  # before anything is made of the replies: a silo may not fall back behind them
         if len(updates) < state.terms.min_silos:
-            state = replace(state, receipts=receipts)
-            save_state(self._out, state)
             reasons = "; ".join(f"{name}: {why}" for name, why in sorted({**verdict.lost, **verdict.left}.items()))
             raise TooFewSilos(
                 f"Round {state.round} has {len(updates)} usable replies, min_silos is {state.terms.min_silos} "
@@ -135,7 +136,6 @@ class Coordinator:
             round=state.round + 1,
             theta=theta,
             moments=moments,
-            receipts=receipts,
             history=(*state.history, record),
         )
 

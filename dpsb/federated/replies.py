@@ -35,8 +35,9 @@ def settle(home: Path, ledger: Ledger) -> None:
     Raises:
       LedgerError: If a reply has seen more of the ledger than there is: an old ledger was put back.
     """
+    bound = ledger.files
     for path in sorted(home.glob(_PATTERN)):
-        if path.name in ledger.files:
+        if path.name in bound:
             continue
         content = path.read_bytes()
         seen = _metadata(path, content)

@@ -1,5 +1,7 @@
 """Federations in one process: what a run without faults releases, charges and leaves on disk."""
 
+import shutil
+
 import federation
 import pytest
 import torch
@@ -118,6 +120,32 @@ def test_a_server_killed_within_a_round_costs_the_silos_nothing(fed, monkeypatch
     for name in NAMES:
         check_ledger(fed.ledger(name), 6)
         assert [path.read_bytes() for path in fed.replies(name)][: len(before[name])] == before[name]
+
+
+def test_a_ledger_put_back_while_the_server_was_down_is_refused(fed, monkeypatch, tmp_path):
+    """The receipts of a round are on disk before its replies are used, so that this round's charges are covered too."""
+    keep, home = tmp_path / "copy", fed.out / "silos" / "south"
+
+    def before(message):
+        if (message.silo, message.spec.round) == ("south", 1):
+            shutil.copytree(home, keep)
+
+    inner = federation.Coordinator._next_theta
+
+    def deadly(self, state, updates):
+        if state.round == 1:
+            raise Killed
+        return inner(self, state, updates)
+
+    monkeypatch.setattr(federation.Coordinator, "_next_theta", deadly)
+    with pytest.raises(Killed):
+        fed.coordinator(federation.Faulty(fed.silos(), before=before)).run()
+    monkeypatch.undo()
+    shutil.rmtree(home)
+    shutil.copytree(keep, home)
+    state = fed.coordinator().run()
+    assert "behind" in state.left["south"]
+    check_ledger(fed.ledger("south"), 2)
 
 
 def test_terms_cannot_change_on_resume(fed):

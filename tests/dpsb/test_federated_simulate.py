@@ -201,6 +201,14 @@ def test_commands(tmp_path, monkeypatch):
     assert "nothing can be claimed" in gone.output
 
 
+def test_an_interrupted_command_says_how_to_go_on(tmp_path, monkeypatch):
+    path = settings(tmp_path, split_file(tmp_path), SPLIT)
+    monkeypatch.setattr(trainer, "charged_sum", lambda *_a, **_o: (_ for _ in ()).throw(KeyboardInterrupt))
+    done = CliRunner().invoke(app, ["federate", "simulate", "--config", str(path)])
+    assert done.exit_code == 1
+    assert "the same command goes on" in " ".join(done.output.split())
+
+
 def test_bytes_of_a_round_are_those_of_the_cores_and_the_head(tmp_path):
     done = simulate(read_federation(settings(tmp_path, split_file(tmp_path), SPLIT)))
     cores = [value for name, value in done.federation.state.theta.items() if name.endswith(".R")]
