@@ -74,14 +74,19 @@ class Coordinator:
           ServerError: If the folder holds a run with other terms, or one that cannot be read.
         """
         with alone(self._out):
-            state = self._begin()
+            state = self.begin()
             while state.round < state.terms.rounds:
                 state = self._round(state)
                 save_state(self._out, state)
                 self._on_round(state.history[-1])
             return state
 
-    def _begin(self) -> ServerState:
+    def begin(self) -> ServerState:
+        """The state of the run in the folder, or of a new one, which is then on disk.
+
+        Raises:
+          ServerError: As :meth:`run`.
+        """
         state = load_state(self._out)
         if state is None:
             state = ServerState(

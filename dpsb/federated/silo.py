@@ -73,6 +73,11 @@ class Silo:
         """The silo's public name."""
         return self.policy.silo
 
+    @property
+    def start(self) -> State:
+        """Names, shapes and types of theta, and the public start of the run."""
+        return self._trainer.start
+
     def answer(self, message: RoundMessage) -> Reply:
         """:meth:`handle` for a message; one that is meant for another silo is refused."""
         if message.silo != self.name:

@@ -1,0 +1,111 @@
+"""A silo that stays up: it loads its model once and answers over a socket in its own folder.
+
+Engines start a new process for every message; it connects here, so that neither the base model is loaded again nor any
+code that came with the message touches the data.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from dpsb.federated.budget import LEDGER_NAME, run_folder
+from dpsb.federated.channel import (
+    LEDGER,
+    NAME,
+    ROUND,
+    ChannelError,
+    WorkerError,
+    ask,
+    receive,
+    send,
+    socket_path,
+)
+from dpsb.federated.messages import RoundMessage
+from dpsb.federated.silo import Silo
+from dpsb.federated.spec import RUN_ID
+from dpsb.federated.wire import WireError, pack, unpack
+
+_SLACK = 1 << 17
+_PATIENCE = 600.0
+
+
+def serve(
+    silo: Silo,
+    *,
+    turn: threading.Lock | None = None,
+    on_ready: Callable[[], None] = lambda: None,
+    stop: threading.Event | None = None,
+) -> None:
+    """Answers one request after the other, until ``stop`` is set or the process ends.
+
+    The socket lies in the silo's folder, which only its owner may enter from then on. Whoever can connect may ask for
+    rounds, and gets what policy and ledger allow, no more; and the ledgers, which hold nothing private.
+
+    Args:
+      silo: With its folder.
+      turn: Held while a round is done: one for all silos that share a model.
+      on_ready: Called when requests can come.
+      stop: Looked at between requests.
+
+    Raises:
+      WorkerError: If another worker answers there already.
+    """
+    path = socket_path(silo.folder)
+    silo.folder.mkdir(parents=True, exist_ok=True)
+    os.chmod(silo.folder, stat.S_IRWXU)
+    if path.exists():
+        try:
+            ask(silo.folder, NAME)
+        except WorkerError:
+            path.unlink()  # left by a worker that was killed
+        else:
+            raise WorkerError(f"A worker answers at {path} already.")
+    turn, stop = turn or threading.Lock(), stop or threading.Event()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        os.chmod(path, stat.S_IRUSR | stat.S_IWUSR)
+        listener.listen(4)
+        listener.settimeout(0.2)
+        on_ready()
+        try:
+            while not stop.is_set():
+                try:
+                    connection, _ = listener.accept()
+                except TimeoutError:
+                    continue
+                with connection:
+                    connection.settimeout(_PATIENCE)
+                    try:
+                        _answer(connection, silo, turn)
+                    except (OSError, WireError, ChannelError):
+                        continue  # the other side is gone, or speaks another language; nothing was charged for that
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _answer(connection: socket.socket, silo: Silo, turn: threading.Lock) -> None:
+    largest = sum(tensor.numel() * tensor.element_size() for tensor in silo.start.values()) + _SLACK
+    kind, content = receive(connection, largest)
+    if kind == NAME:
+        send(connection, NAME, silo.name.encode())
+    elif kind == LEDGER:
+        send(connection, LEDGER, _ledger(silo.folder, content))
+    elif kind == ROUND:
+        message = unpack(content, silo.start)
+        if not isinstance(message, RoundMessage):
+            raise WireError("The request is no round.")
+        with turn:
+            reply = silo.answer(message)
+        send(connection, ROUND, pack(reply))
+
+
+def _ledger(folder: Path, run_id: bytes) -> bytes:
+    """The ledger of a run, as it is; nothing where there is none."""
+    name = run_id.decode("ascii", "replace")
+    path = run_folder(folder, name) / LEDGER_NAME
+    return path.read_bytes() if RUN_ID.fullmatch(name) and path.exists() else b""
