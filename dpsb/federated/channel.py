@@ -49,7 +49,9 @@ def socket_path(folder: Path) -> Path:
     """
     path = folder.resolve() / SOCKET_NAME
     if len(str(path)) > _LONGEST_PATH:
-        raise WorkerError(f"{path} is too long for a socket (at most {_LONGEST_PATH} characters); use a shorter folder.")
+        raise WorkerError(
+            f"{path} is too long for a socket (at most {_LONGEST_PATH} characters); use a shorter folder."
+        )
     return path
 
 

@@ -38,7 +38,9 @@ def pack(message: RoundMessage | Update | Refusal) -> bytes:
     if set(tensors) == {SUM}:
         meta["sum"] = True
     framing = zlib.compress(json.dumps(meta, separators=(",", ":")).encode(), 9)
-    return b"".join((_MAGIC, len(framing).to_bytes(4, "big"), framing, *(_raw(tensors[name]) for name in sorted(tensors))))
+    return b"".join(
+        (_MAGIC, len(framing).to_bytes(4, "big"), framing, *(_raw(tensors[name]) for name in sorted(tensors)))
+    )
 
 
 def unpack(content: bytes, like: State) -> RoundMessage | Update | Refusal:

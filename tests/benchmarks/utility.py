@@ -184,7 +184,9 @@ def main() -> None:
     arms = ",".join(arms_of({"near": Path("near"), "far": Path("far")}))
     parser.add_argument("--arms", default=arms, help=f"comma-separated; default: {arms}")
     parser.add_argument("--targets", choices=list(TARGETS), default="top2", help="blocks that are adapted")
-    parser.add_argument("--tuned-at", choices=EPSILONS, default="3", help="epsilon at which rates are chosen; default 3")
+    parser.add_argument(
+        "--tuned-at", choices=EPSILONS, default="3", help="epsilon at which rates are chosen; default 3"
+    )
     parser.add_argument("--only-tuned", action="store_true", help="the epsilon of --tuned-at only")
     for name, value in (("repeats", 3), ("steps", 40), ("batch", 256), ("rank", 16), ("processes", 2)):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")

@@ -100,7 +100,9 @@ def test_framing_that_inflates_without_end_is_refused():
 @contextmanager
 def at_work(silo, **options):
     ready, stop = threading.Event(), threading.Event()
-    thread = threading.Thread(target=worker.serve, args=(silo,), kwargs={"on_ready": ready.set, "stop": stop, **options})
+    thread = threading.Thread(
+        target=worker.serve, args=(silo,), kwargs={"on_ready": ready.set, "stop": stop, **options}
+    )
     thread.start()
     try:
         assert ready.wait(10)
@@ -137,7 +139,7 @@ def test_only_the_owner_may_enter_and_there_is_one_worker(federation):
     with at_work(silo):
         assert stat.S_IMODE(os.stat(silo.folder).st_mode) == 0o700
         assert stat.S_IMODE(os.stat(silo.folder / channel.SOCKET_NAME).st_mode) == 0o600
-        with pytest.raises(channel.WorkerError, match="answers at .* already"):
+        with pytest.raises(channel.WorkerError, match=r"answers at .* already"):
             worker.serve(silo)
         assert channel.ask(silo.folder, channel.NAME) == b"north"
 

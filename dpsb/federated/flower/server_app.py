@@ -42,9 +42,7 @@ def coordinate(
             raise ServerError(f"{out} holds no federation; begin one with `dpsb federate init`.")
         transport = FlowerTransport(grid, [name for name in state.terms.silos if name not in state.left], timeout)
         transport.find(patience)
-        coordinator = Coordinator(
-            out, state.terms, state.theta, state.basis_sha256, transport, on_round=on_round
-        )
+        coordinator = Coordinator(out, state.terms, state.theta, state.basis_sha256, transport, on_round=on_round)
         state = coordinator.run()
         for name, content in transport.ledgers(state.run_id).items():
             folder = run_folder(out / SILOS / name, state.run_id)
@@ -56,7 +54,7 @@ def coordinate(
         raise
 
 
-def make_server_app(out: Path | None = None) -> ServerApp:
+def make_server_app(out: Path | None = None, patience: float = PATIENCE) -> ServerApp:
     """A ServerApp for the run in a folder; without one, in the folder that the Flower run's configuration names."""
     server = ServerApp()
 
@@ -67,7 +65,7 @@ def make_server_app(out: Path | None = None) -> ServerApp:
         coordinate(
             grid,
             folder,
-            patience=float(config.get("patience", PATIENCE)),
+            patience=float(config.get("patience", patience)),
             timeout=float(config.get("timeout", TIMEOUT)),
         )
 

@@ -1,4 +1,4 @@
-"""Flower's simulation engine around workers that are already up: `python -m dpsb.federated.flower.simulation OUT`."""
+"""Flower's simulation engine around workers that are already up: `python -m dpsb.federated.flower.simulation OUT PATIENCE`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SETTINGS = {
 """No telemetry, no look for updates, no installation at run time, and with the seventh Ray listens on loopback only."""
 
 
-def main(out: Path) -> None:
-    """Runs the federation whose state is in ``out``; every silo's worker must be up already.
+def main(out: Path, patience: float) -> None:
+    """Runs the federation whose state is in ``out``, with silos whose workers are up within ``patience`` seconds.
 
     Raises:
       ServerError: If there is no federation in ``out``, or a round could not be closed.
@@ -39,7 +39,7 @@ def main(out: Path) -> None:
         raise ServerError(f"{out} holds no federation.")
     folders = [(out / SILOS / name).resolve() for name in state.terms.silos]
     run_simulation(
-        server_app=make_server_app(out),
+        server_app=make_server_app(out, patience),
         client_app=make_client_app(lambda context: folders[int(context.node_config["partition-id"])]),
         num_supernodes=len(folders),
         backend_config={"client_resources": {"num_cpus": 1.0}, "init_args": {"num_cpus": len(folders)}},
@@ -47,4 +47,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), float(sys.argv[2]))

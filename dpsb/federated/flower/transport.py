@@ -95,9 +95,7 @@ class FlowerTransport:
     ) -> dict[int, bytes]:
         return self._ask_each({node: fields for node in nodes}, kind, timeout)
 
-    def _ask_each(
-        self, fields: Mapping[int, Mapping[str, str | bytes]], kind: str, timeout: float
-    ) -> dict[int, bytes]:
+    def _ask_each(self, fields: Mapping[int, Mapping[str, str | bytes]], kind: str, timeout: float) -> dict[int, bytes]:
         if not fields:
             return {}
         messages = [
