@@ -1,4 +1,4 @@
-"""The way to a silo's worker: a socket in the silo's own folder. Needs no torch, because engines start it per message."""
+"""The way to a silo's worker: a socket in the silo's own folder. No torch: engines start this for every message."""
 
 from __future__ import annotations
 

@@ -32,6 +32,13 @@ def silo_folder(context: Context) -> Path:
     return Path(folder)
 
 
+def content_of(message: Message) -> bytes:
+    """The bytes that a message or a reply carries; none where there are none."""
+    record = message.content.get(RECORD)
+    value = record.get("content") if isinstance(record, ConfigRecord) else None
+    return value if isinstance(value, bytes) else b""
+
+
 def make_client_app(folder_of: Callable[[Context], Path] = silo_folder) -> ClientApp:
     """A ClientApp that asks the worker in the folder that ``folder_of`` names."""
     client = ClientApp()
@@ -42,14 +49,13 @@ def make_client_app(folder_of: Callable[[Context], Path] = silo_folder) -> Clien
     @client.query()
     def query(message: Message, context: Context) -> Message:
         """The silo's name, or the ledger of a run; both are public."""
-        record = message.content[RECORD]
-        kind = LEDGER if record["ask"] == "ledger" else NAME
-        return reply(message, ask(folder_of(context), kind, record.get("content", b"")))
+        kind = LEDGER if message.content[RECORD]["ask"] == "ledger" else NAME
+        return reply(message, ask(folder_of(context), kind, content_of(message)))
 
     @client.train()
     def train(message: Message, context: Context) -> Message:
         """A round."""
-        return reply(message, ask(folder_of(context), ROUND, message.content[RECORD]["content"]))
+        return reply(message, ask(folder_of(context), ROUND, content_of(message)))
 
     return client
 

@@ -62,16 +62,16 @@ def make_node_key(folder: Path) -> bytes:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         key = ec.generate_private_key(ec.SECP384R1())
-        encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH
-        _secret(path, key.private_bytes(encoding, form, serialization.NoEncryption()))
-    form = serialization.PublicFormat.OpenSSH
-    return bytes(key.public_key().public_bytes(serialization.Encoding.OpenSSH, form)) + b"\n"
+        encoding, secret_form = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH
+        _secret(path, key.private_bytes(encoding, secret_form, serialization.NoEncryption()))
+    public_form = serialization.PublicFormat.OpenSSH
+    return bytes(key.public_key().public_bytes(serialization.Encoding.OpenSSH, public_form)) + b"\n"
 
 
 def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
 ) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)

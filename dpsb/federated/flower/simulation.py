@@ -1,4 +1,4 @@
-"""Flower's simulation engine around workers that are already up: `python -m dpsb.federated.flower.simulation OUT PATIENCE`."""
+"""Flower's simulation around workers that are up: `python -m dpsb.federated.flower.simulation OUT PATIENCE`."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from dpsb.federated.channel import WorkerError
-from dpsb.federated.flower.client_app import RECORD
+from dpsb.federated.flower.client_app import RECORD, content_of
 from dpsb.federated.messages import Refusal, Reply, RoundMessage, Update
 from dpsb.federated.wire import WireError, framing_bytes, pack, unpack
 
@@ -68,7 +68,9 @@ class FlowerTransport:
         packed = {message.silo: pack(message) for message in messages if message.silo in self._nodes}
         likes = {message.silo: message.theta for message in messages}
         self.framing_down += sum(framing_bytes(content) for content in packed.values())
-        contents = {self._nodes[silo]: {"ask": "round", "content": content} for silo, content in packed.items()}
+        contents: dict[int, Mapping[str, str | bytes]] = {
+            self._nodes[silo]: {"ask": "round", "content": content} for silo, content in packed.items()
+        }
         owners = {node: silo for silo, node in self._nodes.items()}
         for node, content in self._ask_each(contents, MessageType.TRAIN, self._timeout).items():
             try:
@@ -104,8 +106,6 @@ class FlowerTransport:
         ]
         found = {}
         for reply in self._grid.send_and_receive(messages, timeout=timeout):
-            content = None if reply.has_error() else reply.content.get(RECORD)
-            value = content.get("content") if isinstance(content, ConfigRecord) else None
-            if isinstance(value, bytes):
-                found[reply.metadata.src_node_id] = value
+            if not reply.has_error():
+                found[reply.metadata.src_node_id] = content_of(reply)
         return found
