@@ -1,8 +1,9 @@
-"""``dpsb federate simulate`` and ``dpsb federate report``."""
+"""``dpsb federate``: simulate, report, init, server and silo."""
 
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,9 @@ app.add_typer(federate, name="federate")
 def simulate(
     config: Annotated[Path, typer.Option(help="Settings (TOML): those of dpsb train, [federation], [silos.NAME].")],
     out: Annotated[Path | None, typer.Option(help="Folder of the federation; takes the place of the file's.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="local: plain calls. flower: every message through Flower's simulation engine (Ray).")
+    ] = "local",
     as_json: Json = False,
 ) -> None:
     """Runs a federation on this machine, in one process: to try out settings before anything is deployed.
@@ -58,6 +62,7 @@ def simulate(
 
             finished = run_simulation(
                 settings,
+                engine=engine,
                 callbacks=Callbacks(
                     on_status=lambda message: console.print(f"[dim]{escape(message)}[/dim]", highlight=False),
                     on_terms=on_terms,
@@ -95,6 +100,114 @@ def report(
         _print(federation_report(out), out, {}, as_json)
 
     guarded(run)
+
+
+@federate.command()
+def init(
+    config: Annotated[Path, typer.Option(help="Settings (TOML), as for simulate; every silo declares num_examples.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the server; takes the place of the file's.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Names and addresses under which silos reach the server, comma-separated.")
+    ] = "127.0.0.1,localhost",
+    port: Annotated[int, typer.Option(help="Port of the server.")] = 8800,
+) -> None:
+    """Prepares a deployment: the server's folder, certificates, and a folder to carry to each silo. Reads no data.
+
+    Example: [bold]dpsb federate init --config fed.toml --out fed --host fed.example.org[/bold]
+    """
+
+    def run() -> None:
+        from dpsb.federated.config import read_federation
+        from dpsb.federated.flower.setup import FOR_SILOS, initialize
+
+        settings = read_federation(config, None if out is None else str(out), needs_data=False)
+        hosts = [name.strip() for name in host.split(",") if name.strip()]
+        made = initialize(settings, hosts, port, typer.echo)
+        typer.echo(
+            f"wrote {made}. Carry each folder under {made / FOR_SILOS} to its silo and delete it here. A silo reads "
+            "policy.toml, names its data in silo.toml and starts `dpsb federate silo FOLDER`. Here: "
+            f"`dpsb federate server {made}`"
+        )
+
+    guarded(run)
+
+
+@federate.command()
+def server(
+    out: Annotated[Path, typer.Argument(help="Folder that init made.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8800,
+    patience: Annotated[float, typer.Option(help="Seconds to wait for silos to appear.")] = 600.0,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for a round's replies.")] = 3600.0,
+    as_json: Json = False,
+) -> None:
+    """Runs the rounds of a deployment over TLS, then writes adapter and report. Killed, it goes on when started again.
+
+    Example: [bold]dpsb federate server fed --host 0.0.0.0[/bold], behind a proxy that lets silos reach /v1/fleet/ only.
+    """
+
+    def run() -> None:
+        from dpsb.federated.flower.setup import serve_federation
+
+        _end_like_an_interrupt()
+        console = Console(stderr=as_json, quiet=as_json)
+        finished = serve_federation(
+            out,
+            host,
+            port,
+            patience=patience,
+            timeout=timeout,
+            on_status=lambda message: console.print(f"[dim]{escape(message)}[/dim]", highlight=False),
+        )
+        _print(finished, out, {}, as_json)
+
+    guarded(run)
+
+
+@federate.command()
+def silo(
+    folder: Annotated[Path, typer.Argument(help="The silo's folder, from init.")],
+    part: Annotated[
+        str, typer.Option(help="all, worker (has the data) or node (Flower's SuperNode): two parts for two users.")
+    ] = "all",
+    node_folder: Annotated[Path | None, typer.Option(help="Of the node. \\[default: FOLDER/node]")] = None,
+    group: Annotated[str | None, typer.Option(help="Group whose members may reach the worker; else its owner.")] = None,
+) -> None:
+    """Runs a silo until it is stopped: it loads its model once, and answers rounds within its policy and its ledger.
+
+    Example: [bold]dpsb federate silo north[/bold]
+    """
+
+    def run() -> None:
+        from dpsb.federated.flower.setup import run_silo
+
+        _end_like_an_interrupt()
+        console = Console(stderr=True)
+        run_silo(
+            folder,
+            part=part,
+            node_folder=node_folder,
+            group=group,
+            on_status=lambda message: console.print(f"[dim]{escape(message)}[/dim]", highlight=False),
+            on_problem=lambda reason: console.print(f"[yellow]{escape(reason)}[/yellow]", highlight=False),
+            on_reply=lambda reply: console.print(_answered(reply), highlight=False, markup=False),
+        )
+
+    guarded(run)
+
+
+def _end_like_an_interrupt() -> None:
+    """Lets SIGTERM, with which services are stopped, end what this process started, as Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def _answered(reply: Any) -> str:
+    why = getattr(reply, "message", None)
+    return f"round {reply.round + 1}: " + ("sent an update" if why is None else f"refused: {why}")
 
 
 def _print(federation: Any, out: Path, held_out: Mapping[str, float], as_json: bool) -> None:

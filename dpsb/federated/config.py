@@ -27,6 +27,8 @@ from dpsb.federated.terms import SERVER_OPTIMIZERS
 EMBEDDED_DATA = "mail"
 """In a federation's settings: the embedded mail, ``data = "mail"`` for training and ``eval_data = "mail"`` for test."""
 
+_AT_THE_SILOS = "(at the silos)"
+
 _NOT_FEDERATED = {
     "steps": "is rounds times local_steps",
     "epochs": "is rounds times local_steps",
@@ -194,8 +196,8 @@ class FederateConfig:
         return {"run": self.run.to_json(), "federation": asdict(self.federation), "silos": silos}
 
 
-def read_federation(path: Path, out: str | None = None) -> FederateConfig:
-    """The settings in a TOML file; ``out`` takes the place of the file's own.
+def read_federation(path: Path, out: str | None = None, *, needs_data: bool = True) -> FederateConfig:
+    """The settings in a TOML file; ``out`` takes the place of the file's own. A server's need name no data.
 
     Raises:
       FederatedError, ConfigError: If the file cannot be read, or a key is unknown, missing or out of range.
@@ -212,7 +214,7 @@ def read_federation(path: Path, out: str | None = None) -> FederateConfig:
         silos[name] = SiloSettings(**checked_fields(SiloSettings, settings, f"{path}: [silos.{name}]"))
     if out is not None:
         content["out"] = out
-    own = next((settings.data for settings in silos.values() if settings.data), None)
+    own = next((settings.data for settings in silos.values() if settings.data), None if needs_data else _AT_THE_SILOS)
     if own is not None and "data" not in content:
         content["data"] = own  # each silo's own takes its place
     federation = FederationSettings(**checked_fields(FederationSettings, tables["federation"], f"{path}: [federation]"))
@@ -221,6 +223,16 @@ def read_federation(path: Path, out: str | None = None) -> FederateConfig:
     except ConfigError as error:
         raise FederatedError(f"{path}: {error}") from None
     return FederateConfig(run=run, federation=federation, silos=silos)
+
+
+def config_from_json(content: Mapping[str, Any]) -> FederateConfig:
+    """The inverse of :meth:`FederateConfig.to_json`."""
+    silos = {
+        name: SiloSettings(**checked_fields(SiloSettings, settings, f"silo {name!r}"))
+        for name, settings in content["silos"].items()
+    }
+    federation = FederationSettings(**checked_fields(FederationSettings, content["federation"], "the federation"))
+    return FederateConfig(run=make_config(content["run"]), federation=federation, silos=silos)
 
 
 def silo_config(config: FederateConfig, name: str) -> RunConfig:

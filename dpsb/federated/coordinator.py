@@ -61,7 +61,7 @@ class Coordinator:
         randomness: Randomness | None = None,
         on_round: Callable[[RoundRecord], None] = lambda _record: None,
     ) -> None:
-        self._out, self._terms, self._transport = Path(out), terms, transport
+        self.out, self._terms, self._transport = Path(out), terms, transport
         self._theta, self._basis_sha256 = dict(theta), basis_sha256
         self._randomness = randomness or SystemRandomness()
         self._on_round = on_round
@@ -73,11 +73,11 @@ class Coordinator:
           TooFewSilos: If a round could not be closed; charges stay, and resuming asks for the same round again.
           ServerError: If the folder holds a run with other terms, or one that cannot be read.
         """
-        with alone(self._out):
+        with alone(self.out):
             state = self.begin()
             while state.round < state.terms.rounds:
                 state = self._round(state)
-                save_state(self._out, state)
+                save_state(self.out, state)
                 self._on_round(state.history[-1])
             return state
 
@@ -87,7 +87,7 @@ class Coordinator:
         Raises:
           ServerError: As :meth:`run`.
         """
-        state = load_state(self._out)
+        state = load_state(self.out)
         if state is None:
             state = ServerState(
                 run_id=secrets.token_hex(16),
@@ -97,12 +97,12 @@ class Coordinator:
                 theta=self._theta,
                 tainted=self._tainted,
             )
-            save_state(self._out, state)
+            save_state(self.out, state)
             return state
         odd = differing(state.terms, self._terms)
         if odd or state.basis_sha256 != self._basis_sha256:
             raise ServerError(
-                f"{self._out} holds a run whose {', '.join(odd) or 'basis'} differ from what is asked now; terms "
+                f"{self.out} holds a run whose {', '.join(odd) or 'basis'} differ from what is asked now; terms "
                 "cannot change on resume."
             )
         return replace(state, tainted=state.tainted or self._tainted)
@@ -118,7 +118,7 @@ class Coordinator:
         updates = {name: verdict.updates[name] for name in sorted(verdict.updates)}
         receipts = {**state.receipts, **{name: update.receipt for name, update in updates.items()}}
         state = replace(state, receipts=receipts)
-        save_state(self._out, state)  # before anything is made of the replies: a silo may not fall back behind them
+        save_state(self.out, state)  # before anything is made of the replies: a silo may not fall back behind them
         if len(updates) < state.terms.min_silos:
             reasons = "; ".join(f"{name}: {why}" for name, why in sorted({**verdict.lost, **verdict.left}.items()))
             raise TooFewSilos(
@@ -158,7 +158,7 @@ class Coordinator:
                 )
             return state
         state = replace(state, opened=(state.round, names))
-        save_state(self._out, state)
+        save_state(self.out, state)
         return state
 
     def _collect(self, state: ServerState) -> tuple[Verdict, int]:

@@ -92,9 +92,8 @@ def test_a_deployment_on_loopback(federation, tmp_path):
         make_node_key(stranger)
         shutil.copy(out / TLS / "ca.pem", stranger / "ca.pem")
         for folder in (*(silo.folder for silo in silos.values()), stranger):
-            node = threading.Thread(
-                target=supernode, args=(folder, f"127.0.0.1:{port}"), kwargs={"port": free_port(), "stop": over.is_set}
-            )
+            options = {"silo_folder": folder, "port": free_port(), "stop": over.is_set}
+            node = threading.Thread(target=supernode, args=(folder, f"127.0.0.1:{port}"), kwargs=options)
             node.start()
             stack.callback(node.join)
         stack.callback(over.set)

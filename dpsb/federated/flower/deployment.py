@@ -93,6 +93,7 @@ def supernode(
     folder: Path,
     server: str,
     *,
+    silo_folder: Path,
     port: int,
     stop: Callable[[], bool],
     on_restart: Callable[[int], None] = lambda _code: None,
@@ -100,19 +101,21 @@ def supernode(
     """A silo's SuperNode, started again when it ends, until ``stop`` says so. The silo's worker runs beside it.
 
     Args:
-      folder: The silo's own, with ``ca.pem`` of the server and ``node.key``.
+      folder: The node's own, with ``ca.pem`` of the server and ``node.key``.
       server: ``host:port`` of the SuperLink.
+      silo_folder: Where the silo's worker listens.
       port: Of the SuperNode's own interface on loopback, where its ClientApps connect.
       stop: Asked several times a second.
       on_restart: Told the exit code of a SuperNode that ended.
     """
     flower, tls = folder / FLOWER, folder / FLOWER / TLS
+    flower.mkdir(parents=True, exist_ok=True)
     make_certificates(tls, _LOOPBACK, days=3650)
     (tls / "ca.key").unlink(missing_ok=True)
     command = [
         *(program("flower-supernode"), "--superlink", server, "--root-certificates", str(folder / CA)),
         *("--auth-supernode-private-key", str(folder / NODE_KEY)),
-        *("--node-config", f'silo-folder="{folder.resolve()}"', "--isolation", "subprocess"),
+        *("--node-config", f'silo-folder="{silo_folder.resolve()}"', "--isolation", "subprocess"),
         *("--host", "127.0.0.1", "--port", str(port)),
         *(
             "--ssl-ca-certfile",

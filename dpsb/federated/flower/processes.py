@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from dpsb.federated.channel import WorkerError
 from dpsb.federated.flower.simulation import SETTINGS
 
 _GRACE = 10.0
+_PR_SET_PDEATHSIG = 1
 _FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 60.0
 _LONG_ENOUGH = 120.0
 
@@ -44,15 +46,27 @@ def _path() -> str:
 
 @contextmanager
 def running(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Runs a program with its output in ``log``; it and its children end with the block."""
+    """Runs a program with its output in ``log``; it and its children end with the block, and with this process."""
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=dict(env), start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=dict(env),
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
     try:
         yield process
     finally:
         end(process)
+
+
+def _end_with_parent() -> None:
+    """On Linux: a process whose parent was killed gets SIGTERM instead of staying behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
