@@ -28,12 +28,15 @@ class Federation:
     Args:
       report: The claim, by ``dpsb_accounting.federated``.
       state: The coordinator's.
-      never: Silos without a ledger: they charged nothing, and nothing of them was released.
+      never: Silos without a ledger here: nothing of them was used.
+      behind: Silos of whose ledger the server has an early copy only. The plan is its first line, so the claim holds;
+        what they charged in the end, their own ledgers say.
     """
 
     report: FederatedReport
     state: ServerState
     never: tuple[str, ...]
+    behind: tuple[str, ...] = ()
 
     def to_json(self, held_out: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The report as JSON; ``held_out`` are metrics outside the guarantee."""
@@ -45,6 +48,7 @@ class Federation:
             "rounds": {"done": self.state.round, "planned": self.state.terms.rounds, "history": rounds},
             "left": dict(self.state.left),
             "without_ledger": list(self.never),
+            "early_copies": list(self.behind),
             "bytes": {
                 "up": sum(record.bytes_up for record in self.state.history),
                 "down": sum(record.bytes_down for record in self.state.history),
@@ -53,6 +57,11 @@ class Federation:
         if held_out:
             content["held_out"] = {"metrics": dict(held_out), "note": "outside the guarantee"}
         return content
+
+
+def copy_of_ledger(out: Path, silo: str) -> Path:
+    """Where a deployment's server keeps what a silo handed out of its ledger."""
+    return out / "ledgers" / f"{silo}.jsonl"
 
 
 def federation_report(out: Path) -> Federation:
@@ -69,17 +78,19 @@ def federation_report(out: Path) -> Federation:
     state = load_state(out)
     if state is None:
         raise ServerError(f"{out} holds no federation; start one with `dpsb federate simulate`.")
-    found, never = [], []
+    found, never, behind = [], [], []
     for name in state.terms.silos:
-        path = run_folder(out / SILOS / name, state.run_id) / LEDGER_NAME
-        if not path.exists():
-            if name in state.receipts:
+        path, copy = run_folder(out / SILOS / name, state.run_id) / LEDGER_NAME, copy_of_ledger(out, name)
+        receipt = state.receipts.get(name)
+        if not path.exists() and not copy.exists():
+            if receipt is not None:
                 raise ServerError(f"The ledger of silo {name!r}, which took part, is gone: nothing can be claimed.")
             never.append(name)
             continue
-        record = Ledger.read(path)
-        receipt = state.receipts.get(name)
-        if receipt is not None:
+        record = Ledger.read(path if path.exists() else copy)
+        if receipt is not None and not path.exists() and record.length < receipt.length:
+            behind.append(name)
+        elif receipt is not None:
             record.check_not_behind(receipt.length, receipt.head)
         silo = Silo.from_ledger(record, name)
         if state.tainted:
@@ -87,7 +98,7 @@ def federation_report(out: Path) -> Federation:
         found.append(silo)
     if not found:
         raise ServerError(f"No silo in {out} has a ledger yet, so there is nothing to report.")
-    return Federation(report=_report(found, state.terms), state=state, never=tuple(never))
+    return Federation(report=_report(found, state.terms), state=state, never=tuple(never), behind=tuple(behind))
 
 
 def _report(silos: list[Silo], terms: Terms) -> FederatedReport:

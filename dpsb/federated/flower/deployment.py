@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,14 +12,15 @@ from dpsb.federated.channel import WorkerError
 from dpsb.federated.flower.app import write_app
 from dpsb.federated.flower.keys import CA, CERTIFICATE, KEY, NODE_KEY, make_certificates
 from dpsb.federated.flower.processes import checked, environment, program, running, supervised
-from dpsb.federated.flower.server_app import STOPPED
+from dpsb.federated.flower.server_app import ended
 from dpsb.federated.server import ServerError, load_state
 
 TLS, NODES, FLOWER = "tls", "nodes", "flower"
 """Folders of a server: certificates, the silos' public keys, and Flower's home, app, database and logs."""
 
 _CONNECTION = "dpsb"
-_START = 90.0
+_START, _AFTER_STREAM = 90.0, 60.0
+RUN_LOG = "run.log"
 _LOOPBACK = ("127.0.0.1", "localhost")
 
 
@@ -65,10 +67,8 @@ def register(flower: Path, keys: Sequence[Path]) -> None:
                 raise
 
 
-def run_rounds(
-    out: Path, flower: Path, *, patience: float, timeout: float, stop: Callable[[], bool] = lambda: False
-) -> None:
-    """Submits the app and waits until the run's last round is closed.
+def run_rounds(out: Path, flower: Path, *, patience: float, timeout: float) -> None:
+    """Submits the app and waits until it has ended.
 
     Raises:
       ServerError: If the run stopped earlier; the message says why, as far as the coordinator could.
@@ -76,17 +76,18 @@ def run_rounds(
     begun = time.time()
     config = f'federation="{out.resolve()}" patience={float(patience)} timeout={float(timeout)}'
     command = [program("flwr"), "run", str(flower / "app"), _CONNECTION, "--stream", "--run-config", config]
-    with running(command, environment(flower), flower / "run.log") as process:
-        while process.poll() is None and not stop() and not _over(out, begun):
+    with running(command, environment(flower), flower / RUN_LOG) as process:
+        over, reason = ended(out, begun)
+        last = math.inf
+        while not over and time.monotonic() < last:
+            if process.poll() is not None and last == math.inf:
+                last = time.monotonic() + _AFTER_STREAM  # the log's stream may end before the app has
             time.sleep(0.2)
-        last = time.monotonic() + 20  # the log's stream may end before the app has
-        while not _over(out, begun) and time.monotonic() < last and not stop():
-            time.sleep(0.2)
-    state = load_state(out)
-    if state is None or state.round < state.terms.rounds:
-        reason = (out / STOPPED).read_text().strip() if _fresh(out / STOPPED, begun) else f"see {flower / 'run.log'}"
+            over, reason = ended(out, begun)
+    if not over or reason:
+        state = load_state(out)
         done = 0 if state is None else state.round
-        raise ServerError(f"The run stopped after {done} rounds: {reason}")
+        raise ServerError(f"The run stopped after {done} rounds: {reason or f'see {flower / RUN_LOG}'}")
 
 
 def supernode(
@@ -140,12 +141,3 @@ def _wait_for(flower: Path, alive: Callable[[], bool]) -> None:
             time.sleep(0.5)
         else:
             return
-
-
-def _over(out: Path, begun: float) -> bool:
-    state = load_state(out)
-    return _fresh(out / STOPPED, begun) or (state is not None and state.round >= state.terms.rounds)
-
-
-def _fresh(path: Path, begun: float) -> bool:
-    return path.exists() and path.stat().st_mtime >= begun - 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dpsb.federated.channel import WorkerError
 from dpsb.federated.flower.processes import environment, python_module, running
-from dpsb.federated.flower.server_app import STOPPED
+from dpsb.federated.flower.server_app import ended
 from dpsb.federated.messages import Reply
 from dpsb.federated.server import ServerError, ServerState, load_state
 from dpsb.federated.silo import Silo
@@ -35,16 +35,16 @@ def simulate_rounds(
     flower.mkdir(parents=True, exist_ok=True)
     log = flower / "simulation.log"
     on_status("starting Flower's simulation")
+    begun = time.time()
     with workers(silos, on_reply):
         command = python_module("dpsb.federated.flower.simulation", str(out), str(_PATIENCE))
         with running(command, environment(flower), log) as process:
             while process.poll() is None:
                 time.sleep(0.1)
+    over, reason = ended(out, begun)
     state = load_state(out)
-    if state is None or state.round < state.terms.rounds:
-        stopped = out / STOPPED
-        reason = stopped.read_text().strip() if stopped.exists() else f"see {log}"
-        raise ServerError(f"Flower's simulation stopped before the last round: {reason}")
+    if not over or reason or state is None:
+        raise ServerError(f"Flower's simulation stopped before the last round: {reason or f'see {log}'}")
     return state
 
 
