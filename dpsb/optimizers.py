@@ -88,7 +88,7 @@ def make_optimizer(config: RunConfig, adapter: Adapter, plan: Plan) -> tuple[tor
         if config.method == "lora-plus" and "lora_B" in parts:
             kind = "B"
         groups.setdefault(kind, {"params": [], "lr": rates[kind]})["params"].append(parameter)
-    return _optimizer(config, list(groups.values()), plan), _SCHEDULES[config.schedule]
+    return _optimizer(config, list(groups.values()), plan), SCHEDULES[config.schedule]
 
 
 def _optimizer(config: RunConfig, groups: list[dict[str, Any]], plan: Plan) -> torch.optim.Optimizer:
@@ -102,7 +102,7 @@ def _optimizer(config: RunConfig, groups: list[dict[str, Any]], plan: Plan) -> t
     return torch.optim.Adam(groups)
 
 
-_SCHEDULES: dict[str, Schedule] = {
+SCHEDULES: dict[str, Schedule] = {
     "constant": lambda _done: 1.0,
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),

@@ -279,7 +279,7 @@ def _plan(
         basis=provenance.to_json(),
         released_before=before if existing is None else existing.phases[: existing.phases.index(existing.train)],
         noise_multiplier=existing.noise_multiplier if existing is not None and existing.is_private else None,
-        details=_details(config, model, prepared, start),
+        details=run_details(config, model, prepared, start),
     )
     share = existing.details.get("basis_budget") if existing is not None else realised_share(plan)
     if share is not None:
@@ -291,7 +291,8 @@ def _plan(
     return plan
 
 
-def _details(config: RunConfig, model: Any, prepared: Prepared, start: bytes) -> dict[str, Any]:
+def run_details(config: RunConfig, model: Any, prepared: Prepared, start: bytes) -> dict[str, Any]:
+    """The public facts of a run that its plan states beside the mechanism."""
     return {
         "model": config.model,
         "data": Path(config.data).name,

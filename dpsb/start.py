@@ -51,10 +51,14 @@ def read_start(out: Path, plan: Plan) -> bytes:
 
 def attach_again(model: Any, start: bytes, plan: Plan) -> Adapter:
     """The adapter as the interrupted run began with it."""
-    saved = load(start)
     details: Mapping[str, Any] = plan.details
-    method = method_named(details.get("method", "sb"))
-    adapter = adapt(model, method) if method.kind != "cores" else _attach_cores(model, saved, plan)
+    return attach_saved(model, start, plan.basis, details.get("method", "sb"))
+
+
+def attach_saved(model: Any, start: bytes, basis: Mapping[str, Any], method_name: str = "sb") -> Adapter:
+    """The adapter as a start file has it; ``basis`` is its provenance."""
+    saved, method = load(start), method_named(method_name)
+    adapter = adapt(model, method) if method.kind != "cores" else _attach_cores(model, saved, basis)
     adapter.load_state({key.removeprefix("theta/"): v for key, v in saved.items() if key.startswith("theta/")})
     with torch.no_grad():
         for name, tensor in frozen_factors(adapter).items():
@@ -62,8 +66,8 @@ def attach_again(model: Any, start: bytes, plan: Plan) -> Adapter:
     return adapter
 
 
-def _attach_cores(model: Any, saved: Mapping[str, torch.Tensor], plan: Plan) -> Adapter:
+def _attach_cores(model: Any, saved: Mapping[str, torch.Tensor], provenance: Mapping[str, Any]) -> Adapter:
     names = sorted({key.removesuffix(".A") for key in saved if key.endswith(".A")})
     factors = {name: Factors(A=saved[f"{name}.A"], B=saved[f"{name}.B"]) for name in names}
-    basis = Basis(factors=factors, provenance=Provenance.from_json(plan.basis))
+    basis = Basis(factors=factors, provenance=Provenance.from_json(provenance))
     return attach(model, basis, allow=HEAD_NAMES)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +13,7 @@ import torch
 from torch import nn
 
 from dpsb.adapter import Adapter, set_gradient
-from dpsb.capture import CaptureError, adapter_train_mode, per_example_gradients
+from dpsb.capture import adapter_train_mode, per_example_gradients
 from dpsb.checkpoint import load_checkpoint, save_checkpoint, saved_clip_norm
 from dpsb.frozen_prefix import whole_model
 from dpsb.losses import LossFn, check_losses
@@ -33,6 +30,8 @@ from dpsb.probe import (
 )
 from dpsb.randomness import Randomness, SystemRandomness
 from dpsb.sampling import bucket_of, choose, length_buckets, microbatches, padded_lengths, poisson_draw
+from dpsb.withheld import StepError as StepError
+from dpsb.withheld import StepMemoryError, is_out_of_memory, messages_withheld
 from dpsb_accounting import Ledger, Plan
 
 _LARGEST_PROBE = 64
@@ -132,7 +131,7 @@ def fit(
     mechanism = replace(Mechanism.from_plan(plan), row_scale=row_scale)
     randomness = randomness or SystemRandomness()
     buckets = length_buckets(max_length)
-    most = _examples_per_unit(plan)
+    _examples_per_unit(plan)  # refuses a plan whose unit cannot be trained
     if dict(plan.basis) != adapter.provenance.to_json():
         raise ValueError(
             f"The plan states the basis {dict(plan.basis)}, the adapter has {adapter.provenance.to_json()}."
@@ -159,16 +158,18 @@ def fit(
         with _secret_dropout(randomness) if allow_dropout else without_dropout(adapter.model):
             checked = False
             for _ in range(ledger.remaining("train")):
-                number = ledger.charge("train")
-                with messages_withheld(f"Step {number}"):
-                    num_rows = len(dataset)
-                    draw = poisson_draw(num_rows + len(canaries or ()), plan.sampling_prob, randomness)
-                    drawn: Any = [dataset[int(i)] for i in draw if i < num_rows]
-                    planted = draw[len(drawn) :] - num_rows
-                    if most is not None:
-                        drawn = [[unit[j] for j in choose(len(unit), most, randomness)] for unit in drawn]
-                    summed = _clipped_sum if most is None else _clipped_sum_of_units
-                    total = summed(adapter, mechanism, loss_fn, collate, drawn, buckets, knobs.token_budget)
+                number, total, planted = charged_sum(
+                    adapter,
+                    dataset,
+                    ledger,
+                    mechanism,
+                    loss_fn,
+                    collate,
+                    buckets,
+                    knobs.token_budget,
+                    randomness,
+                    others=len(canaries or ()),
+                )
                 if canaries is None:
                     released = mechanism.release(total, randomness)
                 else:
@@ -189,6 +190,39 @@ def fit(
     save_checkpoint(run_dir, adapter, optimizer, ledger, mechanism.moving_clip_norm)
 
 
+def charged_sum(
+    adapter: Adapter,
+    dataset: Sequence[Any],
+    ledger: Ledger,
+    mechanism: Mechanism,
+    loss_fn: LossFn,
+    collate: Collate,
+    buckets: Sequence[int],
+    token_budget: int,
+    randomness: Randomness,
+    *,
+    others: int = 0,
+) -> tuple[int, torch.Tensor, np.ndarray]:
+    """Charges a step of the ledger's plan, then draws it and sums its clipped rows: all that comes before the noise.
+
+    Returns:
+      The number of the charge (public); the sum, shape ``(d,)``, float64, and which of ``others`` rows that stand for
+      no example were drawn besides. Both sensitive: hand the sum to :meth:`Mechanism.release`.
+    """
+    plan = ledger.plan
+    most = _examples_per_unit(plan)
+    number = ledger.charge("train")
+    with messages_withheld(f"Step {number}"):
+        num_rows = len(dataset)
+        draw = poisson_draw(num_rows + others, plan.sampling_prob, randomness)
+        drawn: Any = [dataset[int(i)] for i in draw if i < num_rows]
+        planted = draw[len(drawn) :] - num_rows
+        if most is not None:
+            drawn = [[unit[j] for j in choose(len(unit), most, randomness)] for unit in drawn]
+        summed = _clipped_sum if most is None else _clipped_sum_of_units
+        return number, summed(adapter, mechanism, loss_fn, collate, drawn, buckets, token_budget), planted
+
+
 def _examples_per_unit(plan: Plan) -> int | None:
     """How many examples of a unit are read in a step; None where each example is a unit of its own."""
     if plan.unit == "example":
@@ -200,37 +234,6 @@ def _examples_per_unit(plan: Plan) -> int | None:
             f"unit {plan.unit!r} and {most!r}."
         )
     return most
-
-
-class StepError(RuntimeError):
-    """Something went wrong while private data were in use. Only its kind and place are told, never its message."""
-
-
-class StepMemoryError(MemoryError):
-    """Memory ran out while private data were in use. The message is ours: NumPy's tells the shape of an array."""
-
-
-@contextmanager
-def messages_withheld(what: str) -> Iterator[None]:
-    """Lets no message of an error out that may quote an example, a label or the size of the draw."""
-    try:
-        yield
-    except (CaptureError, StepMemoryError):
-        raise
-    except MemoryError:
-        raise StepMemoryError(
-            f"{what} ran out of memory. It is charged. Lower token_budget or max_length, or resume on a machine with "
-            "more memory."
-        ) from None
-    except Exception as error:
-        if os.environ.get("DPSB_TRACEBACK"):
-            raise
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
-        raise StepError(
-            f"{what} failed ({place}). It is charged. The message is withheld, because it may quote data; "
-            "DPSB_TRACEBACK=1 shows it. The data set, collate or loss_fn breaks its contract for some example."
-        ) from None
 
 
 @contextmanager
@@ -385,9 +388,3 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 
 def _device(adapter: Adapter) -> torch.device:
     return adapter.parameters()[0].device
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the processor or on a device."""
-    marks = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(mark in str(error) for mark in marks)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from dpsb.cli import auditing, basis, compare, curve, generate, runs, selftest, train
+from dpsb.cli import auditing, basis, compare, curve, federate, generate, runs, selftest, train
 from dpsb.cli._shared import app
 
-COMMANDS = (runs, train, basis, compare, curve, selftest, auditing, generate)  # importing them registers their commands
+COMMANDS = (runs, train, basis, compare, curve, federate, generate, selftest, auditing)
+"""Importing them registers their commands."""
 
 __all__ = ["COMMANDS", "app", "main"]
 

@@ -103,7 +103,7 @@ def federated_command(
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=2))
     else:
-        _show(report)
+        show_federation(report)
     if not report.claim:
         fail(report.statement)
 
@@ -138,7 +138,8 @@ def _given(value: int | None) -> int:
     return value
 
 
-def _show(report: FederatedReport) -> None:
+def show_federation(report: FederatedReport) -> None:
+    """Prints a federation's report as tables and sentences."""
     console = Console()
     table = Table(title=f"Federation, model {report.model}", title_justify="left")
     for name in ("silo", "epsilon, upper bound", "lower", "steps charged", ""):

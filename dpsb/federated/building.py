@@ -1,0 +1,158 @@
+"""From the settings of a federation to its model: the same one at every silo, at the server, and in a simulation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from dpsb.adapter import Adapter, attach
+from dpsb.artifacts import CORE_NAME
+from dpsb.baselines.save import save_weights
+from dpsb.basis.stage import Setup, plan_basis
+from dpsb.checkpoint import replacing
+from dpsb.config import RunConfig
+from dpsb.data import Collator, Table
+from dpsb.evaluate import evaluate
+from dpsb.federated.config import FederateConfig
+from dpsb.federated.messages import State
+from dpsb.federated.spec import FederatedError
+from dpsb.federated.trainer import Trainer
+from dpsb.models import HEAD_NAMES, add_lora, load_base
+from dpsb.prepare import Prepared, labels_of, loss_of, prepare, synthetic_of, targets_of
+from dpsb.run import run_details
+from dpsb.start import START_NAME, attach_saved, start_of
+from dpsb_accounting.files import write_whole
+
+SETTINGS_NAME, ADAPTER = "federation.json", "adapter"
+
+Status = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A model ready for rounds.
+
+    Args:
+      trainer: What silos work with.
+      prepared: The data side of each table. Sensitive.
+      tokenizer: Of the model.
+    """
+
+    trainer: Trainer
+    prepared: Mapping[str, Prepared]
+    tokenizer: Any
+
+
+def build(
+    config: FederateConfig, tables: Mapping[str, Table], runs: Mapping[str, RunConfig], out: Path, on_status: Status
+) -> Built:
+    """Loads model and adapter and tokenizes each silo's table.
+
+    Where ``out`` holds the public start of the federation the adapter is that one, bit for bit; otherwise the basis is
+    computed, and start and settings are put down there.
+
+    Args:
+      config: Settings of the federation.
+      tables: Rows by silo; of a silo's own machine its own alone. Sensitive.
+      runs: The settings with which each table is read, by silo.
+      out: Folder with, or for, the start.
+      on_status: Told what is being done.
+
+    Raises:
+      FederatedError, DataError, ModelError: With one sentence on what does not fit.
+    """
+    run = config.run
+    on_status("reading data and model")
+    first = next(iter(tables))
+    labels, origin = labels_of(run, tables[first])
+    dtype = getattr(torch, run.dtype)
+    base, tokenizer = load_base(
+        run.model, run.task, labels, dtype=dtype, pooling=run.pooling, head_init_std=run.head_init_std
+    )
+    prepared = {name: prepare(runs[name], table, base, tokenizer, labels, origin) for name, table in tables.items()}
+    model = add_lora(base, run.task, run.rank, targets_of(run.targets))
+    if torch.cuda.is_available():
+        model.to("cuda")
+    collate = Collator(tokenizer.pad_token_id, next(model.parameters()).device)
+    if (out / SETTINGS_NAME).exists():
+        basis = json.loads((out / SETTINGS_NAME).read_text())["basis"]
+        adapter = attach_saved(model, (out / START_NAME).read_bytes(), basis)
+    else:
+        on_status(f"computing the basis ({run.basis})")
+        adapter = _new_adapter(run, model, prepared[first], collate)
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / START_NAME, start_of(adapter))
+        settings = {"settings": config.to_json(), "basis": adapter.provenance.to_json()}
+        write_whole(out / SETTINGS_NAME, (json.dumps(settings, indent=1) + "\n").encode())
+    trainer = Trainer(
+        adapter=adapter,
+        loss_fn=loss_of(run),
+        collate=collate,
+        synthetic=synthetic_of(run, base, tokenizer, prepared[first]),
+        max_length=prepared[first].max_length,
+        token_budget=run.token_budget,
+        details=run_details(run, model, prepared[first], (out / START_NAME).read_bytes()),
+    )
+    return Built(trainer=trainer, prepared=prepared, tokenizer=tokenizer)
+
+
+def build_without_data(config: FederateConfig, out: Path, on_status: Status) -> Built:
+    """The model for a server: no row of any silo is read, only public and held-out files of its own."""
+    run = config.run
+    columns = {
+        "classification": (run.text_column or "text", run.text_pair_column, run.label_column or "label"),
+        "causal-lm": (run.text_column or "text", run.prompt_column, run.completion_column),
+    }[run.task]
+    nothing = Table("", {name: [] for name in columns if name is not None})
+    return build(config, {"": nothing}, {"": replace(run, num_examples=1)}, out, on_status)
+
+
+def finish(out: Path, built: Built, config: FederateConfig, theta: State, run_id: str) -> dict[str, float]:
+    """Writes the averaged adapter as a plain LoRA adapter, cores in fp32 beside it; metrics on held-out rows, if any.
+
+    Returns:
+      Metrics, outside the guarantee.
+    """
+    trainer, run = built.trainer, config.run
+    adapter = trainer.adapter
+    adapter.load_state(theta)
+    for stale in out.glob(f"{ADAPTER}.new"):
+        shutil.rmtree(stale)
+    with replacing(out / ADAPTER) as folder:
+        save_weights(adapter, folder, out / START_NAME)
+        built.tokenizer.save_pretrained(folder)
+        tensors = {name: value.cpu() for name, value in adapter.state().items()}
+        tensors |= {f"{name}.B": f.B.detach().cpu().contiguous() for name, f in adapter.factors().items()}
+        save_file(tensors, folder / CORE_NAME, metadata={"format": "dpsb-core/1", "run_id": run_id})
+    held_out = next(iter(built.prepared.values())).held_out
+    if held_out is None:
+        return {}
+    return evaluate(adapter.model, held_out, run.task, trainer.collate, trainer.max_length, run.token_budget)
+
+
+def _new_adapter(run: RunConfig, model: torch.nn.Module, prepared: Prepared, collate: Collator) -> Adapter:
+    """The adapter on a basis that needs no private example."""
+    planned = plan_basis(
+        Setup(
+            config=run,
+            model=model,
+            loss_fn=loss_of(run),
+            collate=collate,
+            examples=(),
+            public=prepared.public,
+            max_length=prepared.max_length,
+            delta=0.5,
+            neighboring="zero_out",
+        )
+    )
+    adapter = attach(model, planned.basis, allow=HEAD_NAMES)
+    if adapter.provenance.access not in ("data_free", "public"):
+        raise FederatedError(f"basis={run.basis!r} is {adapter.provenance.access}, not data-free or public.")
+    return adapter

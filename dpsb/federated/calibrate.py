@@ -1,0 +1,110 @@
+"""From a simulation's budgets to what each silo is asked, and to policies that allow just that. Reads no data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+
+from dpsb.federated.config import FederateConfig
+from dpsb.federated.spec import FederatedError, PrivacyModel, SiloPolicy
+from dpsb.federated.terms import SiloTerms, Terms
+from dpsb.plan import noise_multiplier_for, relation_for
+
+_FAR = 1e9  # a sum of many clipped rows, with noise, is longer than any update of theta
+
+
+def terms_of(config: FederateConfig, sizes: Mapping[str, int]) -> tuple[Terms, dict[str, SiloPolicy]]:
+    """What each silo is asked, with noise calibrated to its own budget; and its policy.
+
+    Args:
+      config: Settings.
+      sizes: The silos' true numbers of examples; public where no N is declared, else not used.
+
+    Raises:
+      FederatedError: If a batch is larger than its silo.
+      CalibrationInfeasible: If no noise keeps to a budget.
+    """
+    run, federation = config.run, config.federation
+    model = PrivacyModel(federation.model)
+    sizes = {name: config.silos[name].num_examples or sizes[name] for name in config.silos}
+    delta, relation = _delta(config, sizes, model), _relation(config, model)
+    asked = {name: _asked(config, name, size, delta, relation, model) for name, size in sizes.items()}
+    if model is not PrivacyModel.SILO_LOCAL:  # one noise for all: the largest that any silo needs
+        noise = max(terms.noise_multiplier for terms in asked.values())
+        asked = {name: replace(terms, noise_multiplier=noise) for name, terms in asked.items()}
+    terms = Terms(
+        silos=asked,
+        rounds=federation.rounds,
+        model=model,
+        local_steps=federation.local_steps,
+        l2_clip_norm=run.l2_clip_norm,
+        learning_rate=run.learning_rate,
+        head_learning_rate=run.head_learning_rate or run.learning_rate,
+        optimizer=run.optimizer,
+        momentum=run.momentum if run.optimizer == "sgd" else 0.0,
+        schedule=run.schedule,
+        server_optimizer=federation.server_optimizer,
+        server_learning_rate=federation.server_learning_rate,
+        min_silos=config.min_silos,
+        dropouts=federation.dropouts,
+        colluders=federation.colluders,
+        max_update_norm=1000.0 if model is PrivacyModel.SILO_LOCAL else _FAR,
+    )
+    policies = {
+        name: SiloPolicy(
+            silo=name,
+            max_epsilon=config.epsilon(name),
+            delta=delta,
+            num_examples=config.silos[name].num_examples,
+            neighboring=relation,
+            min_noise_multiplier=min(0.3, asked[name].noise_multiplier),
+            max_sampling_prob=asked[name].sampling_prob,
+            max_rounds=federation.rounds,
+            max_local_steps=federation.local_steps,
+            spare_rounds=federation.spare_rounds,
+            models=(model.value,),
+            clients=len(sizes) if model is PrivacyModel.SECAGG else None,
+            min_clients=max(2, len(sizes) - federation.dropouts),
+            min_colluders=federation.colluders,
+        )
+        for name in sizes
+    }
+    return terms, policies
+
+
+def _delta(config: FederateConfig, sizes: Mapping[str, int], model: PrivacyModel) -> float:
+    """One delta for all: below one over the number of units, which are silos in ``client_level``."""
+    if config.run.delta is not None:
+        return config.run.delta
+    return 0.1 / (len(sizes) if model is PrivacyModel.CLIENT_LEVEL else max(sizes.values()))
+
+
+def _relation(config: FederateConfig, model: PrivacyModel) -> str:
+    if model is PrivacyModel.CLIENT_LEVEL:
+        return "zero_out"
+    declared = next(iter(config.silos.values())).num_examples is not None
+    return relation_for(config.run.neighboring, declared)
+
+
+def _asked(config: FederateConfig, name: str, size: int, delta: float, relation: str, model: PrivacyModel) -> SiloTerms:
+    batch, federation = config.expected_batch_size(name), config.federation
+    if batch > size:
+        raise FederatedError(f"expected_batch_size={batch} exceeds the {size} examples of silo {name!r}.")
+    rounds = federation.rounds + federation.spare_rounds
+    whole = model is PrivacyModel.CLIENT_LEVEL
+    noise = noise_multiplier_for(
+        target_epsilon=config.epsilon(name),
+        delta=delta,
+        sampling_prob=1.0 if whole else batch / size,
+        steps=rounds if whole else rounds * federation.local_steps,
+        neighboring=relation,
+    )
+    return SiloTerms(sampling_prob=batch / size, noise_multiplier=noise, expected_batch_size=batch)
+
+
+def policy_text(policy: SiloPolicy) -> str:
+    """A policy as the TOML file that :func:`dpsb.federated.spec.read_policy` reads."""
+    lines = ["# What this silo allows at most; see docs/federated.md. A server can only ask for less."]
+    lines += [f"{name} = {json.dumps(value)}" for name, value in policy.to_json().items()]
+    return "\n".join(lines) + "\n"

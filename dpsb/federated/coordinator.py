@@ -1,0 +1,223 @@
+"""The coordinator: rounds over any transport, with a checkpoint after each and strict rules for replies."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dpsb.federated.aggregate import fed_sb
+from dpsb.federated.budget import alone
+from dpsb.federated.judge import Verdict, judge
+from dpsb.federated.messages import SUM, RoundMessage, Transport, Update, bytes_of
+from dpsb.federated.server import RoundRecord, ServerError, ServerState, load_state, save_state, server_step
+from dpsb.federated.spec import PrivacyModel
+from dpsb.federated.terms import Terms, differing
+from dpsb.mechanism import Mechanism
+from dpsb.randomness import Randomness, SystemRandomness
+
+
+class TooFewSilos(ServerError):
+    """Fewer silos than ``min_silos`` replied; the round stays open and the run can be resumed."""
+
+
+class Coordinator:
+    r"""Runs the rounds of a federation.
+
+    A round sends theta to every silo that has not left and averages the replies, unweighted:
+    :math:`\theta_{t+1} = \frac{1}{|S_t|}\sum_{i \in S_t} \theta_{i,t}` over the silos :math:`S_t` that replied. In
+    the other models it adds up the silos' clipped vectors, with one noise (``secagg``: the silos' shares of it), and
+    takes a step of its own optimizer.
+
+    Guarantees:
+      * Its state is on disk, whole, after each round, and its receipts before a round's replies are used. A coordinator
+        that was killed resumes at the round that is not closed and sends the same theta, which silos that have replied
+        answer from their disks, at no cost.
+      * A round is closed with the replies of at least ``min_silos`` silos, or not at all.
+      * A silo whose ledger does not continue what its receipts say is out of the run.
+      * In the models with sums, what leaves the coordinator is computed from noisy sums only, one for each round.
+
+    Args:
+      out: Its folder; the state is in ``out/server``.
+      terms: What to run. On a resumed run they must be the same.
+      theta: The public start, in the order of the adapter's parameters.
+      basis_sha256: Of the basis that all silos must have.
+      transport: Brings messages to the silos.
+      randomness: Of the server's noise in ``trusted_server``; a seeded one voids the claim.
+      on_round: Told after each round.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        terms: Terms,
+        theta: Mapping[str, torch.Tensor],
+        basis_sha256: str,
+        transport: Transport,
+        *,
+        randomness: Randomness | None = None,
+        on_round: Callable[[RoundRecord], None] = lambda _record: None,
+    ) -> None:
+        self.out, self._terms, self._transport = Path(out), terms, transport
+        self._theta, self._basis_sha256 = dict(theta), basis_sha256
+        self._randomness = randomness or SystemRandomness()
+        self._on_round = on_round
+
+    def run(self) -> ServerState:
+        """Does all rounds that are left.
+
+        Raises:
+          TooFewSilos: If a round could not be closed; charges stay, and resuming asks for the same round again.
+          ServerError: If the folder holds a run with other terms, or one that cannot be read.
+        """
+        with alone(self.out):
+            state = self.begin()
+            while state.round < state.terms.rounds:
+                state = self._round(state)
+                save_state(self.out, state)
+                self._on_round(state.history[-1])
+            return state
+
+    def begin(self) -> ServerState:
+        """The state of the run in the folder, or of a new one, which is then on disk.
+
+        Raises:
+          ServerError: As :meth:`run`.
+        """
+        state = load_state(self.out)
+        if state is None:
+            state = ServerState(
+                run_id=secrets.token_hex(16),
+                terms=self._terms,
+                basis_sha256=self._basis_sha256,
+                round=0,
+                theta=self._theta,
+                tainted=self._tainted,
+            )
+            save_state(self.out, state)
+            return state
+        odd = differing(state.terms, self._terms)
+        if odd or state.basis_sha256 != self._basis_sha256:
+            raise ServerError(
+                f"{self.out} holds a run whose {', '.join(odd) or 'basis'} differ from what is asked now; terms "
+                "cannot change on resume."
+            )
+        return replace(state, tainted=state.tainted or self._tainted)
+
+    @property
+    def _tainted(self) -> bool:
+        return self._randomness.tainted and self._terms.model is not PrivacyModel.SILO_LOCAL
+
+    def _round(self, state: ServerState) -> ServerState:
+        verdict, sent = self._collect(state)
+        if verdict.left:
+            state = replace(state, left={**state.left, **verdict.left})
+        updates = {name: verdict.updates[name] for name in sorted(verdict.updates)}
+        receipts = {**state.receipts, **{name: update.receipt for name, update in updates.items()}}
+        state = replace(state, receipts=receipts)
+        save_state(self.out, state)  # before anything is made of the replies: a silo may not fall back behind them
+        if len(updates) < state.terms.min_silos:
+            reasons = "; ".join(f"{name}: {why}" for name, why in sorted({**verdict.lost, **verdict.left}.items()))
+            raise TooFewSilos(
+                f"Round {state.round} has {len(updates)} usable replies, min_silos is {state.terms.min_silos} "
+                f"({reasons or 'no silo is left'}). What was charged stays charged; resume to ask again."
+            )
+        if state.terms.model is PrivacyModel.SECAGG:
+            state = self._open(state, tuple(updates))
+        theta, moments = self._next_theta(state, updates)
+        record = RoundRecord(
+            round=state.round,
+            silos=tuple(updates),
+            lost={**verdict.lost, **verdict.left},
+            bytes_up=sum(bytes_of(update.tensors) for update in updates.values()),
+            bytes_down=sent * bytes_of(state.theta),
+            notes=tuple(verdict.notes),
+        )
+        return replace(
+            state,
+            round=state.round + 1,
+            theta=theta,
+            moments=moments,
+            history=(*state.history, record),
+        )
+
+    def _open(self, state: ServerState, names: tuple[str, ...]) -> ServerState:
+        """Puts on disk whose sum is opened, before it is: the same round is never opened for another set of silos.
+
+        Two sums of the same contributions over different silos would show what the silos between them contributed, with
+        one share of the noise instead of all.
+        """
+        if state.opened is not None and state.opened[0] == state.round:
+            if state.opened[1] != names:
+                raise TooFewSilos(
+                    f"The sum of round {state.round} was opened for {', '.join(state.opened[1])} before the "
+                    f"coordinator stopped; it cannot be opened for {', '.join(names)}. Resume when those are there."
+                )
+            return state
+        state = replace(state, opened=(state.round, names))
+        save_state(self.out, state)
+        return state
+
+    def _collect(self, state: ServerState) -> tuple[Verdict, int]:
+        """Asks the silos that have not left; those that gave nothing usable again, ``attempts`` times in all."""
+        specs = state.terms.specs(state.run_id, state.round, state.theta, state.basis_sha256)
+        whole, sent = Verdict(), 0
+        pending = [name for name in specs if name not in state.left]
+        for _ in range(state.terms.attempts):
+            messages = [
+                RoundMessage(silo=name, spec=specs[name], theta=state.theta, receipt=state.receipts.get(name))
+                for name in pending
+            ]
+            sent += len(messages)
+            found = judge(
+                self._transport.send(messages),
+                {name: specs[name] for name in pending},
+                state.theta,
+                state.receipts,
+                max_update_norm=state.terms.max_update_norm,
+            )
+            whole.updates |= found.updates
+            whole.left |= found.left
+            whole.notes += found.notes
+            whole.lost = {name: found.lost.get(name, "no reply") for name in pending}
+            pending = [name for name in pending if name not in found.updates and name not in found.left]
+            whole.lost = {name: whole.lost[name] for name in pending}
+            if not pending:
+                break
+        return whole, sent
+
+    def _next_theta(
+        self, state: ServerState, updates: Mapping[str, Update]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        terms, theta = state.terms, state.theta
+        if terms.model is not PrivacyModel.SILO_LOCAL:
+            mean = self._noisy_mean(terms, theta, updates)
+            if terms.model is PrivacyModel.CLIENT_LEVEL:
+                return server_step(theta, {name: -value for name, value in mean.items()}, state, own_rates=False)
+            return server_step(theta, mean, state, own_rates=True)
+        mean = fed_sb([update.tensors for update in updates.values()])
+        if terms.server_optimizer == "none":
+            return {name: mean[name] for name in theta}, {}
+        difference = {name: theta[name].double() - mean[name].double() for name in theta}
+        return server_step(theta, difference, state, own_rates=False)
+
+    def _noisy_mean(
+        self, terms: Terms, theta: Mapping[str, torch.Tensor], updates: Mapping[str, Update]
+    ) -> dict[str, torch.Tensor]:
+        """The silos' vectors added up, with one noise, divided by a public number.
+
+        In ``secagg`` the noise is in the silos' shares; the sum is as it would come out of a secure aggregation. The
+        divisor is the expected batch of those that took part, in ``client_level`` the number of all clients.
+        """
+        total = torch.stack([update.tensors[SUM] for update in updates.values()]).sum(dim=0)
+        if terms.model is not PrivacyModel.SECAGG:
+            noise = terms.noise_multiplier
+            mechanism = Mechanism(l2_clip_norm=terms.l2_clip_norm, noise_multiplier=noise, clipping="flat")
+            total = mechanism.release(total, self._randomness)
+        divisor = sum(terms.silos[name].expected_batch_size for name in updates)
+        mean = total / (len(terms.silos) if terms.model is PrivacyModel.CLIENT_LEVEL else divisor)
+        parts = mean.split([tensor.numel() for tensor in theta.values()])
+        return {name: part.view_as(tensor) for (name, tensor), part in zip(theta.items(), parts, strict=True)}

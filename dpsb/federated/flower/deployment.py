@@ -1,0 +1,143 @@
+"""A deployment over TLS: the server's SuperLink and run, and a silo's SuperNode beside its worker."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dpsb.federated.channel import WorkerError
+from dpsb.federated.flower.app import write_app
+from dpsb.federated.flower.keys import CA, CERTIFICATE, KEY, NODE_KEY, make_certificates
+from dpsb.federated.flower.processes import checked, environment, program, running, supervised
+from dpsb.federated.flower.server_app import ended
+from dpsb.federated.server import ServerError, load_state
+
+TLS, NODES, FLOWER = "tls", "nodes", "flower"
+"""Folders of a server: certificates, the silos' public keys, and Flower's home, app, database and logs."""
+
+_CONNECTION = "dpsb"
+_START, _AFTER_STREAM = 90.0, 60.0
+RUN_LOG = "run.log"
+_LOOPBACK = ("127.0.0.1", "localhost")
+
+
+@contextmanager
+def superlink(out: Path, host: str, port: int) -> Iterator[Path]:
+    """Flower's SuperLink over TLS, which lets only registered nodes in; yields the folder of its files.
+
+    Its Control API, on the same port, is not authenticated in the open-source build: whoever reaches it and has the
+    certificate authority can submit code. Let silos reach ``/v1/fleet/`` only; see docs/federated.md.
+    """
+    tls, flower = out / TLS, out / FLOWER
+    flower.mkdir(parents=True, exist_ok=True)
+    write_app(flower / "app")
+    (flower / "config.toml").write_text(
+        f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\naddress = "127.0.0.1:{port}"\n'
+        f'root-certificates = "{(tls / CA).resolve()}"\n'
+    )
+    command = [
+        *(program("flower-superlink"), "--host", host, "--port", str(port), "--isolation", "subprocess"),
+        *(
+            "--ssl-ca-certfile",
+            str(tls / CA),
+            "--ssl-certfile",
+            str(tls / CERTIFICATE),
+            "--ssl-keyfile",
+            str(tls / KEY),
+        ),
+        *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
+        *("--database", str((flower / "superlink.db").resolve())),
+    ]
+    with running(command, environment(flower), flower / "superlink.log") as process:
+        _wait_for(flower, lambda: process.poll() is None)
+        yield flower
+
+
+def register(flower: Path, keys: Sequence[Path]) -> None:
+    """Lets the nodes with these public keys in; those that are known already stay."""
+    for key in keys:
+        try:
+            command = [program("flwr"), "supernode", "register", str(key.resolve()), _CONNECTION]
+            checked(command, environment(flower), f"Registering {key.name}")
+        except WorkerError as error:
+            if "already in use" not in str(error):
+                raise
+
+
+def run_rounds(out: Path, flower: Path, *, patience: float, timeout: float) -> None:
+    """Submits the app and waits until it has ended.
+
+    Raises:
+      ServerError: If the run stopped earlier; the message says why, as far as the coordinator could.
+    """
+    begun = time.time()
+    config = f'federation="{out.resolve()}" patience={float(patience)} timeout={float(timeout)}'
+    command = [program("flwr"), "run", str(flower / "app"), _CONNECTION, "--stream", "--run-config", config]
+    with running(command, environment(flower), flower / RUN_LOG) as process:
+        over, reason = ended(out, begun)
+        last = math.inf
+        while not over and time.monotonic() < last:
+            if process.poll() is not None and last == math.inf:
+                last = time.monotonic() + _AFTER_STREAM  # the log's stream may end before the app has
+            time.sleep(0.2)
+            over, reason = ended(out, begun)
+    if not over or reason:
+        state = load_state(out)
+        done = 0 if state is None else state.round
+        raise ServerError(f"The run stopped after {done} rounds: {reason or f'see {flower / RUN_LOG}'}")
+
+
+def supernode(
+    folder: Path,
+    server: str,
+    *,
+    silo_folder: Path,
+    port: int,
+    stop: Callable[[], bool],
+    on_restart: Callable[[int], None] = lambda _code: None,
+) -> None:
+    """A silo's SuperNode, started again when it ends, until ``stop`` says so. The silo's worker runs beside it.
+
+    Args:
+      folder: The node's own, with ``ca.pem`` of the server and ``node.key``.
+      server: ``host:port`` of the SuperLink.
+      silo_folder: Where the silo's worker listens.
+      port: Of the SuperNode's own interface on loopback, where its ClientApps connect.
+      stop: Asked several times a second.
+      on_restart: Told the exit code of a SuperNode that ended.
+    """
+    flower, tls = folder / FLOWER, folder / FLOWER / TLS
+    flower.mkdir(parents=True, exist_ok=True)
+    make_certificates(tls, _LOOPBACK, days=3650)
+    (tls / "ca.key").unlink(missing_ok=True)
+    command = [
+        *(program("flower-supernode"), "--superlink", server, "--root-certificates", str(folder / CA)),
+        *("--auth-supernode-private-key", str(folder / NODE_KEY)),
+        *("--node-config", f'silo-folder="{silo_folder.resolve()}"', "--isolation", "subprocess"),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *(
+            "--ssl-ca-certfile",
+            str(tls / CA),
+            "--ssl-certfile",
+            str(tls / CERTIFICATE),
+            "--ssl-keyfile",
+            str(tls / KEY),
+        ),
+    ]
+    supervised(command, environment(flower), flower / "supernode.log", stop=stop, on_restart=on_restart)
+
+
+def _wait_for(flower: Path, alive: Callable[[], bool]) -> None:
+    last = time.monotonic() + _START
+    while True:
+        try:
+            checked([program("flwr"), "list", _CONNECTION], environment(flower), "")
+        except WorkerError:
+            if not alive() or time.monotonic() > last:
+                raise WorkerError(f"The SuperLink does not start; see {flower / 'superlink.log'}.") from None
+            time.sleep(0.5)
+        else:
+            return

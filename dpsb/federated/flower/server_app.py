@@ -1,0 +1,91 @@
+"""The ServerApp: the core's coordinator over Flower's grid. Its folder holds the run, begun or interrupted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from dpsb.federated.coordinator import Coordinator
+from dpsb.federated.flower.transport import FlowerTransport
+from dpsb.federated.report import copy_of_ledger
+from dpsb.federated.server import RoundRecord, ServerError, load_state
+from dpsb_accounting.files import write_whole
+
+ENDED = "ended.json"
+PATIENCE, TIMEOUT = 120.0, 3600.0
+"""Seconds to wait for silos to appear, and for a round's replies."""
+
+
+def coordinate(grid: Grid, out: Path, *, patience: float, timeout: float) -> None:
+    """Does all rounds that are left of the run in ``out``; fetches the silos' ledgers after the first, and at the end.
+
+    How it ended is left in ``out/ended.json``, because Flower tells whoever waits only that an app failed.
+
+    Raises:
+      ServerError: If there is no run, or a round could not be closed.
+    """
+    (out / ENDED).unlink(missing_ok=True)
+    reason: str | None = "the ServerApp was stopped"
+    try:
+        state = load_state(out)
+        if state is None:
+            raise ServerError(f"{out} holds no federation; begin one with `dpsb federate init`.")
+        transport = FlowerTransport(grid, [name for name in state.terms.silos if name not in state.left], timeout)
+        transport.find(patience)
+        first = state.round
+
+        def fetch(record: RoundRecord) -> None:
+            if record.round == first:  # the plan is in it; a silo that dies later has been heard
+                _keep_ledgers(out, transport.ledgers(run_id))
+
+        run_id = state.run_id
+        coordinator = Coordinator(out, state.terms, state.theta, state.basis_sha256, transport, on_round=fetch)
+        coordinator.run()
+        _keep_ledgers(out, transport.ledgers(run_id))
+        reason = None
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise
+    finally:
+        write_whole(out / ENDED, json.dumps({"error": reason}).encode())
+
+
+def ended(out: Path, since: float) -> tuple[bool, str | None]:
+    """Whether the ServerApp has ended since a time, and why, if it was an error."""
+    path = out / ENDED
+    if not path.exists() or path.stat().st_mtime < since - 1:
+        return False, None
+    return True, json.loads(path.read_text())["error"]
+
+
+def _keep_ledgers(out: Path, ledgers: Mapping[str, bytes]) -> None:
+    for name, content in ledgers.items():
+        path = copy_of_ledger(out, name)
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists() or path.stat().st_size < len(content):
+            write_whole(path, content)
+
+
+def make_server_app(out: Path | None = None, patience: float = PATIENCE) -> ServerApp:
+    """A ServerApp for the run in a folder; without one, in the folder that the Flower run's configuration names."""
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        config = context.run_config
+        folder = out or Path(str(config["federation"]))
+        coordinate(
+            grid,
+            folder,
+            patience=float(config.get("patience", patience)),
+            timeout=float(config.get("timeout", TIMEOUT)),
+        )
+
+    return server
+
+
+app = make_server_app()

@@ -1,0 +1,246 @@
+"""A deployment's folders: the server's, and one to carry to each silo. And what runs from them."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import threading
+import tomllib
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dpsb.data import read_table
+from dpsb.federated.building import SETTINGS_NAME, build, build_without_data, finish
+from dpsb.federated.calibrate import policy_text, terms_of
+from dpsb.federated.config import FederateConfig, config_from_json
+from dpsb.federated.coordinator import Coordinator
+from dpsb.federated.flower.deployment import NODES, TLS, register, run_rounds, superlink, supernode
+from dpsb.federated.flower.keys import CA, make_certificates, make_node_key
+from dpsb.federated.messages import Reply
+from dpsb.federated.report import REPORT_NAME, Federation, federation_report, write_report
+from dpsb.federated.server import ServerError, load_state
+from dpsb.federated.silo import Silo
+from dpsb.federated.spec import POLICY_NAME, FederatedError, check_whole, checked_fields, read_policy
+from dpsb.federated.trainer import Trainer
+from dpsb.federated.worker import serve
+from dpsb.frozen_prefix import remember_frozen_prefix
+from dpsb.start import START_NAME
+from dpsb_accounting.files import write_whole
+
+FOR_SILOS, NODE = "for-silos", "node"
+"""Where a server keeps what silos need, and where a silo's SuperNode has its key and logs."""
+
+SILO_FILE, NODE_FILE = "silo.toml", "node.toml"
+PARTS = ("all", "worker", "node")
+
+_DAYS, _NODE_PORT = 825, 9100
+_SILO_TOML = """# This silo's own settings; no message can change them. Limits on what may be asked are in policy.toml.
+data = {data}  # the training file, on this machine
+"""
+_NODE_TOML = """# How this silo's SuperNode reaches the server.
+server = "{server}"  # host:port of the SuperLink
+port = {port}  # of the SuperNode's own interface, on loopback only
+"""
+
+Status = Callable[[str], None]
+
+
+class _Idle:
+    """The transport of a coordinator that only begins a run."""
+
+    def send(self, _messages: Sequence[Any]) -> list[Reply]:
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiloFile:
+    """``silo.toml``: the training file."""
+
+    data: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeFile:
+    """``node.toml``: ``host:port`` of the SuperLink, and the SuperNode's own port on loopback."""
+
+    server: str
+    port: int
+
+    def __post_init__(self) -> None:
+        host, _, port = self.server.rpartition(":")
+        if not host or not port.isdigit():
+            raise FederatedError(f"Expected server={self.server!r} to be host:port.")
+        check_whole(1, port=self.port)
+
+
+def initialize(config: FederateConfig, hosts: Sequence[str], port: int, on_status: Status) -> Path:
+    """Makes the server's folder, and in it one for each silo, from settings alone: no private row is read.
+
+    The server's keeps the run (terms, public start, checkpoint), certificates and the silos' public keys. What is under
+    ``for-silos/NAME`` goes to that silo, over a channel that you trust, and is then deleted here: it holds the silo's
+    secret key. A silo that makes its own key (``ssh-keygen -t ecdsa -b 384``) sends ``NAME.pub`` instead.
+
+    Args:
+      config: Every silo declares num_examples.
+      hosts: Names and addresses under which silos reach the server; the first stands in their files.
+      port: Of the SuperLink.
+      on_status: Told what is being done.
+
+    Returns:
+      The server's folder.
+
+    Raises:
+      FederatedError, ServerError, ModelError, DataError: With one sentence.
+    """
+    out = Path(config.run.out)
+    if out.exists() and any(out.iterdir()):
+        raise ServerError(f"{out} is not empty; choose another folder.")
+    undeclared = [name for name, silo in config.silos.items() if silo.num_examples is None]
+    if undeclared:
+        raise FederatedError(f"Declare num_examples under [silos.{undeclared[0]}]: the server reads no silo's data.")
+    sizes = {name: int(silo.num_examples or 0) for name, silo in config.silos.items()}
+    built = build_without_data(config, out, on_status)
+    on_status("calibrating the silos' noise")
+    terms, policies = terms_of(config, sizes)
+    Coordinator(out, terms, built.trainer.start, built.trainer.basis_sha256, _Idle()).begin()
+    make_certificates(out / TLS, hosts, _DAYS)
+    (out / NODES).mkdir()
+    for number, (name, policy) in enumerate(policies.items()):
+        folder = out / FOR_SILOS / name
+        (folder / NODE).mkdir(parents=True)
+        for file in (SETTINGS_NAME, START_NAME):
+            shutil.copyfile(out / file, folder / file)
+        shutil.copyfile(out / TLS / CA, folder / NODE / CA)
+        write_whole(folder / POLICY_NAME, policy_text(policy).encode())
+        own = _SILO_TOML.format(data=json.dumps(config.silos[name].data or "FILE"))
+        write_whole(folder / SILO_FILE, own.encode())
+        node = _NODE_TOML.format(server=f"{hosts[0]}:{port}", port=_NODE_PORT + number)
+        write_whole(folder / NODE / NODE_FILE, node.encode())
+        write_whole(out / NODES / f"{name}.pub", make_node_key(folder / NODE))
+    return out
+
+
+def serve_federation(
+    out: Path, host: str, port: int, *, patience: float, timeout: float, on_status: Status
+) -> Federation:
+    """Runs or goes on with the rounds of a deployment, then writes adapter and report.
+
+    Raises:
+      ServerError: If the run stopped early; start it again to go on at the round that is open.
+    """
+    config = _settings(out)
+    if (out / REPORT_NAME).exists():
+        raise ServerError(f"The federation in {out} is finished; look at it with `dpsb federate report {out}`.")
+    with superlink(out, host, port) as flower:
+        keys = sorted((out / NODES).glob("*.pub"))
+        register(flower, keys)
+        on_status(f"waiting for silos at {host}:{port}; {len(keys)} node keys are registered")
+        run_rounds(out, flower, patience=patience, timeout=timeout)
+    state = load_state(out)
+    if state is None:
+        raise ServerError(f"{out} holds no federation.")
+    built = build_without_data(config, out, on_status)
+    held_out = finish(out, built, config, state.theta, state.run_id)
+    federation = federation_report(out)
+    write_report(out, federation, {k: v if math.isfinite(v) else str(v) for k, v in held_out.items()})
+    return federation
+
+
+def open_silo(
+    folder: Path, *, on_status: Status, on_problem: Callable[[str], None] = lambda _reason: None
+) -> tuple[Silo, Trainer]:
+    """Loads a silo from its folder: model, public start, policy, and the data that ``silo.toml`` names.
+
+    Raises:
+      FederatedError, DataError, ModelError, ProbeError: With one sentence.
+    """
+    config, policy = _settings(folder), read_policy(folder / POLICY_NAME)
+    own = SiloFile(**_toml(folder / SILO_FILE, SiloFile))
+    if policy.silo not in config.silos:
+        raise FederatedError(f"{folder / POLICY_NAME} is for silo {policy.silo!r}, which the federation does not know.")
+    run = replace(config.run, data=own.data, eval_data=None, basis="weight", num_examples=policy.num_examples)
+    built = build(config, {policy.silo: read_table(own.data)}, {policy.silo: run}, folder, on_status)
+    examples = built.prepared[policy.silo].examples
+    return Silo(folder, policy, built.trainer, examples, on_problem=on_problem), built.trainer
+
+
+def run_silo(
+    folder: Path,
+    *,
+    part: str = "all",
+    node_folder: Path | None = None,
+    group: str | None = None,
+    stop: threading.Event | None = None,
+    on_status: Status = lambda _message: None,
+    on_problem: Callable[[str], None] = lambda _reason: None,
+    on_reply: Callable[[Reply], None] = lambda _reply: None,
+) -> None:
+    """A silo's two parts, until ``stop`` is set: the worker, which has the data, and the SuperNode, which has not.
+
+    Flower's SuperNode runs code that the server submits. As one user with the worker, that code could read the data. So
+    on a real silo run the parts as two users: ``part="worker"`` with a ``group`` as the owner of the data, and
+    ``part="node"`` as a member of that group, with ``node`` moved to a ``node_folder`` of its own.
+
+    Raises:
+      FederatedError, DataError, ModelError, ProbeError: With one sentence.
+    """
+    if part not in PARTS:
+        raise FederatedError(f"Expected part={part!r} to be one of {', '.join(PARTS)}.")
+    stop = stop or threading.Event()
+    node = threading.Thread(target=_run_node, args=(folder, node_folder or folder / NODE, stop, on_status))
+    try:
+        if part == "node":
+            node.start()
+            stop.wait()
+            return
+        silo, trainer = open_silo(folder, on_status=on_status, on_problem=on_problem)
+        remember = _settings(folder).run.remember_frozen_blocks
+        with remember_frozen_prefix(trainer.adapter.model) if remember else nullcontext():
+            on_status("checking the model on synthetic examples")
+            trainer.check()
+
+            def ready() -> None:
+                on_status(f"silo {silo.name!r} is ready")
+                if part == "all":
+                    node.start()
+
+            serve(silo, stop=stop, group=group, on_ready=ready, on_reply=on_reply)
+    finally:
+        stop.set()
+        if node.ident is not None:
+            node.join()
+
+
+def _run_node(folder: Path, node_folder: Path, stop: threading.Event, on_status: Status) -> None:
+    own = NodeFile(**_toml(node_folder / NODE_FILE, NodeFile))
+    on_status(f"connecting to {own.server}")
+    supernode(
+        node_folder,
+        own.server,
+        silo_folder=folder,
+        port=own.port,
+        stop=stop.is_set,
+        on_restart=lambda code: on_status(f"the SuperNode ended with code {code}; it is started again"),
+    )
+
+
+def _settings(folder: Path) -> FederateConfig:
+    try:
+        content = json.loads((folder / SETTINGS_NAME).read_text())["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise FederatedError(
+            f"{folder} holds no federation ({SETTINGS_NAME}); make it with `dpsb federate init`."
+        ) from None
+    return config_from_json(content)
+
+
+def _toml(path: Path, kind: type[Any]) -> dict[str, Any]:
+    try:
+        content = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise FederatedError(f"{path} cannot be read as settings: {error}") from None
+    return checked_fields(kind, content, str(path))

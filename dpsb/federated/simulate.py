@@ -1,0 +1,134 @@
+"""A federation in one process: data, model, silos, rounds, adapter, report. What ``dpsb federate simulate`` does."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dpsb.data import read_table
+from dpsb.federated.building import SETTINGS_NAME, Built, build, finish
+from dpsb.federated.calibrate import policy_text, terms_of
+from dpsb.federated.config import FederateConfig, silo_config
+from dpsb.federated.coordinator import Coordinator
+from dpsb.federated.local import LocalTransport
+from dpsb.federated.messages import Reply
+from dpsb.federated.report import REPORT_NAME, SILOS, Federation, federation_report, write_report
+from dpsb.federated.server import RoundRecord, ServerError, ServerState
+from dpsb.federated.silo import Silo
+from dpsb.federated.spec import POLICY_NAME, FederatedError, SiloPolicy
+from dpsb.federated.split import split_table
+from dpsb.federated.terms import Terms
+from dpsb.frozen_prefix import remember_frozen_prefix
+from dpsb.randomness import Randomness, SeededRandomness, SystemRandomness
+from dpsb_accounting.files import write_whole
+
+ENGINES = ("local", "flower")
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A finished simulation: its folder, what it may claim, and metrics outside the guarantee."""
+
+    out: Path
+    federation: Federation
+    held_out: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """How a simulation tells the operator where it is; none of it is written anywhere."""
+
+    on_status: Callable[[str], None] = lambda _message: None
+    on_terms: Callable[[Terms, Mapping[str, SiloPolicy]], None] = lambda _terms, _policies: None
+    on_reply: Callable[[Reply], None] = lambda _reply: None
+    on_round: Callable[[RoundRecord], None] = lambda _record: None
+    on_problem: Callable[[str], None] = lambda _reason: None
+
+
+def simulate(config: FederateConfig, *, engine: str = "local", callbacks: Callbacks = Callbacks()) -> Simulated:
+    """Runs a federation in ``config.run.out``, or goes on with the one that is there.
+
+    Each silo has a folder with its policy, its ledger and its replies, as it would on a machine of its own; they share
+    the process and the model. So nothing is hidden from whoever runs this: it is for trying out settings and for tests.
+
+    Args:
+      config: Settings.
+      engine: ``"local"``, or ``"flower"``: the coordinator is then a ServerApp in Flower's simulation, and each message
+        goes through its engine to a ClientApp and on to the silo's worker, as in a deployment.
+      callbacks: Where progress goes.
+
+    Raises:
+      FederatedError, ServerError, DataError, ModelError, ProbeError, LedgerError: With one sentence each.
+    """
+    if engine not in ENGINES:
+        raise FederatedError(f"Expected engine={engine!r} to be one of {', '.join(ENGINES)}.")
+    out = Path(config.run.out)
+    if (out / REPORT_NAME).exists():
+        raise ServerError(f"The federation in {out} is finished; look at it with `dpsb federate report {out}`.")
+    resumed = (out / SETTINGS_NAME).exists()
+    if not resumed and out.exists() and any(out.iterdir()):
+        raise ServerError(f"{out} is not empty and holds no federation; choose another folder.")
+    if resumed and json.loads((out / SETTINGS_NAME).read_text())["settings"] != config.to_json():
+        raise ServerError(f"The settings differ from those of the federation in {out}; they cannot change on resume.")
+    built = _built(config, out, callbacks)
+    trainer = built.trainer
+    data = {name: prepared.examples for name, prepared in built.prepared.items()}
+    callbacks.on_status("calibrating the silos' noise")
+    terms, policies = terms_of(config, {name: len(examples) for name, examples in data.items()})
+    callbacks.on_terms(terms, policies)
+    randomness = _randomness(config)
+    silos = {}
+    for name, policy in policies.items():
+        folder = out / SILOS / name
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / POLICY_NAME, policy_text(policy).encode())
+        silos[name] = Silo(folder, policy, trainer, data[name], randomness=randomness, on_problem=callbacks.on_problem)
+    callbacks.on_status("checking the model on synthetic examples")
+    with remember_frozen_prefix(trainer.adapter.model) if config.run.remember_frozen_blocks else nullcontext():
+        trainer.check()
+        coordinator = Coordinator(
+            out,
+            terms,
+            trainer.start,
+            trainer.basis_sha256,
+            LocalTransport(silos, callbacks.on_reply),
+            randomness=randomness,
+            on_round=callbacks.on_round,
+        )
+        state = coordinator.run() if engine == "local" else _by_flower(coordinator, silos, callbacks)
+    callbacks.on_status("writing the adapter")
+    held_out = finish(out, built, config, state.theta, state.run_id)
+    federation = federation_report(out)
+    write_report(out, federation, {k: v if math.isfinite(v) else str(v) for k, v in held_out.items()})
+    return Simulated(out, federation, held_out)
+
+
+def _built(config: FederateConfig, out: Path, callbacks: Callbacks) -> Built:
+    names = list(config.silos)
+    if config.silos[names[0]].data is None:
+        table = read_table(config.run.data)
+        tables = split_table(table, names, config.federation.split_by, config.federation.split_seed)
+    else:
+        tables = {name: read_table(silo_config(config, name).data) for name in names}
+    for name, rows in tables.items():
+        if not len(rows):
+            raise FederatedError(f"Silo {name!r} has no rows; split over fewer silos, or by another column.")
+    runs = {name: replace(silo_config(config, name), basis="weight") for name in names}
+    runs[names[0]] = replace(silo_config(config, names[0]), eval_data=config.run.eval_data)
+    return build(config, tables, runs, out, callbacks.on_status)
+
+
+def _by_flower(coordinator: Coordinator, silos: Mapping[str, Silo], callbacks: Callbacks) -> ServerState:
+    from dpsb.federated.flower.engine import simulate_rounds
+
+    coordinator.begin()
+    return simulate_rounds(coordinator.out, silos, on_reply=callbacks.on_reply, on_status=callbacks.on_status)
+
+
+def _randomness(config: FederateConfig) -> Randomness:
+    seed = config.run.insecure_seed
+    return SystemRandomness() if seed is None else SeededRandomness(seed)

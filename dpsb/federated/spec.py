@@ -1,0 +1,326 @@
+"""What a server may ask of a silo, and the limits that a silo keeps, whatever is asked.
+
+The server's :class:`RoundSpec` is executed exactly or refused, never bent. The silo's :class:`SiloPolicy` is a file on
+the silo's own disk that no message can change: the server may be stricter, never laxer.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+POLICY_NAME = "policy.toml"
+RUN_ID = re.compile(r"[0-9a-f]{32}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+SILO_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+OPTIMIZERS = ("sgd", "adam")
+RELATIONS = ("add_or_remove_one", "zero_out", "replace_one")
+_MOST = 1_000_000_000
+
+
+class FederatedError(ValueError):
+    """Settings of a federation that are unknown, missing or out of range; the message names them."""
+
+
+class SpecRefused(FederatedError):
+    """A round that a silo's policy does not allow. Nothing was charged and no data were read."""
+
+
+class PrivacyModel(enum.StrEnum):
+    """Who is trusted with what; the names are those of ``dpsb_accounting.federated``.
+
+    ``silo_local``: each silo adds its own noise, nobody else is trusted. ``secagg``: noise in shares, only sums are
+    opened. ``client_level``: whole silos are hidden. ``trusted_server``: the server sees sums and adds the noise.
+    """
+
+    SILO_LOCAL = "silo_local"
+    SECAGG = "secagg"
+    CLIENT_LEVEL = "client_level"
+    TRUSTED_SERVER = "trusted_server"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundSpec:
+    r"""One round as the server asks one silo for it. Public, all of it.
+
+    In model ``silo_local`` the silo does ``local_steps`` steps on its own data from the theta that the message holds:
+    :math:`\theta \leftarrow \mathrm{opt}(\theta, (\sum_{i \in \text{draw}} \mathrm{clip}_C(g_i) + N(0, (\sigma C)^2
+    I)) / M)` with every draw Poisson(q), and sends the theta it arrives at.
+
+    Args:
+      run_id: The federation's run, 32 hexadecimal digits.
+      round: Number of the round, from 0.
+      rounds: How many rounds the run has.
+      theta_sha256: :func:`~dpsb.federated.messages.theta_digest` of the theta to start from.
+      basis_sha256: :func:`~dpsb.federated.messages.basis_digest` of the frozen factors; silos on another basis refuse.
+      model: Who is trusted with what.
+      local_steps: Steps between two aggregations.
+      sampling_prob: q in (0, 1], of each example in each step.
+      l2_clip_norm: C.
+      noise_multiplier: sigma, noise standard deviation divided by C: of the silo's own noise in ``silo_local``, of the
+        server's in ``trusted_server`` and ``client_level``, and in ``secagg`` of what is certainly in an opened sum.
+      learning_rate: Of the cores in the local steps.
+      head_learning_rate: Of a head in the local steps.
+      optimizer: ``"sgd"`` or ``"adam"``; its state begins anew in each round.
+      momentum: Of ``"sgd"``.
+      clients: K, how many silos a sum has; of use in ``secagg`` and ``client_level``.
+      dropouts: t, how many of them may be missing in a sum that is opened; ``secagg``.
+      colluders: k, how many may tell the server their share of the noise, at least 1; ``secagg``.
+
+    Raises:
+      FederatedError: If a field is out of range.
+    """
+
+    run_id: str
+    round: int
+    rounds: int
+    theta_sha256: str
+    basis_sha256: str
+    model: PrivacyModel = PrivacyModel.SILO_LOCAL
+    local_steps: int = 1
+    sampling_prob: float
+    l2_clip_norm: float = 1.0
+    noise_multiplier: float
+    learning_rate: float = 0.05
+    head_learning_rate: float = 0.1
+    optimizer: str = "adam"
+    momentum: float = 0.0
+    clients: int = 1
+    dropouts: int = 0
+    colluders: int = 1
+
+    def __post_init__(self) -> None:
+        check_match(RUN_ID, run_id=self.run_id)
+        check_match(SHA256, theta_sha256=self.theta_sha256, basis_sha256=self.basis_sha256)
+        object.__setattr__(self, "model", model_named(self.model))
+        check_whole(1, rounds=self.rounds, local_steps=self.local_steps)
+        check_whole(0, round=self.round)
+        if self.round >= self.rounds:
+            raise FederatedError(f"Expected round={self.round!r} below rounds={self.rounds!r}.")
+        positive = ("sampling_prob", "l2_clip_norm", "noise_multiplier", "learning_rate", "head_learning_rate")
+        check_positive(**{name: getattr(self, name) for name in positive})
+        if self.sampling_prob > 1:
+            raise FederatedError(f"Expected sampling_prob={self.sampling_prob!r} of at most 1.")
+        check_choice(OPTIMIZERS, optimizer=self.optimizer)
+        if not isinstance(self.momentum, (int, float)) or not 0 <= self.momentum < 1:
+            raise FederatedError(f"Expected momentum={self.momentum!r} between 0 and 1.")
+        check_whole(1, clients=self.clients, colluders=self.colluders)
+        check_whole(0, dropouts=self.dropouts)
+        if self.model in (PrivacyModel.TRUSTED_SERVER, PrivacyModel.SECAGG) and self.local_steps != 1:
+            raise FederatedError(
+                f"In model {self.model.value} a round is one gradient release, not local_steps={self.local_steps!r}: "
+                "after a second step the noise of the sum no longer bounds what an example changes."
+            )
+        if self.model is PrivacyModel.SECAGG and self.honest < 1:
+            raise FederatedError(
+                f"Of clients={self.clients!r} none is left that certainly adds noise, with dropouts={self.dropouts!r} "
+                f"and colluders={self.colluders!r}."
+            )
+        if self.model is PrivacyModel.CLIENT_LEVEL and self.clients < 2:
+            raise FederatedError(f"Model client_level hides one of several clients, not of clients={self.clients!r}.")
+
+    @property
+    def honest(self) -> int:
+        """c - t - k: how many shares of the noise are certainly in an opened sum and unknown."""
+        return self.clients - self.dropouts - self.colluders
+
+    @property
+    def charges(self) -> int:
+        """What a round costs a silo: one charge for each step, or for the whole update where that is clipped."""
+        return 1 if self.model is PrivacyModel.CLIENT_LEVEL else self.local_steps
+
+    def to_json(self) -> dict[str, Any]:
+        """The specification as JSON."""
+        return {**asdict(self), "model": self.model.value}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> RoundSpec:
+        """The inverse of :meth:`to_json`; refuses unknown and missing fields."""
+        return cls(**checked_fields(cls, content, "a round's specification"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiloPolicy:
+    """What a silo allows at most, whoever asks; read from a local TOML file with these keys.
+
+    Args:
+      silo: The silo's public name.
+      max_epsilon: Largest epsilon for one example over *all* runs that the silo's folder has ledgers of.
+      delta: At which that holds; below 1 / N.
+      num_examples: A declared public N. Without it the silo's true number of examples counts as public.
+      neighboring: Relation; by default ``add_or_remove_one`` where N is declared, else ``zero_out``.
+      min_noise_multiplier: Least sigma of a step.
+      max_sampling_prob: Largest q.
+      max_rounds: Most rounds of a run.
+      max_local_steps: Most steps in a round.
+      spare_rounds: Rounds' worth of steps that the silo plans and pays for besides, to make up for rounds that a
+        crash, or a server that asks twice, wastes.
+      models: Privacy models the silo takes part in. Only ``silo_local`` protects it against the server.
+      clients: K of ``secagg``, which the silo must know from elsewhere: a server that says there are more silos than
+        there are would make every silo's share of the noise too small.
+      min_clients: Least K - t, the parties of an opened sum, in ``secagg``.
+      min_colluders: Least k in ``secagg``.
+      runs: Ids of the runs that it takes part in; empty: any, within ``max_epsilon``.
+
+    Raises:
+      FederatedError: If a field is out of range.
+    """
+
+    silo: str
+    max_epsilon: float
+    delta: float
+    num_examples: int | None = None
+    neighboring: str | None = None
+    min_noise_multiplier: float = 0.3
+    max_sampling_prob: float = 1.0
+    max_rounds: int = 1000
+    max_local_steps: int = 1000
+    spare_rounds: int = 0
+    models: tuple[str, ...] = (PrivacyModel.SILO_LOCAL.value,)
+    clients: int | None = None
+    min_clients: int = 3
+    min_colluders: int = 1
+    runs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_match(SILO_NAME, silo=self.silo)
+        check_positive(
+            max_epsilon=self.max_epsilon,
+            delta=self.delta,
+            min_noise_multiplier=self.min_noise_multiplier,
+            max_sampling_prob=self.max_sampling_prob,
+        )
+        for name in ("delta", "max_sampling_prob"):
+            if getattr(self, name) > 1 or (name == "delta" and self.delta == 1):
+                raise FederatedError(f"Expected {name}={getattr(self, name)!r} to be a probability.")
+        check_whole(1, max_rounds=self.max_rounds, max_local_steps=self.max_local_steps)
+        check_whole(2, min_clients=self.min_clients)
+        check_whole(1, min_colluders=self.min_colluders)
+        if self.clients is not None:
+            check_whole(2, clients=self.clients)
+        check_whole(0, spare_rounds=self.spare_rounds)
+        if self.num_examples is not None:
+            check_whole(1, num_examples=self.num_examples)
+        if self.neighboring is not None:
+            check_choice(RELATIONS, neighboring=self.neighboring)
+        for name in ("models", "runs"):
+            if isinstance(getattr(self, name), str) or not isinstance(getattr(self, name), (tuple, list)):
+                raise FederatedError(f"Expected {name}={getattr(self, name)!r} to be a list of texts.")
+        object.__setattr__(self, "models", tuple(model_named(model).value for model in self.models))
+        for run in self.runs:
+            check_match(RUN_ID, runs=run)
+        object.__setattr__(self, "runs", tuple(self.runs))
+
+    @property
+    def relation(self) -> str:
+        """The relation of the silo's guarantee."""
+        return self.neighboring or ("zero_out" if self.num_examples is None else "add_or_remove_one")
+
+    def check(self, spec: RoundSpec) -> None:
+        """Refuses a round that is laxer than the policy. What the round would cost is checked by the silo's ledgers.
+
+        Raises:
+          SpecRefused: Naming the field, what was asked and what is allowed.
+        """
+        for asked, value, limit, wrong in (
+            ("noise_multiplier", spec.noise_multiplier, self.min_noise_multiplier, "at least"),
+            ("sampling_prob", spec.sampling_prob, self.max_sampling_prob, "at most"),
+            ("rounds", spec.rounds, self.max_rounds, "at most"),
+            ("local_steps", spec.local_steps, self.max_local_steps, "at most"),
+        ):
+            if value < limit if wrong == "at least" else value > limit:
+                raise SpecRefused(f"Silo {self.silo!r} wants {asked} of {wrong} {limit:g}, not {value:g}.")
+        if spec.model.value not in self.models:
+            raise SpecRefused(
+                f"The policy of silo {self.silo!r} allows the models {', '.join(self.models)}, not {spec.model.value}."
+            )
+        if spec.model is PrivacyModel.SECAGG:
+            self._check_sum(spec)
+        if self.runs and spec.run_id not in self.runs:
+            raise SpecRefused(f"The policy of silo {self.silo!r} does not allow the run {spec.run_id}.")
+
+    def _check_sum(self, spec: RoundSpec) -> None:
+        least = spec.clients - spec.dropouts
+        if self.clients is None or spec.clients != self.clients:
+            raise SpecRefused(
+                f"The policy of silo {self.silo!r} knows of clients={self.clients!r} in a sum, not of {spec.clients}; "
+                "its share of the noise depends on that number."
+            )
+        if least < self.min_clients:
+            raise SpecRefused(f"Silo {self.silo!r} wants sums of at least {self.min_clients} parties, not {least}.")
+        if spec.colluders < self.min_colluders:
+            raise SpecRefused(
+                f"Silo {self.silo!r} wants colluders of at least {self.min_colluders}, not {spec.colluders}."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The policy as JSON, without what is not set."""
+        content = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        return {name: value for name, value in content.items() if value is not None}
+
+
+def read_policy(path: Path) -> SiloPolicy:
+    """The policy in a TOML file.
+
+    Raises:
+      FederatedError: If the file is missing or malformed, or a key is unknown, missing or out of range.
+    """
+    try:
+        content = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise FederatedError(f"{path} cannot be read as a silo's policy: {error}") from None
+    return SiloPolicy(**checked_fields(SiloPolicy, content, str(path)))
+
+
+def checked_fields(kind: type[Any], content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The content, if all its keys are fields of the dataclass ``kind`` and none without a default is missing."""
+    known = {field.name: field.default is MISSING and field.default_factory is MISSING for field in fields(kind)}
+    for name in sorted(set(content) - set(known)):
+        raise FederatedError(f"{where}: unknown key {name!r}; known are {', '.join(sorted(known))}.")
+    for name, required in known.items():
+        if required and name not in content:
+            raise FederatedError(f"{where}: {name!r} is missing.")
+    return dict(content)
+
+
+def model_named(name: Any) -> PrivacyModel:
+    """The privacy model of a name."""
+    try:
+        return PrivacyModel(name)
+    except ValueError:
+        known = ", ".join(model.value for model in PrivacyModel)
+        raise FederatedError(f"Expected model={name!r} to be one of {known}.") from None
+
+
+def check_whole(least: int, **values: object) -> None:
+    """Refuses by name what is no whole number of at least ``least``."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
+            raise FederatedError(f"Expected {name}={value!r} to be a whole number of at least {least}.")
+
+
+def check_positive(**values: object) -> None:
+    """Refuses by name what is no positive finite number."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise FederatedError(f"Expected {name}={value!r} to be positive and finite.")
+
+
+def check_choice(choices: tuple[str, ...], **values: object) -> None:
+    """Refuses by name what is none of the choices."""
+    for name, value in values.items():
+        if value not in choices:
+            raise FederatedError(f"Expected {name}={value!r} to be one of {', '.join(choices)}.")
+
+
+def check_match(pattern: re.Pattern[str], **values: object) -> None:
+    """Refuses by name what does not have the form of the pattern."""
+    for name, value in values.items():
+        if not isinstance(value, str) or pattern.fullmatch(value) is None:
+            raise FederatedError(f"Expected {name}={value!r} to have the form {pattern.pattern}.")

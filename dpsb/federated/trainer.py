@@ -1,0 +1,192 @@
+"""The model's side of a silo: loaded and checked once, then asked for local steps again and again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dpsb.adapter import Adapter, set_gradient
+from dpsb.capture import adapter_train_mode
+from dpsb.federated.messages import SUM, basis_digest
+from dpsb.federated.spec import PrivacyModel, RoundSpec
+from dpsb.losses import LossFn
+from dpsb.mechanism import Mechanism, clip_and_sum
+from dpsb.models import HEAD_NAMES
+from dpsb.probe import Collate, Example, without_dropout
+from dpsb.randomness import Randomness
+from dpsb.sampling import length_buckets, poisson_draw
+from dpsb.selftest.start import check_before_run
+from dpsb.train import _clipped_sum, charged_sum, probe_every_bucket, training_mode
+from dpsb.withheld import messages_withheld
+from dpsb_accounting import Ledger
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """A model with its adapter, and how examples become rows. Silos in one process may share one: it holds no data.
+
+    Args:
+      adapter: What is trained; its present theta is the public start of the run.
+      loss_fn: As for :func:`dpsb.train.fit`.
+      collate: Likewise.
+      synthetic: Synthetic or public examples to check the model on.
+      max_length: Largest number of tokens.
+      token_budget: Tokens per microbatch.
+      details: Public facts of model and task for the silos' plans.
+    """
+
+    adapter: Adapter
+    loss_fn: LossFn
+    collate: Collate
+    synthetic: Sequence[Example]
+    max_length: int
+    token_budget: int = 4096
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.start = {name: tensor.cpu() for name, tensor in self.adapter.state().items()}
+        self.basis_sha256 = basis_digest(self.adapter)
+        self._checked = False
+
+    def check(self) -> None:
+        """Probes the model and tests its private step on synthetic examples, once, at the public start.
+
+        Raises:
+          ProbeError: If the model, collator or loss would couple examples, or sums, noise or draws are not right.
+        """
+        if self._checked:
+            return
+        adapter = self.adapter
+        adapter.check_nothing_else_is_trained()
+        adapter.load_state(self.start)
+        buckets = length_buckets(self.max_length)
+        with training_mode(adapter.model):
+            adapter_train_mode(adapter)
+            with without_dropout(adapter.model):
+                probe_every_bucket(adapter, self.loss_fn, self.collate, self.synthetic, buckets, self.token_budget)
+        check_before_run(adapter, self.loss_fn, self.collate, self.synthetic, self.max_length, self.token_budget)
+        self._checked = True
+
+    def work(
+        self,
+        theta: Mapping[str, torch.Tensor],
+        dataset: Sequence[Example],
+        ledger: Ledger,
+        spec: RoundSpec,
+        randomness: Randomness,
+    ) -> dict[str, torch.Tensor]:
+        """One round: every step is charged before it is drawn, by the very function that :func:`dpsb.train.fit` uses.
+
+        Args:
+          theta: Where to start. Released.
+          dataset: The silo's examples. Sensitive.
+          ledger: The silo's, open; at least ``spec.local_steps`` charges are left.
+          spec: What to do; its mechanism is that of the ledger's plan.
+          randomness: Of draws and noise.
+
+        Returns:
+          In ``silo_local`` theta after the local steps: released. In the other models one float64 vector under the name
+          :data:`~dpsb.federated.messages.SUM`, sensitive: in ``trusted_server`` the clipped sum of one step, in
+          ``secagg`` the same with the silo's share of the noise, in ``client_level`` the clipped update.
+        """
+        adapter = self.adapter
+        adapter.load_state(theta)
+        with training_mode(adapter.model):
+            adapter_train_mode(adapter)
+            with without_dropout(adapter.model):
+                if spec.model is PrivacyModel.CLIENT_LEVEL:
+                    return {SUM: self._clipped_update(theta, dataset, ledger, spec, randomness)}
+                if spec.model is not PrivacyModel.SILO_LOCAL:
+                    total = self._sum(dataset, ledger, Mechanism.from_plan(ledger.plan), randomness)
+                    return {SUM: (total + noise_share(spec, total.numel(), randomness).to(total.device)).cpu()}
+                self._private_steps(dataset, ledger, spec, randomness)
+        return {name: tensor.cpu() for name, tensor in adapter.state().items()}
+
+    def _private_steps(
+        self, dataset: Sequence[Example], ledger: Ledger, spec: RoundSpec, randomness: Randomness
+    ) -> None:
+        """Moves theta by the round's steps; each of them released before it is used."""
+        adapter, plan = self.adapter, ledger.plan
+        mechanism, optimizer = Mechanism.from_plan(plan), local_optimizer(adapter, spec)
+        for _ in range(spec.local_steps):
+            released = mechanism.release(self._sum(dataset, ledger, mechanism, randomness), randomness)
+            set_gradient(adapter, released / plan.expected_batch_size)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def _sum(
+        self, dataset: Sequence[Example], ledger: Ledger, mechanism: Mechanism, randomness: Randomness
+    ) -> torch.Tensor:
+        """The clipped sum of one charged step. Sensitive."""
+        _, total, _ = charged_sum(
+            self.adapter,
+            dataset,
+            ledger,
+            mechanism,
+            self.loss_fn,
+            self.collate,
+            length_buckets(self.max_length),
+            self.token_budget,
+            randomness,
+        )
+        return total
+
+    def _clipped_update(
+        self,
+        theta: Mapping[str, torch.Tensor],
+        dataset: Sequence[Example],
+        ledger: Ledger,
+        spec: RoundSpec,
+        randomness: Randomness,
+    ) -> torch.Tensor:
+        """One charge, then local steps without noise, then the update scaled into the ball of radius C. Sensitive.
+
+        An update that is not finite is a zero update: nothing is raised, and the norm of the result is at most C.
+        """
+        adapter, buckets = self.adapter, length_buckets(self.max_length)
+        optimizer, plain = (
+            local_optimizer(adapter, spec),
+            Mechanism(l2_clip_norm=math.inf, noise_multiplier=0.0, clipping="none"),
+        )
+        number = ledger.charge("train")
+        with messages_withheld(f"Round {number}"):
+            batch = max(1.0, spec.sampling_prob * len(dataset))
+            for _ in range(spec.local_steps):
+                draw = poisson_draw(len(dataset), spec.sampling_prob, randomness)
+                drawn = [dataset[int(i)] for i in draw]
+                total = _clipped_sum(adapter, plain, self.loss_fn, self.collate, drawn, buckets, self.token_budget)
+                set_gradient(adapter, total / batch)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            now = adapter.state()
+            update = torch.cat([(now[name].cpu().double() - theta[name].double()).flatten() for name in now])
+            return clip_and_sum(update[None, :], spec.l2_clip_norm)
+
+
+def noise_share(spec: RoundSpec, dimension: int, randomness: Randomness) -> torch.Tensor:
+    r"""A silo's own share of the noise of a sum: :math:`N(0, \sigma^2 C^2 / (K - t - k))`, zero in ``trusted_server``.
+
+    The K - t - k shares that are certainly in an opened sum and unknown to the server add up to :math:`N(0, (\sigma
+    C)^2)`. They are added as they are: rounding each of them would make the sum another mechanism than the one that is
+    accounted for. Float64, shape ``(d,)``. Secret.
+    """
+    if spec.model is not PrivacyModel.SECAGG:
+        return torch.zeros(dimension, dtype=torch.float64)
+    std = spec.noise_multiplier * spec.l2_clip_norm / math.sqrt(spec.honest)
+    return std * randomness.normal(dimension)
+
+
+def local_optimizer(adapter: Adapter, spec: RoundSpec) -> torch.optim.Optimizer:
+    """The optimizer of one round's local steps, its state new: post-processing of released gradients."""
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in adapter.named_parameters():
+        rate = spec.head_learning_rate if set(name.split(".")) & set(HEAD_NAMES) else spec.learning_rate
+        groups.setdefault(rate, []).append(parameter)
+    parameters: Any = [{"params": members, "lr": rate} for rate, members in groups.items()]
+    if spec.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=spec.momentum)
+    return torch.optim.Adam(parameters)

@@ -1,0 +1,114 @@
+"""Messages as bytes: a few hundred of framing, then the raw numbers. No names or shapes, which both sides know."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dpsb.federated.messages import SUM, Receipt, Refusal, RoundMessage, State, Update
+from dpsb.federated.spec import FederatedError, RoundSpec, checked_fields
+
+_MAGIC = b"dpsbfed1"
+_MOST_META = 1 << 16
+
+
+class WireError(FederatedError):
+    """Bytes that are no message, or not one for this adapter."""
+
+
+def pack(message: RoundMessage | Update | Refusal) -> bytes:
+    """The message as bytes: magic, length of the framing, zlib-compressed JSON, and the numbers in order of the names.
+
+    What an :class:`Update` holds in a summed model is sensitive, and so are its bytes.
+    """
+    if isinstance(message, RoundMessage):
+        receipt = None if message.receipt is None else message.receipt.to_json()
+        meta: dict[str, Any] = {"round": {"silo": message.silo, "spec": message.spec.to_json(), "receipt": receipt}}
+        tensors: State = message.theta
+    elif isinstance(message, Update):
+        fields = ("silo", "run_id", "round", "theta_sha256", "follows")
+        meta = {"update": {**{name: getattr(message, name) for name in fields}, "receipt": message.receipt.to_json()}}
+        tensors = message.tensors
+    else:
+        meta, tensors = {"refusal": dict(vars(message))}, {}
+    if set(tensors) == {SUM}:
+        meta["sum"] = True
+    framing = zlib.compress(json.dumps(meta, separators=(",", ":")).encode(), 9)
+    return b"".join(
+        (_MAGIC, len(framing).to_bytes(4, "big"), framing, *(_raw(tensors[name]) for name in sorted(tensors)))
+    )
+
+
+def unpack(content: bytes, like: State) -> RoundMessage | Update | Refusal:
+    """The inverse of :func:`pack`.
+
+    Args:
+      content: From the other side.
+      like: Theta, for names, shapes and types.
+
+    Raises:
+      WireError: If the bytes are none of the three, are cut off, or hold another number of numbers.
+    """
+    meta, raw = _split(content)
+    total = sum(tensor.numel() for tensor in like.values())
+    layout: State = {SUM: torch.empty(total, dtype=torch.float64)} if meta.pop("sum", False) is True else like
+    try:
+        ((kind, fields),) = meta.items()
+        if kind == "refusal":
+            if raw:
+                raise WireError("A refusal holds numbers.")
+            return Refusal(**checked_fields(Refusal, fields, "a refusal"))
+        tensors = _tensors(raw, layout)
+        if kind == "update":
+            receipt = Receipt.from_json(fields.pop("receipt"))
+            return Update(**checked_fields(Update, {**fields, "receipt": receipt, "tensors": tensors}, "an update"))
+        if kind == "round":
+            spec = RoundSpec.from_json(fields.pop("spec"))
+            given = fields.pop("receipt")
+            receipt_or_none = None if given is None else Receipt.from_json(given)
+            filled = {**fields, "spec": spec, "receipt": receipt_or_none, "theta": tensors}
+            return RoundMessage(**checked_fields(RoundMessage, filled, "a round's message"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WireError(f"The message has wrong fields ({error}).") from None
+    raise WireError(f"A message of kind {kind!r} is not known.")
+
+
+def framing_bytes(content: bytes) -> int:
+    """How many of a message's bytes are not numbers."""
+    return len(_MAGIC) + 4 + int.from_bytes(content[8:12], "big")
+
+
+def _split(content: bytes) -> tuple[dict[str, Any], bytes]:
+    if content[:8] != _MAGIC or len(content) < 12:
+        raise WireError("The bytes are no message of a federation.")
+    length = int.from_bytes(content[8:12], "big")
+    if length > _MOST_META or len(content) < 12 + length:
+        raise WireError("The message is cut off.")
+    try:
+        inflate = zlib.decompressobj()
+        meta = json.loads(inflate.decompress(content[12 : 12 + length], _MOST_META))
+    except (zlib.error, ValueError):
+        raise WireError("The framing of the message cannot be read.") from None
+    if not isinstance(meta, dict):
+        raise WireError("The framing of the message is no object.")
+    return meta, content[12 + length :]
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _tensors(raw: bytes, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    sizes = {name: like[name].numel() * like[name].element_size() for name in sorted(like)}
+    if len(raw) != sum(sizes.values()):
+        raise WireError(f"The message holds {len(raw)} bytes of numbers, this adapter has {sum(sizes.values())}.")
+    found, start = {}, 0
+    for name, size in sizes.items():
+        part = torch.frombuffer(bytearray(raw[start : start + size]), dtype=like[name].dtype) if size else like[name]
+        found[name] = part.reshape(like[name].shape)
+        start += size
+    return {name: found[name] for name in like}

@@ -1,0 +1,50 @@
+"""Errors while private data are in use: only their kind and place get out, never their message."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from dpsb.capture import CaptureError
+
+
+class StepError(RuntimeError):
+    """Something went wrong while private data were in use. Only its kind and place are told, never its message."""
+
+
+class StepMemoryError(MemoryError):
+    """Memory ran out while private data were in use. The message is ours: NumPy's tells the shape of an array."""
+
+
+@contextmanager
+def messages_withheld(what: str) -> Iterator[None]:
+    """Lets no message of an error out that may quote an example, a label or the size of the draw."""
+    try:
+        yield
+    except (CaptureError, StepMemoryError):
+        raise
+    except MemoryError:
+        raise StepMemoryError(
+            f"{what} ran out of memory. It is charged. Lower token_budget or max_length, or resume on a machine with "
+            "more memory."
+        ) from None
+    except Exception as error:
+        if os.environ.get("DPSB_TRACEBACK"):
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
+        raise StepError(
+            f"{what} failed ({place}). It is charged. The message is withheld, because it may quote data; "
+            "DPSB_TRACEBACK=1 shows it. The data set, collate or loss_fn breaks its contract for some example."
+        ) from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the processor or on a device."""
+    marks = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(mark in str(error) for mark in marks)

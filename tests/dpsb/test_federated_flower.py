@@ -1,0 +1,107 @@
+"""The real engine: rounds through Flower's simulation, on Ray, with silos in workers of their own."""
+
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack
+
+import pytest
+from federation import NAMES, Federation, check_ledger, terms, trainer
+from test_federated_wire import at_work
+
+from dpsb.federated.flower.deployment import NODES, TLS, register, run_rounds, superlink, supernode
+from dpsb.federated.flower.keys import make_certificates, make_node_key
+from dpsb.federated.report import federation_report
+from dpsb.federated.server import load_state
+
+pytest.importorskip("flwr")
+
+PROGRAM = (sys.executable, "-m", "dpsb.federated.flower.simulation")
+
+
+@pytest.fixture
+def federation(tiny, tmp_path):
+    return Federation(tmp_path, trainer(tiny))
+
+
+def simulate(federation, silos, patience=60):
+    with ExitStack() as stack:
+        turn = threading.Lock()
+        for silo in silos:
+            stack.enter_context(at_work(silo, turn=turn))
+        return subprocess.run(
+            [*PROGRAM, str(federation.out), str(patience)], capture_output=True, text=True, timeout=300, check=False
+        )
+
+
+@pytest.mark.slow
+def test_three_silos_and_two_rounds(federation):
+    federation.coordinator(asked=terms(rounds=2)).begin()
+    done = simulate(federation, federation.silos().values())
+    assert done.returncode == 0, done.stdout + done.stderr
+    state = load_state(federation.out)
+    assert state.round == 2
+    assert [record.silos for record in state.history] == [NAMES, NAMES]
+    for name in NAMES:
+        check_ledger(federation.ledger(name), 4)
+    report = federation_report(federation.out).report
+    assert report.claim is True
+
+
+@pytest.mark.slow
+def test_a_silo_that_is_not_there_is_lost_and_the_run_goes_on(federation):
+    federation.coordinator(asked=terms(rounds=1, attempts=1)).begin()
+    silos = federation.silos()
+    done = simulate(federation, [silos["north"], silos["west"]], patience=15)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (record,) = load_state(federation.out).history
+    assert record.silos == ("north", "west")
+    assert set(record.lost) == {"south"}
+    assert not (silos["south"].folder / "runs").exists()
+
+
+# --- a deployment: TLS, node keys, a SuperLink, three SuperNodes
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_a_deployment_on_loopback(federation, tmp_path):
+    """Three registered silos do the rounds; a node that nobody registered is refused."""
+    federation.coordinator(asked=terms(rounds=2)).begin()
+    out, port, over = federation.out, free_port(), threading.Event()
+    make_certificates(out / TLS, ["localhost", "127.0.0.1"], days=2)
+    silos = federation.silos()
+    with ExitStack() as stack:
+        turn = threading.Lock()
+        for name, silo in silos.items():
+            stack.enter_context(at_work(silo, turn=turn))
+            (out / NODES).mkdir(exist_ok=True)
+            (out / NODES / f"{name}.pub").write_bytes(make_node_key(silo.folder))
+            shutil.copy(out / TLS / "ca.pem", silo.folder / "ca.pem")
+        flower = stack.enter_context(superlink(out, "127.0.0.1", port))
+        register(flower, sorted((out / NODES).glob("*.pub")))
+        register(flower, sorted((out / NODES).glob("*.pub")))  # again: a server that is started again does so
+        stranger = tmp_path / "stranger"
+        make_node_key(stranger)
+        shutil.copy(out / TLS / "ca.pem", stranger / "ca.pem")
+        for folder in (*(silo.folder for silo in silos.values()), stranger):
+            options = {"silo_folder": folder, "port": free_port(), "stop": over.is_set}
+            node = threading.Thread(target=supernode, args=(folder, f"127.0.0.1:{port}"), kwargs=options)
+            node.start()
+            stack.callback(node.join)
+        stack.callback(over.set)
+        run_rounds(out, flower, patience=60, timeout=120)
+    state = load_state(out)
+    assert [record.silos for record in state.history] == [NAMES, NAMES]
+    for name in NAMES:
+        check_ledger(federation.ledger(name), 4)
+    assert federation_report(out).report.claim is True
+    log = (stranger / "flower" / "supernode.log").read_text().lower()
+    assert "failed to activate supernode" in log

@@ -1,0 +1,297 @@
+"""Federations in one process: what a run without faults releases, charges and leaves on disk."""
+
+import shutil
+
+import federation
+import pytest
+import torch
+import workbench
+from federation import NAMES, Federation, Killed, check_ledger, policy, terms
+
+from dpsb.federated import budget
+from dpsb.federated.coordinator import TooFewSilos
+from dpsb.federated.local import LocalTransport
+from dpsb.federated.messages import RoundMessage, Update, theta_digest
+from dpsb.federated.server import ServerError, load_state
+from dpsb.federated.spec import FederatedError, RoundSpec, SiloPolicy, read_policy
+from dpsb.federated.terms import SiloTerms, Terms
+from dpsb.randomness import SeededRandomness
+from dpsb_accounting import federated, verify
+from dpsb_accounting.federated import Silo as Described
+
+
+@pytest.fixture
+def fed(tiny, tmp_path):
+    return Federation(tmp_path / "fed", federation.trainer(tiny))
+
+
+def test_a_run_averages_what_the_silos_release(fed):
+    seen = []
+    transport = federation.Faulty(fed.silos(), after=lambda _m, reply: seen.append(reply) or [reply])
+    state = fed.coordinator(transport).run()
+    assert state.round == 3
+    assert [record.silos for record in state.history] == [NAMES] * 3
+    last = [reply.tensors for reply in seen[-3:]]
+    for name, value in state.theta.items():
+        torch.testing.assert_close(value, torch.stack([tensors[name] for tensors in last]).mean(dim=0))
+        assert not torch.equal(value, fed.trainer.start[name])
+    size = sum(t.numel() for t in state.theta.values()) * 4
+    assert all(record.bytes_up == record.bytes_down == 3 * size for record in state.history)
+    for name in NAMES:
+        check_ledger(fed.ledger(name), 6)
+        assert verify(fed.ledger(name).path).ok
+        assert state.receipts[name].head == fed.ledger(name).head
+
+
+def test_report_of_the_ledgers(fed):
+    fed.coordinator().run()
+    report = federated.silo_local([Described.from_ledger(fed.ledger(name)) for name in NAMES])
+    assert report.claim
+    assert [row.name for row in report.per_silo] == list(NAMES)
+    assert report.incomplete_rounds == 0
+
+
+def test_seeded_silos_claim_nothing(fed):
+    fed.randomness = SeededRandomness(1)
+    fed.coordinator().run()
+    assert not federated.silo_local([fed.ledger(name) for name in NAMES]).claim
+
+
+def test_the_model_is_checked_before_anything_is_charged(fed, monkeypatch):
+    fed.trainer._checked = False
+    calls = []
+    monkeypatch.setattr("dpsb.federated.trainer.check_before_run", lambda *_a: calls.append(fed.out.exists()))
+    fed.coordinator().run()
+    assert len(calls) == 1
+    broken = Federation(fed.out.parent / "other", fed.trainer)
+    broken.trainer._checked = False
+    monkeypatch.setattr("dpsb.federated.trainer.check_before_run", lambda *_a: 1 / 0)
+    with pytest.raises(TooFewSilos, match="failed: The silo failed"):
+        broken.coordinator().run()
+    assert not list((broken.out / "silos").glob("*/runs"))
+
+
+def test_the_server_resumes_at_the_round_that_is_open(fed):
+    done = []
+
+    def kill_in_the_third_round(record):
+        done.append(record.round)
+        if record.round == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fed.coordinator(on_round=kill_in_the_third_round).run()
+    state = load_state(fed.out)
+    assert state.round == 2
+    again = fed.coordinator(on_round=lambda record: done.append(record.round)).run()
+    assert done == [0, 1, 2]
+    assert (again.run_id, again.round) == (state.run_id, 3)
+    for name in NAMES:
+        check_ledger(fed.ledger(name), 6)
+
+
+@pytest.mark.parametrize("when", ["before the replies are counted", "before the checkpoint"])
+def test_a_server_killed_within_a_round_costs_the_silos_nothing(fed, monkeypatch, when):
+    if when == "before the checkpoint":
+        inner, calls = federation.Coordinator._next_theta, []
+
+        def deadly(self, *arguments):
+            calls.append(0)
+            if len(calls) == 2:
+                raise Killed
+            return inner(self, *arguments)
+
+        monkeypatch.setattr(federation.Coordinator, "_next_theta", deadly)
+        coordinator = fed.coordinator()
+    else:
+
+        def after(message, reply):
+            if (message.silo, message.spec.round) == ("south", 1):
+                raise Killed
+            return [reply]
+
+        coordinator = fed.coordinator(federation.Faulty(fed.silos(), after=after))
+    with pytest.raises(Killed):
+        coordinator.run()
+    before = {name: [path.read_bytes() for path in fed.replies(name)] for name in NAMES}
+    assert load_state(fed.out).round == 1
+    monkeypatch.undo()
+    fed.coordinator().run()
+    for name in NAMES:
+        check_ledger(fed.ledger(name), 6)
+        assert [path.read_bytes() for path in fed.replies(name)][: len(before[name])] == before[name]
+
+
+def test_a_ledger_put_back_while_the_server_was_down_is_refused(fed, monkeypatch, tmp_path):
+    """The receipts of a round are on disk before its replies are used, so that this round's charges are covered too."""
+    keep, home = tmp_path / "copy", fed.out / "silos" / "south"
+
+    def before(message):
+        if (message.silo, message.spec.round) == ("south", 1):
+            shutil.copytree(home, keep)
+
+    inner = federation.Coordinator._next_theta
+
+    def deadly(self, state, updates):
+        if state.round == 1:
+            raise Killed
+        return inner(self, state, updates)
+
+    monkeypatch.setattr(federation.Coordinator, "_next_theta", deadly)
+    with pytest.raises(Killed):
+        fed.coordinator(federation.Faulty(fed.silos(), before=before)).run()
+    monkeypatch.undo()
+    shutil.rmtree(home)
+    shutil.copytree(keep, home)
+    state = fed.coordinator().run()
+    assert "behind" in state.left["south"]
+    check_ledger(fed.ledger("south"), 2)
+
+
+def test_terms_cannot_change_on_resume(fed):
+    fed.coordinator().run()
+    with pytest.raises(ServerError, match="rounds differ"):
+        fed.coordinator(asked=terms(rounds=4)).run()
+
+
+def test_two_coordinators_or_two_rounds_at_once_are_refused(fed):
+    with budget.alone(fed.out), pytest.raises(budget.FolderBusy):
+        fed.coordinator().run()
+    silo = fed.silo("north")
+    with budget.alone(silo.folder):
+        assert silo.handle(fed.trainer.start, first_spec(fed)).kind == "busy"
+
+
+def first_spec(fed, number=0, theta=None, run_id="a" * 32, **changes):
+    specs = terms(**changes).specs(run_id, number, theta or fed.trainer.start, fed.trainer.basis_sha256)
+    return specs["north"]
+
+
+def test_a_retry_gets_the_same_bytes_and_another_theta_is_charged(fed):
+    silo, start = fed.silo("north"), fed.trainer.start
+    first = silo.handle(start, first_spec(fed))
+    again = fed.silo("north").handle(start, first_spec(fed))
+    assert isinstance(first, Update)
+    assert theta_digest(first.tensors) == theta_digest(again.tensors)
+    assert first.receipt == again.receipt
+    check_ledger(fed.ledger("north"), 2)
+    other = {name: value + 0.01 for name, value in start.items()}
+    replayed = silo.handle(other, first_spec(fed, theta=other))
+    assert theta_digest(replayed.tensors) != theta_digest(first.tensors)
+    check_ledger(fed.ledger("north"), 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"min_noise_multiplier": 1.01}, "noise_multiplier of at least 1.01, not 1"),
+        ({"max_sampling_prob": 0.2}, "sampling_prob of at most 0.2"),
+        ({"max_rounds": 2}, "rounds of at most 2"),
+        ({"max_local_steps": 1}, "local_steps of at most 1"),
+        ({"max_epsilon": 1.0}, "brings silo 'north' to epsilon"),
+        ({"runs": ["b" * 32]}, "does not allow the run"),
+        ({"models": ["trusted_server"]}, "allows the models trusted_server"),
+        ({"num_examples": 2000}, "delta=0.001 must be less than 1 / num_examples"),
+    ],
+)
+def test_a_round_beyond_the_policy_is_refused_and_costs_nothing(fed, changes, said):
+    fed.policies["north"] = policy("north", **changes)
+    reply = fed.silo("north").handle(fed.trainer.start, first_spec(fed))
+    assert reply.kind == "spec"
+    assert said in reply.message
+    assert not list((fed.out / "silos" / "north").glob("**/*.jsonl"))
+
+
+def test_other_terms_in_a_later_round_are_refused_and_cost_nothing(fed):
+    silo, start = fed.silo("north"), fed.trainer.start
+    silo.handle(start, first_spec(fed))
+    weaker = SiloTerms(sampling_prob=2 * federation.PROB, noise_multiplier=federation.NOISE)
+    reply = silo.handle(start, first_spec(fed, number=1, silos={"north": weaker}, min_silos=1))
+    assert (reply.kind, "phases" in reply.message) == ("spec", True)
+    check_ledger(fed.ledger("north"), 2)
+
+
+def test_runs_add_up_in_a_silos_budget(fed):
+    silo = fed.silo("north")
+    assert isinstance(silo.handle(fed.trainer.start, first_spec(fed)), Update)
+    cost = budget.epsilon_of(fed.ledger("north").plan).upper
+    fed.policies["north"] = policy("north", max_epsilon=1.2 * cost)
+    reply = fed.silo("north").handle(fed.trainer.start, first_spec(fed, run_id="b" * 32))
+    assert reply.kind == "spec"
+    assert "brings silo 'north' to epsilon" in reply.message
+
+
+@pytest.mark.parametrize("wrong", ["names", "digest", "nan", "basis", "type"])
+def test_a_theta_that_is_not_the_named_one_is_refused(fed, wrong):
+    theta = dict(fed.trainer.start)
+    name = next(iter(theta))
+    spec = first_spec(fed)
+    if wrong == "names":
+        theta.pop(name)
+    elif wrong == "digest":
+        theta[name] = theta[name] + 1
+    elif wrong == "type":
+        theta[name] = theta[name].double()
+    elif wrong == "nan":
+        theta[name] = theta[name] * float("nan")
+        spec = first_spec(fed, theta=theta)
+    else:
+        spec = RoundSpec.from_json({**spec.to_json(), "basis_sha256": "0" * 64})
+    assert fed.silo("north").handle(theta, spec).kind == "state"
+    assert not list((fed.out / "silos" / "north").glob("**/*.jsonl"))
+
+
+def test_a_message_for_another_silo_is_refused(fed):
+    message = RoundMessage(silo="south", spec=first_spec(fed), theta=fed.trainer.start)
+    assert fed.silo("north").answer(message).kind == "spec"
+
+
+def test_nothing_private_leaves_with_a_failure(fed, monkeypatch):
+    problems = []
+    silo = fed.silo("north")
+    silo._on_problem = problems.append
+
+    def broken(*_arguments):
+        raise ValueError(f"the row was {workbench.CANARIES[0]}")
+
+    monkeypatch.setattr("dpsb.train._clipped_sum", broken)
+    reply = silo.handle(fed.trainer.start, first_spec(fed))
+    assert (reply.kind, reply.message) == ("failed", "The silo failed in this round; its operator can see why.")
+    assert workbench.CANARIES[0] not in problems[0]
+    check_ledger(fed.ledger("north"), 1)
+
+
+def test_json_forms_are_exact(fed):
+    asked = terms(server_optimizer="adam")
+    assert Terms.from_json(asked.to_json()) == asked
+    spec = first_spec(fed)
+    assert RoundSpec.from_json(spec.to_json()) == spec
+    with pytest.raises(FederatedError, match="unknown key 'epsilon'"):
+        RoundSpec.from_json({**spec.to_json(), "epsilon": 1})
+
+
+def test_a_policy_is_a_file(tmp_path):
+    path = tmp_path / "policy.toml"
+    path.write_text('silo = "north"\nmax_epsilon = 3.0\ndelta = 1e-5\nmodels = ["silo_local"]\n')
+    assert read_policy(path) == SiloPolicy(silo="north", max_epsilon=3.0, delta=1e-5)
+    path.write_text('silo = "north"\nmax_epsilon = 3.0\ndelta = 1e-5\nmax_epsilom = 4\n')
+    with pytest.raises(FederatedError, match="unknown key 'max_epsilom'"):
+        read_policy(path)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_server_optimizers_step_on_the_difference_to_the_mean(fed, optimizer):
+    seen = []
+    transport = federation.Faulty(fed.silos(), after=lambda _m, reply: seen.append(reply.tensors) or [reply])
+    state = fed.coordinator(transport, terms(server_optimizer=optimizer, rounds=1)).run()
+    for name, value in state.theta.items():
+        mean, start = torch.stack([tensors[name] for tensors in seen]).mean(dim=0), fed.trainer.start[name]
+        wanted = mean if optimizer == "sgd" else start - torch.sign(start - mean)  # Adam's first step, rate 1
+        torch.testing.assert_close(value, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_transport_without_a_silo_loses_the_message(fed):
+    silos = fed.silos()
+    silos.pop("west")
+    state = fed.coordinator(LocalTransport(silos)).run()
+    assert all(record.lost == {"west": "no reply"} for record in state.history)
