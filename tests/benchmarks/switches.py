@@ -29,6 +29,9 @@ SWITCHES: dict[str, dict[str, str | None]] = {
     "reference": {},
     "warm start, near": {"--warm-start": "near"},
     "second moments, near": {"--precondition": "near"},
+    "near basis, second moments": {"basis": "public", "--precondition": "near"},
+    "near basis, warm start, second moments": {"basis": "public", "--warm-start": "near", "--precondition": "near"},
+    "warm start, second moments": {"--warm-start": "near", "--precondition": "near"},
     "flat clipping, C = 1": {"--auto-clip": None},
     "adaptive clipping, q = 0.5": {"--auto-clip": None, "--adaptive-clip": "0.5"},
     "adam-corrected": {"--optimizer": "adam-corrected"},
@@ -39,23 +42,25 @@ SWITCHES: dict[str, dict[str, str | None]] = {
     "128 x 80": {"--expected-batch-size": "128", "--steps": "80"},
     "512 x 20": {"--expected-batch-size": "512", "--steps": "20"},
 }
-"""What differs from the usual options; None leaves one out, and "near" stands for the file of public rows."""
+"""What differs from the usual options; None leaves one out, "near" stands for the file of public rows, and the basis
+"public" is that file's."""
 
 
 def sweep(task: Task, parts: dict[str, Path], out: Path, options: argparse.Namespace, changes: dict[str, Any]) -> None:
     """The runs of one switch, by the command line."""
     labels = sorted(set(pq.read_table(parts["private"])["label"].to_pylist()))
+    method = f"sb:public:{parts['near']}" if changes.get("basis") == "public" else METHOD
     rates = SGD if changes.get("--optimizer") == "sgd" else ADAM
     command = [
         *(sys.executable, "-m", "dpsb.cli", "curve", "--out", str(out), "--model", "minilm"),
         *("--data", str(parts["private"]), "--eval-data", str(parts["test"]), "--labels", ",".join(labels)),
-        *("--validation-data", str(parts["validation"]), "--methods", METHOD, "--epsilons", EPSILON),
-        *("--learning-rates", f"{METHOD}={rates}", "--repeats", str(options.repeats), "--delta", "1e-5"),
+        *("--validation-data", str(parts["validation"]), "--methods", method, "--epsilons", EPSILON),
+        *("--learning-rates", f"{method}={rates}", "--repeats", str(options.repeats), "--delta", "1e-5"),
         *("--max-length", str(task.max_length), "--targets", TARGETS["top2"], "--remember-frozen-blocks"),
         *("--token-budget", "2048", "--processes", str(options.processes), "--json"),
     ]
     for name, value in {**USUAL, **changes}.items():
-        if value is not None:
+        if value is not None and name != "basis":
             command += [name, str(parts["near"]) if value == "near" else value] if value else [name]
     if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
         print(f"some runs of {out.name} failed; see {out}", flush=True)
