@@ -117,7 +117,8 @@ def simulate(config: FederateConfig, *, callbacks: Callbacks = Callbacks()) -> S
         ).run()
     adapter = ready.trainer.adapter
     adapter.load_state(state.theta)
-    _save_adapter(out, adapter, state.run_id, ready.tokenizer)
+    federation = federation_report(out)
+    _save_adapter(config, adapter, federation, ready.tokenizer)
     held_out: dict[str, float] = {}
     if ready.held_out is not None:
         callbacks.on_status("evaluating on held-out data")
@@ -125,7 +126,6 @@ def simulate(config: FederateConfig, *, callbacks: Callbacks = Callbacks()) -> S
         held_out = evaluate(
             adapter.model, ready.held_out, run.task, trainer.collate, trainer.max_length, run.token_budget
         )
-    federation = federation_report(out)
     write_report(out, federation, {k: v if math.isfinite(v) else str(v) for k, v in held_out.items()})
     return Simulated(out, federation, held_out)
 
@@ -213,8 +213,9 @@ def _adapter(
     return adapter
 
 
-def _save_adapter(out: Path, adapter: Adapter, run_id: str, tokenizer: Any) -> None:
-    """Writes the averaged adapter as a plain LoRA adapter, with its cores in fp32 beside it."""
+def _save_adapter(config: FederateConfig, adapter: Adapter, federation: Federation, tokenizer: Any) -> None:
+    """Writes the averaged adapter as a plain LoRA adapter with a card, and its cores in fp32 beside it."""
+    out, run_id = Path(config.run.out), federation.state.run_id
     for stale in out.glob(f"{ADAPTER}.new"):
         shutil.rmtree(stale)
     with replacing(out / ADAPTER) as folder:
@@ -223,6 +224,36 @@ def _save_adapter(out: Path, adapter: Adapter, run_id: str, tokenizer: Any) -> N
         tensors = {name: value.cpu() for name, value in adapter.state().items()}
         tensors |= {f"{name}.B": f.B.detach().cpu().contiguous() for name, f in adapter.factors().items()}
         save_file(tensors, folder / CORE_NAME, metadata={"format": "dpsb-core/1", "run_id": run_id})
+        (folder / "README.md").write_text(_card(config, federation))
+
+
+def _card(config: FederateConfig, federation: Federation) -> str:
+    """The model card: what this is and what is claimed. No metrics on private people."""
+    report, run = federation.report, config.run
+    rests_on = "\n".join(f"- {line}" for line in report.assumptions)
+    return f"""---
+library_name: peft
+tags:
+- lora
+- differential-privacy
+- dpsb
+---
+
+# Adapter trained by {len(config.silos)} silos with differential privacy
+
+Base model `{run.model}`, task {run.task}, R-only (rank {run.rank}), averaged over {federation.state.round} rounds in the
+privacy model {report.model}. It is a plain LoRA adapter; dpsb is not needed to load it.
+
+## Privacy
+
+{report.statement}
+
+This rests on:
+
+{rests_on}
+
+To check the claim, recompute it from the silos' ledgers: `dpsb-accounting federated --model {report.model}`.
+"""
 
 
 def _randomness(config: FederateConfig) -> Randomness:
