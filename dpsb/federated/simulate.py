@@ -241,8 +241,8 @@ tags:
 
 # Adapter trained by {len(config.silos)} silos with differential privacy
 
-Base model `{run.model}`, task {run.task}, R-only (rank {run.rank}), averaged over {federation.state.round} rounds in the
-privacy model {report.model}. It is a plain LoRA adapter; dpsb is not needed to load it.
+Base model `{run.model}`, task {run.task}, R-only (rank {run.rank}), averaged over {federation.state.round} rounds in
+the privacy model {report.model}. It is a plain LoRA adapter; dpsb is not needed to load it.
 
 ## Privacy
 
