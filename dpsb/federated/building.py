@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,8 +21,9 @@ from dpsb.checkpoint import replacing
 from dpsb.config import RunConfig
 from dpsb.data import Collator, Table
 from dpsb.evaluate import evaluate
+from dpsb.federated.card import federation_card
 from dpsb.federated.config import FederateConfig
-from dpsb.federated.messages import State
+from dpsb.federated.report import Federation, write_report
 from dpsb.federated.spec import FederatedError
 from dpsb.federated.trainer import Trainer
 from dpsb.models import HEAD_NAMES, add_lora, load_base
@@ -114,15 +116,15 @@ def build_without_data(config: FederateConfig, out: Path, on_status: Status) -> 
     return build(config, {"": nothing}, {"": replace(run, num_examples=1)}, out, on_status)
 
 
-def finish(out: Path, built: Built, config: FederateConfig, theta: State, run_id: str) -> dict[str, float]:
-    """Writes the averaged adapter as a plain LoRA adapter, cores in fp32 beside it; metrics on held-out rows, if any.
+def finish(out: Path, built: Built, config: FederateConfig, federation: Federation) -> dict[str, float]:
+    """Writes the averaged adapter as a plain LoRA adapter with a card, cores in fp32 beside it, and the report.
 
     Returns:
-      Metrics, outside the guarantee.
+      Metrics on held-out rows, if there are any; outside the guarantee.
     """
     trainer, run = built.trainer, config.run
     adapter = trainer.adapter
-    adapter.load_state(theta)
+    adapter.load_state(federation.state.theta)
     for stale in out.glob(f"{ADAPTER}.new"):
         shutil.rmtree(stale)
     with replacing(out / ADAPTER) as folder:
@@ -130,11 +132,13 @@ def finish(out: Path, built: Built, config: FederateConfig, theta: State, run_id
         built.tokenizer.save_pretrained(folder)
         tensors = {name: value.cpu() for name, value in adapter.state().items()}
         tensors |= {f"{name}.B": f.B.detach().cpu().contiguous() for name, f in adapter.factors().items()}
-        save_file(tensors, folder / CORE_NAME, metadata={"format": "dpsb-core/1", "run_id": run_id})
-    held_out = next(iter(built.prepared.values())).held_out
-    if held_out is None:
-        return {}
-    return evaluate(adapter.model, held_out, run.task, trainer.collate, trainer.max_length, run.token_budget)
+        save_file(tensors, folder / CORE_NAME, metadata={"format": "dpsb-core/1", "run_id": federation.state.run_id})
+        (folder / "README.md").write_text(federation_card(config, federation))
+    rows, metrics = next(iter(built.prepared.values())).held_out, {}
+    if rows is not None:
+        metrics = evaluate(adapter.model, rows, run.task, trainer.collate, trainer.max_length, run.token_budget)
+    write_report(out, federation, {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()})
+    return metrics
 
 
 def _new_adapter(run: RunConfig, model: torch.nn.Module, prepared: Prepared, collate: Collator) -> Adapter:

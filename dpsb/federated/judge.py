@@ -10,7 +10,7 @@ import torch
 from dpsb.federated.messages import SUM, Receipt, Refusal, Reply, State, Update, theta_digest
 from dpsb.federated.spec import PrivacyModel, RoundSpec
 
-LEAVES = ("spec", "budget", "ledger", "state")
+LEAVES = ("spec", "budget", "ledger")
 """Refusals after which a silo is not asked again in this run."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -16,8 +15,8 @@ from dpsb.federated.config import FederateConfig, silo_config
 from dpsb.federated.coordinator import Coordinator
 from dpsb.federated.local import LocalTransport
 from dpsb.federated.messages import Reply
-from dpsb.federated.report import REPORT_NAME, SILOS, Federation, federation_report, write_report
-from dpsb.federated.server import RoundRecord, ServerError, ServerState
+from dpsb.federated.report import REPORT_NAME, SILOS, Federation, federation_report
+from dpsb.federated.server import RoundRecord, ServerError
 from dpsb.federated.silo import Silo
 from dpsb.federated.spec import POLICY_NAME, FederatedError, SiloPolicy
 from dpsb.federated.split import split_table
@@ -99,12 +98,13 @@ def simulate(config: FederateConfig, *, engine: str = "local", callbacks: Callba
             randomness=randomness,
             on_round=callbacks.on_round,
         )
-        state = coordinator.run() if engine == "local" else _by_flower(coordinator, silos, callbacks)
+        if engine == "local":
+            coordinator.run()
+        else:
+            _by_flower(coordinator, silos, callbacks)
     callbacks.on_status("writing the adapter")
-    held_out = finish(out, built, config, state.theta, state.run_id)
     federation = federation_report(out)
-    write_report(out, federation, {k: v if math.isfinite(v) else str(v) for k, v in held_out.items()})
-    return Simulated(out, federation, held_out)
+    return Simulated(out, federation, finish(out, built, config, federation))
 
 
 def _built(config: FederateConfig, out: Path, callbacks: Callbacks) -> Built:
@@ -122,11 +122,11 @@ def _built(config: FederateConfig, out: Path, callbacks: Callbacks) -> Built:
     return build(config, tables, runs, out, callbacks.on_status)
 
 
-def _by_flower(coordinator: Coordinator, silos: Mapping[str, Silo], callbacks: Callbacks) -> ServerState:
+def _by_flower(coordinator: Coordinator, silos: Mapping[str, Silo], callbacks: Callbacks) -> None:
     from dpsb.federated.flower.engine import simulate_rounds
 
     coordinator.begin()
-    return simulate_rounds(coordinator.out, silos, on_reply=callbacks.on_reply, on_status=callbacks.on_status)
+    simulate_rounds(coordinator.out, silos, on_reply=callbacks.on_reply, on_status=callbacks.on_status)
 
 
 def _randomness(config: FederateConfig) -> Randomness:

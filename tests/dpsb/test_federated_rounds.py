@@ -1,6 +1,7 @@
 """Federations in one process: what a run without faults releases, charges and leaves on disk."""
 
 import shutil
+from dataclasses import replace
 
 import federation
 import pytest
@@ -239,6 +240,22 @@ def test_a_theta_that_is_not_the_named_one_is_refused(fed, wrong):
         spec = RoundSpec.from_json({**spec.to_json(), "basis_sha256": "0" * 64})
     assert fed.silo("north").handle(theta, spec).kind == "state"
     assert not list((fed.out / "silos" / "north").glob("**/*.jsonl"))
+
+
+def test_a_message_that_was_changed_on_its_way_is_asked_again_at_no_cost(fed):
+    changed = []
+
+    class Changes(federation.Faulty):
+        def send(self, messages):
+            for message in messages:
+                if message.silo == "west" and not changed:
+                    changed.append(message)
+                    message = replace(message, theta={name: value + 1 for name, value in message.theta.items()})
+                yield self.silos[message.silo].answer(message)
+
+    state = fed.coordinator(Changes(fed.silos())).run()
+    assert [record.silos for record in state.history] == [NAMES] * 3
+    check_ledger(fed.ledger("west"), 6)
 
 
 def test_a_message_for_another_silo_is_refused(fed):

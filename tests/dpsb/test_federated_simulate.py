@@ -60,6 +60,9 @@ def test_one_file_split_over_three_silos(tmp_path):
     assert report["rounds"]["done"] == 2
     assert set(done.held_out) == {"accuracy", "cross_entropy", "examples"}
     assert report["held_out"]["note"] == "outside the guarantee"
+    card = (out / "adapter" / "README.md").read_text()
+    assert report["statement"] in card
+    assert "accuracy" not in card
     for name in ("silo-1", "silo-2", "silo-3"):
         (ledger,) = (out / "silos" / name).glob("runs/*/ledger.jsonl")
         assert verify(ledger).ok

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import threading
 import tomllib
@@ -21,8 +20,8 @@ from dpsb.federated.coordinator import Coordinator
 from dpsb.federated.flower.deployment import NODES, TLS, register, run_rounds, superlink, supernode
 from dpsb.federated.flower.keys import CA, make_certificates, make_node_key
 from dpsb.federated.messages import Reply
-from dpsb.federated.report import REPORT_NAME, Federation, federation_report, write_report
-from dpsb.federated.server import ServerError, load_state
+from dpsb.federated.report import REPORT_NAME, Federation, federation_report
+from dpsb.federated.server import ServerError
 from dpsb.federated.silo import Silo
 from dpsb.federated.spec import POLICY_NAME, FederatedError, check_whole, checked_fields, read_policy
 from dpsb.federated.trainer import Trainer
@@ -140,13 +139,8 @@ def serve_federation(
         register(flower, keys)
         on_status(f"waiting for silos at {host}:{port}; {len(keys)} node keys are registered")
         run_rounds(out, flower, patience=patience, timeout=timeout)
-    state = load_state(out)
-    if state is None:
-        raise ServerError(f"{out} holds no federation.")
-    built = build_without_data(config, out, on_status)
-    held_out = finish(out, built, config, state.theta, state.run_id)
     federation = federation_report(out)
-    write_report(out, federation, {k: v if math.isfinite(v) else str(v) for k, v in held_out.items()})
+    finish(out, build_without_data(config, out, on_status), config, federation)
     return federation
 
 
