@@ -1,0 +1,539 @@
+"""``class T(DPTrainerMixin, Trainer)``: the Trainer's surroundings, with the private loop of ``fit`` inside.
+
+The Trainer keeps what lies around a step: arguments, callbacks, logging, evaluation, schedules, folders, the Hub. The
+step itself (charge, Poisson draw, per-example gradients, clipping, one noise draw, optimizer) is
+:func:`dpsb.train.private_steps`, whatever batch size and accumulation say.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import math
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from dpsb.adapter import Adapter, Basis, attach, lora_layers
+from dpsb.basis.data_free import DATA_FREE
+from dpsb.checkpoint import THETA_NAME, read_state
+from dpsb.data import Collator
+from dpsb.display import SpentCurve
+from dpsb.losses import causal_lm_loss, classification_loss
+from dpsb.models import HEAD_NAMES, add_lora, target_shapes
+from dpsb.plan import make_plan
+from dpsb.probe import Batch, Example, without_dropout
+from dpsb.randomness import Randomness, SystemRandomness
+from dpsb.sampling import bucket_of, length_buckets
+from dpsb.selftest.start import check_before_run
+from dpsb.start import attach_again, digest, read_start, start_of
+from dpsb.train import private_steps, training_mode
+from dpsb.trainer import files, refusals
+from dpsb.trainer.arguments import PrivacyArguments
+from dpsb.trainer.examples import Form, TokenExamples, form_of
+from dpsb.trainer.guard import check_no_listeners, check_reload, check_unchanged, fingerprint
+from dpsb.trainer.preparing import data_withheld, warnings_without_text
+from dpsb.trainer.refusals import TrainerArgumentError
+from dpsb_accounting import Ledger, Plan, make_report
+
+logger = logging.getLogger("dpsb.trainer")
+
+_NEVER_LOGGED = (
+    *("loss", "train_loss", "grad_norm", "total_flos", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss"),
+    *("num_input_tokens_seen", "train_runtime", "train_samples_per_second", "train_steps_per_second"),
+)
+
+
+class DPTrainerMixin:
+    """Makes a ``Trainer`` or TRL's ``SFTTrainer`` private; put it *before* the Trainer among the base classes.
+
+    Guarantees:
+      * What training leaves (weights, checkpoints, logs, report) is a function of at most T releases of the plan's
+        mechanism, of public facts, and of what evaluation on ``eval_dataset`` decides; T, q, C and the noise are those
+        of the ledger's first line.
+      * A step is on disk in ``output_dir/ledger.jsonl`` before its examples are drawn, in this run and in any
+        resumed one.
+      * No training loss, gradient norm or drawn size is logged or written.
+
+    What lies outside: people in ``eval_dataset`` (their metrics choose a best checkpoint and stop early); whatever a
+    callback of the user does with the model, which it sees as it is between two steps, and with data it holds itself.
+
+    Args:
+      args, kwargs: As for the Trainer beside it. ``args`` (TrainingArguments or SFTConfig) must be given.
+      privacy: :class:`dpsb.PrivacyArguments`.
+
+    Raises:
+      TrainerArgumentError: If an argument does not go with private training (``dpsb.trainer.refusals``); no row of
+        the data has been read then.
+      ValueError: If the model's adapter cannot be turned into one whose only trained tensors are the cores.
+    """
+
+    privacy: PrivacyArguments
+    adapter: Adapter
+    form: Form
+    randomness: Randomness
+
+    args: Any
+    model: Any
+    state: Any
+    control: Any
+    optimizer: Any
+    lr_scheduler: Any
+    callback_handler: Any
+    processing_class: Any
+    train_dataset: Any
+    _ledger: Ledger | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("_inner_training_loop", "_save_checkpoint"):
+            definer = next(kind for kind in cls.__mro__ if name in vars(kind))
+            if definer is not DPTrainerMixin:
+                raise TypeError(
+                    f"{cls.__name__} would train without privacy: {definer.__name__}.{name} comes before "
+                    "DPTrainerMixin's. Put DPTrainerMixin first among the base classes, and do not override it."
+                )
+
+    def __init__(self, *args: Any, privacy: PrivacyArguments, **kwargs: Any) -> None:
+        if not isinstance(privacy, PrivacyArguments):
+            raise TrainerArgumentError(f"Expected privacy to be PrivacyArguments, got {type(privacy).__name__}.")
+        given = _by_name(super().__init__, args, kwargs)
+        if given.get("args") is None:
+            raise TrainerArgumentError("Expected args to be given: its output_dir is where the ledger goes.")
+        refusals.check(type(self), given)
+        _check_evaluation(given.get("train_dataset"), given.get("eval_dataset"))
+        given["args"] = _in_full_precision(given["args"])
+        self.privacy = privacy
+        self.randomness = SystemRandomness()
+        _give_adapter(given, privacy, "peft_config" in inspect.signature(super().__init__).parameters)
+        with warnings_without_text():
+            super().__init__(**given)
+        if not hasattr(self.model, "peft_config"):
+            raise TrainerArgumentError(
+                "Expected a model with a LoRA adapter: give PrivacyArguments.rank, peft_config, or a model from "
+                "peft.get_peft_model."
+            )
+        columns = getattr(self.train_dataset, "column_names", None)
+        longest = privacy.max_length or getattr(self.args, "max_length", None)
+        self.form = form_of(self.model, self.processing_class, columns, longest)
+        self.adapter = attach(self.model, _basis(self.model, privacy), allow=HEAD_NAMES)
+        self.adapter.check_nothing_else_is_trained()
+
+    # --- what a subclass may override
+
+    def per_example_loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """One loss per example, shape ``(n,)``, each of that example alone; the probe checks an override.
+
+        By default cross-entropy of the label, or the mean over the example's *own* labelled tokens.
+        """
+        return (classification_loss if self.form.task == "classification" else causal_lm_loss)(model, batch)
+
+    def per_example_batch(self, examples: list[Example], padded_length: int) -> Batch:
+        """Examples to model inputs, padded to exactly ``padded_length`` tokens; the probe checks an override."""
+        return self._collator()(examples, padded_length)
+
+    # --- training
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains, or goes on training: T minus the charged steps are left, whatever checkpoint is loaded.
+
+        Args:
+          resume_from_checkpoint: True for the newest checkpoint of ``output_dir`` (or its start, if there is none), or
+            the folder of one.
+          args, kwargs: As for the Trainer.
+
+        Returns:
+          ``TrainOutput`` whose ``training_loss`` is NaN: it is not released.
+        """
+        out = Path(self.args.output_dir)
+        folder: Any = resume_from_checkpoint or None
+        files.check_folder(out, resume=folder is not None)
+        self._resuming = folder is not None
+        if folder is True:
+            folder = str(files.checkpoints(out)[-1]) if files.checkpoints(out) else None
+        parent: Any = super()
+        try:
+            return parent.train(folder, *args, **kwargs)
+        finally:
+            self.is_in_train = False
+
+    def _inner_training_loop(
+        self,
+        batch_size: Any = None,
+        args: Any = None,
+        resume_from_checkpoint: str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Any = None,
+    ) -> Any:
+        """Takes the place of the Trainer's own loop."""
+        if trial is not None:
+            self.hyperparameter_search()
+        out = Path(self.args.output_dir)
+        ledger = self._opened(out)
+        self._ledger = ledger
+        with ledger:
+            self._prepare(ledger, resume_from_checkpoint)
+            moved = None
+            if resume_from_checkpoint is not None:
+                moved = read_state(Path(resume_from_checkpoint), self.adapter, self.optimizer, ledger)
+            with training_mode(self.model):
+                spent_before = self._checked(ledger)
+                self._loop(ledger, moved, ignore_keys_for_eval)
+                check_unchanged(self.adapter, spent_before)
+            return self._finished(ledger)
+
+    def _opened(self, out: Path) -> Ledger:
+        """The run's ledger: a new one with its plan, or the one that goes on."""
+        self.optimizer = self.lr_scheduler = None
+        if not self._resuming:
+            return files.new_ledger(out, self._plan(digest(start_of(self.adapter)), None), self.adapter)
+        existing = Ledger.read(out / files.LEDGER_NAME).plan
+        start = read_start(out, existing)
+        plan = self._plan(digest(start), existing)
+        if plan != existing:
+            mine, theirs = plan.to_json(), existing.to_json()
+            odd = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
+            raise files.TrainerRunError(
+                f"The arguments differ from the run's plan in {', '.join(odd)}; a plan cannot change on resume."
+            )
+        self.adapter = attach_again(self.model, start, existing)
+        return Ledger.open(out / files.LEDGER_NAME)
+
+    def _prepare(self, ledger: Ledger, folder: str | None) -> None:
+        """Optimizer, schedule and the Trainer's state, as far along as the ledger says."""
+        from torch.optim.lr_scheduler import LambdaLR
+        from transformers.trainer_callback import ExportableState, TrainerState
+
+        trainer: Any = self
+        plan, done = ledger.plan, ledger.charged("train")
+        trainer.create_optimizer()
+        trainer.create_scheduler(num_training_steps=plan.steps, optimizer=self.optimizer)
+        if type(self.lr_scheduler) is not LambdaLR:
+            raise TrainerArgumentError(
+                f"lr_scheduler={type(self.lr_scheduler).__name__} is refused in private training: learning rates must "
+                "be a public function of the step, as those of LambdaLR are."
+            )
+        exported = [cb for cb in [*self.callback_handler.callbacks, self.control] if isinstance(cb, ExportableState)]
+        self.state = TrainerState(stateful_callbacks=exported)
+        state_file = None if folder is None else Path(folder) / files.STATE_FILE
+        if state_file is not None and state_file.is_file():
+            self.state = TrainerState.load_from_json(str(state_file))
+            trainer._load_callback_state()
+        self.state.compute_steps(self.args, plan.steps)
+        self.state.init_training_references(self, plan.steps, math.ceil(plan.steps * plan.sampling_prob), None)
+        self.state.global_step, self.state.epoch = done, done * plan.sampling_prob
+        self.lr_scheduler.last_epoch = done
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = None
+
+    def _checked(self, ledger: Ledger) -> dict[str, int]:
+        """The tests on synthetic examples that need no charge; returns the fingerprint of what must not change."""
+        plan, synthetic = ledger.plan, self.form.synthetic()
+        shortest = bucket_of(len(synthetic[0]["input_ids"]), length_buckets(self.form.max_length))
+        if ledger.remaining("train"):
+            with without_dropout(self.model):
+                batch = self.per_example_batch(synthetic[:3], shortest)
+                save = self._save_plainly
+                check_reload(self.adapter, save, self.per_example_loss, batch)
+                if self.privacy.self_test and plan.is_private:
+                    check_before_run(
+                        self.adapter,
+                        self.per_example_loss,
+                        self.per_example_batch,
+                        synthetic,
+                        self.form.max_length,
+                        self.privacy.token_budget,
+                    )
+        return fingerprint(self.adapter)
+
+    def _save_plainly(self, folder: Path) -> None:
+        self.model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+
+    def _loop(self, ledger: Ledger, moved: float | None, ignore_keys: Any) -> None:
+        """The steps that are left, and what the Trainer does between them."""
+        trainer: Any = self
+        plan, handler = ledger.plan, self.callback_handler
+        factor = self.lr_scheduler.lr_lambdas[0]
+        self._moved, self._spent, self._logged, self._evaluated = moved, SpentCurve(plan), self.state.global_step, {}
+        steps = private_steps(
+            self.adapter,
+            TokenExamples(self.train_dataset, self.form),
+            ledger=ledger,
+            optimizer=self.optimizer,
+            loss_fn=self.per_example_loss,
+            collate=self.per_example_batch,
+            synthetic=self.form.synthetic(),
+            max_length=self.form.max_length,
+            schedule=lambda done: factor(round(done * plan.steps)),
+            token_budget=self.privacy.token_budget,
+            randomness=self.randomness,
+            base_rates=[float(group["initial_lr"]) for group in self.optimizer.param_groups],
+            moved_clip_norm=moved,
+        )
+        per_epoch = max(1, math.ceil(1 / plan.sampling_prob))
+        self.control = handler.on_train_begin(self.args, self.state, self.control)
+        if self.args.eval_on_start:
+            trainer._evaluate(None, ignore_keys)
+        with closing(steps):
+            while ledger.remaining("train") and not self.control.should_training_stop:
+                if self.state.global_step % per_epoch == 0:
+                    self.control = handler.on_epoch_begin(self.args, self.state, self.control)
+                self.control = handler.on_step_begin(self.args, self.state, self.control)
+                check_no_listeners(self.adapter)
+                progress, self._moved = next(steps)
+                self.lr_scheduler.step()
+                self.state.global_step = progress.step
+                self.state.epoch = progress.step * plan.sampling_prob
+                self.control = handler.on_step_end(self.args, self.state, self.control)
+                self._between(ledger, ignore_keys)
+                if progress.step % per_epoch == 0 or progress.step == plan.steps or self.control.should_epoch_stop:
+                    self.control = handler.on_epoch_end(self.args, self.state, self.control)
+                    self._between(ledger, ignore_keys)
+
+    def _between(self, ledger: Ledger, ignore_keys: Any) -> None:
+        """Logs, evaluates and saves where the callbacks ask for it."""
+        trainer: Any = self
+        if self.control.should_log and self.state.global_step > self._logged:
+            self._logged = self.state.global_step
+            self.log({**self.epsilon_spent(), "learning_rate": float(self.lr_scheduler.get_last_lr()[0])})
+        if self.control.should_evaluate:
+            self._evaluated = trainer._evaluate(None, ignore_keys)
+            better = trainer._determine_best_metric(metrics=self._evaluated, trial=None)
+            if getattr(self.args.save_strategy, "value", self.args.save_strategy) == "best":
+                self.control.should_save = better
+        if self.control.should_save:
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def epsilon_spent(self) -> dict[str, float]:
+        """Upper bound on epsilon after the steps so far, as information; the claim is the plan's, in the report.
+
+        Empty where there is nothing to claim: before training, and for a run that is tainted.
+        """
+        ledger = self._ledger
+        if ledger is None or ledger.taints or not ledger.plan.is_private or not ledger.charged("train"):
+            return {}
+        upper = self._spent.upper(ledger.charged("train"))
+        for callback in self.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None)
+            if hasattr(bar, "set_postfix_str"):
+                bar.set_postfix_str(f"epsilon <= {upper:.4g}")
+        return {"epsilon": upper, "delta": ledger.plan.delta}
+
+    def _finished(self, ledger: Ledger) -> Any:
+        """Report, best checkpoint, last callbacks."""
+        from transformers.trainer_utils import TrainOutput
+
+        report = make_report(ledger, held_out=files.held_out_of(self._evaluated))
+        report.write(Path(self.args.output_dir) / files.REPORT_NAME)
+        metrics = {"train_steps": float(self.state.global_step), **self.epsilon_spent()}
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(self.state.global_step, math.nan, metrics)
+
+    # --- the plan
+
+    def _plan(self, start_sha256: str, existing: Plan | None) -> Plan:
+        privacy, arguments = self.privacy, self.args
+        declared = privacy.num_examples is not None
+        return make_plan(
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            num_examples=privacy.num_examples if privacy.num_examples is not None else len(self.train_dataset),
+            num_examples_declared=declared,
+            expected_batch_size=privacy.expected_batch_size,
+            steps=arguments.max_steps if arguments.max_steps > 0 else None,
+            epochs=None if arguments.max_steps > 0 else float(arguments.num_train_epochs),
+            neighboring=privacy.neighboring,
+            l2_clip_norm=privacy.l2_clip_norm,
+            clipping=privacy.clipping,
+            adaptive_quantile=privacy.adaptive_clip or 0.5,
+            basis=self.adapter.provenance.to_json(),
+            noise_multiplier=None if existing is None else existing.noise_multiplier,
+            details=self._details(start_sha256),
+        )
+
+    def _details(self, start_sha256: str) -> dict[str, Any]:
+        arguments, form = self.args, self.form
+        base: Any = self.model.get_base_model()
+        name = str(getattr(base.config, "_name_or_path", "") or type(base).__name__)
+        labels = getattr(base.config, "id2label", None) or {}
+        kind = self.privacy.basis
+        return {
+            "trainer": type(self).__name__,
+            "model": Path(name).name if Path(name).exists() else name,
+            "method": "sb",
+            "basis": kind if isinstance(kind, str) else kind.provenance.kind,
+            "start_sha256": start_sha256,
+            "task": form.task,
+            "rank": self.adapter.cores[0].up.core.in_features,
+            "targets": f"{len(self.adapter.cores)} layers",
+            "target_shapes": target_shapes(self.model),
+            "max_length": form.max_length,
+            "length_buckets": list(length_buckets(form.max_length)),
+            "labels": [str(labels[key]) for key in sorted(labels)] if form.task == "classification" else [],
+            "labels_origin": "model config" if form.task == "classification" else "none",
+            "optimizer": str(getattr(arguments.optim, "value", arguments.optim)),
+            "weight_decay": float(arguments.weight_decay),
+            "learning_rate": float(arguments.learning_rate),
+            "schedule": str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),
+            "warmup": float(arguments.warmup_steps),
+            "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
+        }
+
+    # --- saving, loading, logging
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """Writes ``checkpoint-N``; nothing pickled, no random state, no losses."""
+        if self._ledger is None:
+            raise files.TrainerRunError("There is nothing to checkpoint before train() has begun.")
+        out = Path(self.args.output_dir)
+        if self.state.best_global_step is not None:
+            best = out / f"checkpoint-{self.state.best_global_step}"
+            if best.exists() or self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(best)
+        files.write_checkpoint(
+            out / f"checkpoint-{self.state.global_step}",
+            self.adapter,
+            self.optimizer,
+            self._ledger,
+            self._moved,
+            self.processing_class,
+            self.state,
+        )
+        files.remove_old(out, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes a plain LoRA adapter, the cores, the tokenizer and, once trained, the model card with the claim."""
+        folder = Path(output_dir or self.args.output_dir)
+        if self._ledger is None:
+            self._save_plainly(folder)
+        else:
+            files.save_adapter(folder, Path(self.args.output_dir), self.adapter, self._ledger, self.processing_class)
+        if self.args.push_to_hub and not _internal_call:
+            hub: Any = self
+            hub.push_to_hub(commit_message="Model save")
+
+    def save_state(self) -> None:
+        """Writes ``trainer_state.json`` without losses."""
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        files.without_losses(self.state).save_to_json(str(Path(self.args.output_dir) / files.STATE_FILE))
+
+    def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
+        """Nothing: ``save_model`` has written a card that says what is claimed, which no other may replace."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: the Trainer's own would pickle its arguments."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing: theta and the optimizer are read once the ledger is open, which has the last word."""
+
+    def _load_best_model(self) -> None:
+        """Puts theta of the best checkpoint into the model, exactly."""
+        self.adapter.load_state(load_file(Path(self.state.best_model_checkpoint) / THETA_NAME))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs what is public or released; a training loss or gradient norm is left out, whoever brings it."""
+        trainer: Any = super()
+        trainer.log({name: value for name, value in logs.items() if name not in _NEVER_LOGGED}, *args, **kwargs)
+
+    def hyperparameter_search(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Refused: every trial would spend the whole epsilon on the same data."""
+        raise TrainerArgumentError(
+            "hyperparameter_search is refused in private training: every trial spends the whole epsilon on the same "
+            "data. Choose rates on public data, or run trials with PrivacyArguments of their own and add them up."
+        )
+
+    def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's tokenization; its errors may quote rows, so only their kind is told."""
+        trainer: Any = super()
+        with data_withheld():
+            return trainer._prepare_dataset(*args, **kwargs)
+
+    def _collator(self) -> Collator:
+        return self.form.collator(self.adapter.parameters()[0].device)
+
+
+def _by_name(constructor: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the Trainer's constructor by name."""
+    signature = inspect.signature(constructor)
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in signature.parameters.values()):
+        if args:
+            raise TrainerArgumentError("Give the Trainer's arguments by name: its constructor hides what is what.")
+        return dict(kwargs)
+    given = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return given
+
+
+def _check_evaluation(train: Any, evaluation: Any) -> None:
+    """Refuses to evaluate on the training data: its loss would be published without noise."""
+    sets = list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
+    marks = [getattr(data, "_fingerprint", None) for data in sets]
+    mine = getattr(train, "_fingerprint", None)
+    if any(data is train for data in sets if data is not None) or (mine is not None and mine in marks):
+        raise TrainerArgumentError(
+            "eval_dataset is the training data: its loss would be logged without noise. Leave it out, or give "
+            "held-out rows."
+        )
+
+
+def _in_full_precision(args: Any) -> Any:
+    """A copy of the arguments without autocast, which evaluation would otherwise switch on in the middle of a run."""
+    args = copy.copy(args)
+    args.bf16 = False
+    if hasattr(args, "mixed_precision"):
+        args.mixed_precision = "no"
+    return args
+
+
+def _give_adapter(given: dict[str, Any], privacy: PrivacyArguments, takes_config: bool) -> None:
+    """Puts a new LoRA adapter of ``privacy.rank`` on a model that has none, or lets TRL do so."""
+    model = given.get("model")
+    adapted = hasattr(model, "peft_config") or given.get("peft_config") is not None
+    if privacy.rank is None:
+        return
+    if adapted:
+        raise TrainerArgumentError(
+            f"rank={privacy.rank!r} is for a model without an adapter, and this one has one; leave rank out."
+        )
+    if takes_config:
+        from peft import LoraConfig
+
+        given["peft_config"] = LoraConfig(
+            r=privacy.rank,
+            lora_alpha=privacy.rank,
+            lora_dropout=0.0,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+    elif isinstance(model, nn.Module):
+        task = "classification" if getattr(model, "num_labels", 0) and _has_head(model) else "causal-lm"
+        given["model"] = add_lora(model, task, privacy.rank)
+
+
+def _has_head(model: nn.Module) -> bool:
+    return any(set(name.split(".")) & set(HEAD_NAMES) for name, _ in model.named_modules())
+
+
+def _basis(model: nn.Module, privacy: PrivacyArguments) -> Basis:
+    if isinstance(privacy.basis, str):
+        lora_layers(model)
+        return DATA_FREE[privacy.basis](model)
+    access = privacy.basis.provenance.access
+    if access not in ("data_free", "public"):
+        raise TrainerArgumentError(
+            f"The basis has access={access!r}; under a Trainer it must be 'data_free' or 'public'. `dpsb train` "
+            "charges for one that reads private data."
+        )
+    return privacy.basis
