@@ -7,11 +7,10 @@ error that one person's row raises would tell that the row is there.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from torch import nn
 
 from dpsb.data import Collator, synthetic_examples
 from dpsb.losses import IGNORED
@@ -69,7 +68,7 @@ class TokenExamples(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: Any) -> dict[str, Any]:
+    def __getitem__(self, index: Any) -> Any:
         return example_of(self.dataset[index], self.form)
 
 
@@ -126,13 +125,13 @@ def _empty(form: Form) -> dict[str, Any]:
     return {**example, "token_type_ids": [0]} if form.token_types else example
 
 
-def form_of(model: Any, tokenizer: Any, columns: Sequence[str] | None, max_length: int | None) -> Form:
-    """The form of the examples for a model. Reads the model, the tokenizer and the names of the columns; no row.
+def form_of(model: Any, tokenizer: Any, dataset: Any, max_length: int | None) -> Form:
+    """The form of the examples for a model. Reads the model, the tokenizer and the data set's schema; no row.
 
     Args:
       model: A model of transformers, PEFT-wrapped or not.
       tokenizer: The Trainer's ``processing_class``, or None.
-      columns: Column names of the data set where it has a schema.
+      dataset: Its schema, where it has one, counts as public.
       max_length: Most tokens of an example, or None for what the model's positions allow.
 
     Raises:
@@ -141,7 +140,9 @@ def form_of(model: Any, tokenizer: Any, columns: Sequence[str] | None, max_lengt
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     task = _task_of(base)
-    accepted = _accepted(base)
+    accepted = set(inspect.signature(base.forward).parameters)
+    columns = getattr(dataset, "column_names", None)
+    _check_labels(task, getattr(dataset, "features", None))
     odd = sorted(set(columns or ()) & accepted - {*_USED, *_HARMLESS})
     if odd:
         raise TrainerArgumentError(
@@ -193,7 +194,13 @@ def _task_of(base: Any) -> str:
     )
 
 
-def _accepted(base: nn.Module) -> set[str]:
-    import inspect
-
-    return set(inspect.signature(base.forward).parameters)
+def _check_labels(task: str, features: Mapping[str, Any] | None) -> None:
+    """Refuses a classifier's data set whose schema has no whole numbers as labels: every row would be ignored."""
+    if task != "classification" or features is None:
+        return
+    kinds = [str(getattr(features[name], "dtype", "?")) for name in _LABELS if name in features]
+    if not kinds or not kinds[0].startswith(("int", "uint", "bool")):
+        raise TrainerArgumentError(
+            f"Expected the data set to have a column 'labels' (or 'label') of whole numbers, got "
+            f"{kinds[0] if kinds else 'none'}; map the names of the classes to numbers first."
+        )

@@ -82,6 +82,13 @@ def new_ledger(out: Path, plan: Plan, adapter: Adapter) -> Ledger:
     return ledger
 
 
+def forget(out: Path) -> None:
+    """Deletes ledger and start of a run that charged nothing, so that it can be started again."""
+    if (out / LEDGER_NAME).exists() and Ledger.read(out / LEDGER_NAME).charged("train") == 0:
+        for name in (LEDGER_NAME, START_NAME):
+            (out / name).unlink(missing_ok=True)
+
+
 def write_checkpoint(
     folder: Path,
     adapter: Adapter,

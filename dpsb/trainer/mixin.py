@@ -7,27 +7,25 @@ step itself (charge, Poisson draw, per-example gradients, clipping, one noise dr
 
 from __future__ import annotations
 
-import copy
 import inspect
-import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from dpsb.adapter import Adapter, Basis, attach, lora_layers
-from dpsb.basis.data_free import DATA_FREE
+from dpsb.adapter import Adapter, attach
 from dpsb.checkpoint import THETA_NAME, read_state
 from dpsb.data import Collator
 from dpsb.display import SpentCurve
 from dpsb.losses import causal_lm_loss, classification_loss
-from dpsb.models import HEAD_NAMES, add_lora, target_shapes
-from dpsb.plan import make_plan
+from dpsb.models import HEAD_NAMES
 from dpsb.probe import Batch, Example, without_dropout
 from dpsb.randomness import Randomness, SystemRandomness
 from dpsb.sampling import bucket_of, length_buckets
@@ -36,13 +34,13 @@ from dpsb.start import attach_again, digest, read_start, start_of
 from dpsb.train import private_steps, training_mode
 from dpsb.trainer import files, refusals
 from dpsb.trainer.arguments import PrivacyArguments
+from dpsb.trainer.building import basis_of, by_name, check_evaluation, give_adapter, in_full_precision
 from dpsb.trainer.examples import Form, TokenExamples, form_of
 from dpsb.trainer.guard import check_no_listeners, check_reload, check_unchanged, fingerprint
+from dpsb.trainer.planning import plan_of
 from dpsb.trainer.preparing import data_withheld, warnings_without_text
 from dpsb.trainer.refusals import TrainerArgumentError
-from dpsb_accounting import Ledger, Plan, make_report
-
-logger = logging.getLogger("dpsb.trainer")
+from dpsb_accounting import Ledger, make_report
 
 _NEVER_LOGGED = (
     *("loss", "train_loss", "grad_norm", "total_flos", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss"),
@@ -79,6 +77,7 @@ class DPTrainerMixin:
     form: Form
     randomness: Randomness
 
+    accelerator: Any
     args: Any
     model: Any
     state: Any
@@ -89,6 +88,9 @@ class DPTrainerMixin:
     processing_class: Any
     train_dataset: Any
     _ledger: Ledger | None = None
+    _resuming = False
+    _moved: float | None = None
+    _evaluated: dict[str, Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -103,26 +105,26 @@ class DPTrainerMixin:
     def __init__(self, *args: Any, privacy: PrivacyArguments, **kwargs: Any) -> None:
         if not isinstance(privacy, PrivacyArguments):
             raise TrainerArgumentError(f"Expected privacy to be PrivacyArguments, got {type(privacy).__name__}.")
-        given = _by_name(super().__init__, args, kwargs)
+        given = by_name(super().__init__, args, kwargs)
         if given.get("args") is None:
             raise TrainerArgumentError("Expected args to be given: its output_dir is where the ledger goes.")
         refusals.check(type(self), given)
-        _check_evaluation(given.get("train_dataset"), given.get("eval_dataset"))
-        given["args"] = _in_full_precision(given["args"])
+        check_evaluation(given.get("train_dataset"), given.get("eval_dataset"))
+        given["args"] = in_full_precision(given["args"])
         self.privacy = privacy
         self.randomness = SystemRandomness()
-        _give_adapter(given, privacy, "peft_config" in inspect.signature(super().__init__).parameters)
+        give_adapter(given, privacy, "peft_config" in inspect.signature(super().__init__).parameters)
         with warnings_without_text():
             super().__init__(**given)
-        if not hasattr(self.model, "peft_config"):
+        self.accelerator.native_amp = False  # evaluation would wrap the model's forward pass in autocast for good
+        if not isinstance(self.model, PeftModel):
             raise TrainerArgumentError(
                 "Expected a model with a LoRA adapter: give PrivacyArguments.rank, peft_config, or a model from "
                 "peft.get_peft_model."
             )
-        columns = getattr(self.train_dataset, "column_names", None)
         longest = privacy.max_length or getattr(self.args, "max_length", None)
-        self.form = form_of(self.model, self.processing_class, columns, longest)
-        self.adapter = attach(self.model, _basis(self.model, privacy), allow=HEAD_NAMES)
+        self.form = form_of(self.model, self.processing_class, self.train_dataset, longest)
+        self.adapter = attach(self.model, basis_of(self.model, privacy), allow=HEAD_NAMES)
         self.adapter.check_nothing_else_is_trained()
 
     # --- what a subclass may override
@@ -134,7 +136,7 @@ class DPTrainerMixin:
         """
         return (classification_loss if self.form.task == "classification" else causal_lm_loss)(model, batch)
 
-    def per_example_batch(self, examples: list[Example], padded_length: int) -> Batch:
+    def per_example_batch(self, examples: Sequence[Example], padded_length: int) -> Batch:
         """Examples to model inputs, padded to exactly ``padded_length`` tokens; the probe checks an override."""
         return self._collator()(examples, padded_length)
 
@@ -151,6 +153,8 @@ class DPTrainerMixin:
         Returns:
           ``TrainOutput`` whose ``training_loss`` is NaN: it is not released.
         """
+        if self.train_dataset is None:
+            raise TrainerArgumentError("Expected train_dataset to be given.")
         out = Path(self.args.output_dir)
         folder: Any = resume_from_checkpoint or None
         files.check_folder(out, resume=folder is not None)
@@ -165,8 +169,8 @@ class DPTrainerMixin:
 
     def _inner_training_loop(
         self,
-        batch_size: Any = None,
-        args: Any = None,
+        batch_size: Any = None,  # noqa: ARG002 - the Trainer's own signature
+        args: Any = None,  # noqa: ARG002
         resume_from_checkpoint: str | None = None,
         trial: Any = None,
         ignore_keys_for_eval: Any = None,
@@ -176,32 +180,32 @@ class DPTrainerMixin:
             self.hyperparameter_search()
         out = Path(self.args.output_dir)
         ledger = self._opened(out)
-        self._ledger = ledger
-        with ledger:
-            self._prepare(ledger, resume_from_checkpoint)
-            moved = None
-            if resume_from_checkpoint is not None:
-                moved = read_state(Path(resume_from_checkpoint), self.adapter, self.optimizer, ledger)
-            with training_mode(self.model):
-                spent_before = self._checked(ledger)
-                self._loop(ledger, moved, ignore_keys_for_eval)
-                check_unchanged(self.adapter, spent_before)
+        self._ledger, self._spent, self._evaluated = ledger, SpentCurve(ledger.plan), {}
+        try:
+            with ledger, training_mode(self.model):
+                self._prepare(ledger, resume_from_checkpoint)
+                self._moved = None
+                if resume_from_checkpoint is not None:
+                    self._moved = read_state(Path(resume_from_checkpoint), self.adapter, self.optimizer, ledger)
+                frozen = self._checked(ledger)
+                self._loop(ledger, ignore_keys_for_eval)
+                check_unchanged(self.adapter, frozen)
             return self._finished(ledger)
+        except BaseException:
+            if not self._resuming and not ledger.charged("train"):
+                files.forget(out)  # nothing was drawn, nothing is spent
+                self._ledger = None
+            raise
 
     def _opened(self, out: Path) -> Ledger:
         """The run's ledger: a new one with its plan, or the one that goes on."""
-        self.optimizer = self.lr_scheduler = None
+        self.optimizer = self.lr_scheduler = None  # made for tensors that may be gone
+        asked = partial(plan_of, self.privacy, self.args, self.adapter, self.form, self.train_dataset)
         if not self._resuming:
-            return files.new_ledger(out, self._plan(digest(start_of(self.adapter)), None), self.adapter)
+            return files.new_ledger(out, asked(digest(start_of(self.adapter))), self.adapter)
         existing = Ledger.read(out / files.LEDGER_NAME).plan
         start = read_start(out, existing)
-        plan = self._plan(digest(start), existing)
-        if plan != existing:
-            mine, theirs = plan.to_json(), existing.to_json()
-            odd = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
-            raise files.TrainerRunError(
-                f"The arguments differ from the run's plan in {', '.join(odd)}; a plan cannot change on resume."
-            )
+        asked(digest(start), existing)
         self.adapter = attach_again(self.model, start, existing)
         return Ledger.open(out / files.LEDGER_NAME)
 
@@ -256,12 +260,12 @@ class DPTrainerMixin:
     def _save_plainly(self, folder: Path) -> None:
         self.model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
 
-    def _loop(self, ledger: Ledger, moved: float | None, ignore_keys: Any) -> None:
+    def _loop(self, ledger: Ledger, ignore_keys: Any) -> None:
         """The steps that are left, and what the Trainer does between them."""
         trainer: Any = self
         plan, handler = ledger.plan, self.callback_handler
         factor = self.lr_scheduler.lr_lambdas[0]
-        self._moved, self._spent, self._logged, self._evaluated = moved, SpentCurve(plan), self.state.global_step, {}
+        self._logged = self.state.global_step
         steps = private_steps(
             self.adapter,
             TokenExamples(self.train_dataset, self.form),
@@ -275,7 +279,7 @@ class DPTrainerMixin:
             token_budget=self.privacy.token_budget,
             randomness=self.randomness,
             base_rates=[float(group["initial_lr"]) for group in self.optimizer.param_groups],
-            moved_clip_norm=moved,
+            moved_clip_norm=self._moved,
         )
         per_epoch = max(1, math.ceil(1 / plan.sampling_prob))
         self.control = handler.on_train_begin(self.args, self.state, self.control)
@@ -292,17 +296,18 @@ class DPTrainerMixin:
                 self.state.global_step = progress.step
                 self.state.epoch = progress.step * plan.sampling_prob
                 self.control = handler.on_step_end(self.args, self.state, self.control)
-                self._between(ledger, ignore_keys)
-                if progress.step % per_epoch == 0 or progress.step == plan.steps or self.control.should_epoch_stop:
+                self._between(ignore_keys)
+                if progress.step % per_epoch == 0 or progress.step == plan.steps:
                     self.control = handler.on_epoch_end(self.args, self.state, self.control)
-                    self._between(ledger, ignore_keys)
+                    self._between(ignore_keys)
 
-    def _between(self, ledger: Ledger, ignore_keys: Any) -> None:
+    def _between(self, ignore_keys: Any) -> None:
         """Logs, evaluates and saves where the callbacks ask for it."""
         trainer: Any = self
         if self.control.should_log and self.state.global_step > self._logged:
             self._logged = self.state.global_step
             self.log({**self.epsilon_spent(), "learning_rate": float(self.lr_scheduler.get_last_lr()[0])})
+        self._show_spent()
         if self.control.should_evaluate:
             self._evaluated = trainer._evaluate(None, ignore_keys)
             better = trainer._determine_best_metric(metrics=self._evaluated, trial=None)
@@ -320,12 +325,15 @@ class DPTrainerMixin:
         ledger = self._ledger
         if ledger is None or ledger.taints or not ledger.plan.is_private or not ledger.charged("train"):
             return {}
-        upper = self._spent.upper(ledger.charged("train"))
+        return {"epsilon": self._spent.upper(ledger.charged("train")), "delta": ledger.plan.delta}
+
+    def _show_spent(self) -> None:
+        """Epsilon beside the progress bar."""
+        spent = self.epsilon_spent()
         for callback in self.callback_handler.callbacks:
             bar = getattr(callback, "training_bar", None)
-            if hasattr(bar, "set_postfix_str"):
-                bar.set_postfix_str(f"epsilon <= {upper:.4g}")
-        return {"epsilon": upper, "delta": ledger.plan.delta}
+            if spent and bar is not None and hasattr(bar, "set_postfix_str"):
+                bar.set_postfix_str(f"epsilon <= {spent['epsilon'] * (1 + 5e-5):.5g}")
 
     def _finished(self, ledger: Ledger) -> Any:
         """Report, best checkpoint, last callbacks."""
@@ -339,59 +347,9 @@ class DPTrainerMixin:
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         return TrainOutput(self.state.global_step, math.nan, metrics)
 
-    # --- the plan
-
-    def _plan(self, start_sha256: str, existing: Plan | None) -> Plan:
-        privacy, arguments = self.privacy, self.args
-        declared = privacy.num_examples is not None
-        return make_plan(
-            epsilon=privacy.epsilon,
-            delta=privacy.delta,
-            num_examples=privacy.num_examples if privacy.num_examples is not None else len(self.train_dataset),
-            num_examples_declared=declared,
-            expected_batch_size=privacy.expected_batch_size,
-            steps=arguments.max_steps if arguments.max_steps > 0 else None,
-            epochs=None if arguments.max_steps > 0 else float(arguments.num_train_epochs),
-            neighboring=privacy.neighboring,
-            l2_clip_norm=privacy.l2_clip_norm,
-            clipping=privacy.clipping,
-            adaptive_quantile=privacy.adaptive_clip or 0.5,
-            basis=self.adapter.provenance.to_json(),
-            noise_multiplier=None if existing is None else existing.noise_multiplier,
-            details=self._details(start_sha256),
-        )
-
-    def _details(self, start_sha256: str) -> dict[str, Any]:
-        arguments, form = self.args, self.form
-        base: Any = self.model.get_base_model()
-        name = str(getattr(base.config, "_name_or_path", "") or type(base).__name__)
-        labels = getattr(base.config, "id2label", None) or {}
-        kind = self.privacy.basis
-        return {
-            "trainer": type(self).__name__,
-            "model": Path(name).name if Path(name).exists() else name,
-            "method": "sb",
-            "basis": kind if isinstance(kind, str) else kind.provenance.kind,
-            "start_sha256": start_sha256,
-            "task": form.task,
-            "rank": self.adapter.cores[0].up.core.in_features,
-            "targets": f"{len(self.adapter.cores)} layers",
-            "target_shapes": target_shapes(self.model),
-            "max_length": form.max_length,
-            "length_buckets": list(length_buckets(form.max_length)),
-            "labels": [str(labels[key]) for key in sorted(labels)] if form.task == "classification" else [],
-            "labels_origin": "model config" if form.task == "classification" else "none",
-            "optimizer": str(getattr(arguments.optim, "value", arguments.optim)),
-            "weight_decay": float(arguments.weight_decay),
-            "learning_rate": float(arguments.learning_rate),
-            "schedule": str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),
-            "warmup": float(arguments.warmup_steps),
-            "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
-        }
-
     # --- saving, loading, logging
 
-    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:  # noqa: ARG002 - the Trainer's own signature
         """Writes ``checkpoint-N``; nothing pickled, no random state, no losses."""
         if self._ledger is None:
             raise files.TrainerRunError("There is nothing to checkpoint before train() has begun.")
@@ -460,80 +418,3 @@ class DPTrainerMixin:
 
     def _collator(self) -> Collator:
         return self.form.collator(self.adapter.parameters()[0].device)
-
-
-def _by_name(constructor: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the Trainer's constructor by name."""
-    signature = inspect.signature(constructor)
-    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in signature.parameters.values()):
-        if args:
-            raise TrainerArgumentError("Give the Trainer's arguments by name: its constructor hides what is what.")
-        return dict(kwargs)
-    given = dict(signature.bind_partial(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            given |= given.pop(name, {})
-    return given
-
-
-def _check_evaluation(train: Any, evaluation: Any) -> None:
-    """Refuses to evaluate on the training data: its loss would be published without noise."""
-    sets = list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
-    marks = [getattr(data, "_fingerprint", None) for data in sets]
-    mine = getattr(train, "_fingerprint", None)
-    if any(data is train for data in sets if data is not None) or (mine is not None and mine in marks):
-        raise TrainerArgumentError(
-            "eval_dataset is the training data: its loss would be logged without noise. Leave it out, or give "
-            "held-out rows."
-        )
-
-
-def _in_full_precision(args: Any) -> Any:
-    """A copy of the arguments without autocast, which evaluation would otherwise switch on in the middle of a run."""
-    args = copy.copy(args)
-    args.bf16 = False
-    if hasattr(args, "mixed_precision"):
-        args.mixed_precision = "no"
-    return args
-
-
-def _give_adapter(given: dict[str, Any], privacy: PrivacyArguments, takes_config: bool) -> None:
-    """Puts a new LoRA adapter of ``privacy.rank`` on a model that has none, or lets TRL do so."""
-    model = given.get("model")
-    adapted = hasattr(model, "peft_config") or given.get("peft_config") is not None
-    if privacy.rank is None:
-        return
-    if adapted:
-        raise TrainerArgumentError(
-            f"rank={privacy.rank!r} is for a model without an adapter, and this one has one; leave rank out."
-        )
-    if takes_config:
-        from peft import LoraConfig
-
-        given["peft_config"] = LoraConfig(
-            r=privacy.rank,
-            lora_alpha=privacy.rank,
-            lora_dropout=0.0,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
-    elif isinstance(model, nn.Module):
-        task = "classification" if getattr(model, "num_labels", 0) and _has_head(model) else "causal-lm"
-        given["model"] = add_lora(model, task, privacy.rank)
-
-
-def _has_head(model: nn.Module) -> bool:
-    return any(set(name.split(".")) & set(HEAD_NAMES) for name, _ in model.named_modules())
-
-
-def _basis(model: nn.Module, privacy: PrivacyArguments) -> Basis:
-    if isinstance(privacy.basis, str):
-        lora_layers(model)
-        return DATA_FREE[privacy.basis](model)
-    access = privacy.basis.provenance.access
-    if access not in ("data_free", "public"):
-        raise TrainerArgumentError(
-            f"The basis has access={access!r}; under a Trainer it must be 'data_free' or 'public'. `dpsb train` "
-            "charges for one that reads private data."
-        )
-    return privacy.basis

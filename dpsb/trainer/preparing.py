@@ -15,10 +15,15 @@ _SPEAKERS = ("trl.trainer.sft_trainer", "trl.data_utils")
 
 
 class _NoText(logging.Filter):
-    """Lets a warning through without the piece of a prompt that TRL quotes in it."""
+    """Lets a warning through once, without the piece of a prompt that TRL quotes in it."""
+
+    _said = False
 
     def filter(self, record: logging.LogRecord) -> bool:
         if "is not a prefix of" in str(record.msg):
+            if self._said:
+                return False
+            self._said = True
             record.msg, record.args = (
                 "The tokenized prompt of an example is not a prefix of prompt and completion; the completion starts "
                 "where they part. (dpsb leaves out the text that TRL quotes here.)",

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig
@@ -10,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 
 def main(model_path, data_path, out):
-    rows = [json.loads(line) for line in open(data_path)]
+    rows = [json.loads(line) for line in Path(data_path).read_text().splitlines()]
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(model_path),
         args=SFTConfig(

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig
@@ -12,7 +13,7 @@ from dpsb import DPSFTTrainer, PrivacyArguments
 
 
 def main(model_path, data_path, out):
-    rows = [json.loads(line) for line in open(data_path)]
+    rows = [json.loads(line) for line in Path(data_path).read_text().splitlines()]
     privacy = PrivacyArguments(epsilon=8, delta=1e-3, num_examples=60, expected_batch_size=12)
     trainer = DPSFTTrainer(
         privacy=privacy,

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -9,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 
 def main(model_path, data_path, out):
-    rows = [json.loads(line) for line in open(data_path)]
+    rows = [json.loads(line) for line in Path(data_path).read_text().splitlines()]
     names = ["ham", "spam"]
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=2)
