@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -30,16 +30,28 @@ def by_name(constructor: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return given
 
 
-def check_evaluation(train: Any, evaluation: Any) -> None:
-    """Refuses to evaluate on the training data: its loss would be published without noise."""
+def check_evaluation(private: Sequence[Any], evaluation: Any) -> None:
+    """Refuses to evaluate on the training data: its loss would be published without noise.
+
+    Args:
+      private: The training data, as given and as prepared.
+      evaluation: A data set, several by name, or None.
+
+    Raises:
+      TrainerArgumentError: If one of them is the training data itself. (Some of its rows in another data set go
+        unseen.)
+    """
     sets = list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
-    marks = [getattr(data, "_fingerprint", None) for data in sets]
-    mine = getattr(train, "_fingerprint", None)
-    if any(data is train for data in sets if data is not None) or (mine is not None and mine in marks):
-        raise TrainerArgumentError(
-            "eval_dataset is the training data: its loss would be logged without noise. Leave it out, or give "
-            "held-out rows."
-        )
+    for data in sets:
+        mark = getattr(data, "_fingerprint", None)
+        for mine in private:
+            if mine is None or data is None:
+                continue
+            if data is mine or (mark is not None and mark == getattr(mine, "_fingerprint", None)):
+                raise TrainerArgumentError(
+                    "The data set to evaluate on is the training data: its loss would be told without noise. Give "
+                    "held-out rows."
+                )
 
 
 def in_full_precision(args: Any) -> Any:

@@ -149,6 +149,11 @@ def form_of(model: Any, tokenizer: Any, dataset: Any, max_length: int | None) ->
             f"The data set's column {odd[0]!r} would reach the model, and dpsb pads {', '.join(_USED[:3])} and labels "
             "alone; remove the column."
         )
+    if "seq_lengths" in (columns or ()):
+        raise TrainerArgumentError(
+            "The data set's column 'seq_lengths' says that its rows are packed from several examples, so clipping a "
+            "row bounds no example; give one example a row."
+        )
     if columns is not None and "input_ids" not in columns:
         raise TrainerArgumentError(
             "Expected a tokenized data set with the column 'input_ids'; map the tokenizer over it first."

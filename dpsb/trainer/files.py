@@ -11,6 +11,7 @@ written.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -103,6 +104,30 @@ def write_checkpoint(
         write_results(new, adapter, ledger, tokenizer, folder.parent / START_NAME)
         write_state(new, adapter, optimizer, ledger, moved_clip_norm)
         without_losses(state).save_to_json(str(new / STATE_FILE))
+
+
+def restored_state(trainer: Any, folder: str | None, plan: Plan, done: int) -> Any:
+    """The Trainer's state as far along as the ledger says, with the log of the checkpoint that is loaded."""
+    from transformers.trainer_callback import TrainerState
+
+    trainer.state = TrainerState(stateful_callbacks=exported(trainer))
+    saved = None if folder is None else Path(folder) / STATE_FILE
+    if saved is not None and saved.is_file():
+        trainer.state = TrainerState.load_from_json(str(saved))
+        trainer._load_callback_state()
+    state = trainer.state
+    state.compute_steps(trainer.args, plan.steps)
+    state.init_training_references(trainer, plan.steps, math.ceil(plan.steps * plan.sampling_prob), None)
+    state.global_step, state.epoch = done, done * plan.sampling_prob
+    return state
+
+
+def exported(trainer: Any) -> list[Any]:
+    """The callbacks that have a state of their own to be saved, such as one that stops early."""
+    from transformers.trainer_callback import ExportableState
+
+    everything = [*trainer.callback_handler.callbacks, trainer.control]
+    return [callback for callback in everything if isinstance(callback, ExportableState)]
 
 
 def without_losses(state: Any) -> Any:

@@ -109,7 +109,8 @@ class DPTrainerMixin:
         if given.get("args") is None:
             raise TrainerArgumentError("Expected args to be given: its output_dir is where the ledger goes.")
         refusals.check(type(self), given)
-        check_evaluation(given.get("train_dataset"), given.get("eval_dataset"))
+        self._never_evaluated = (given.get("train_dataset"),)
+        check_evaluation(self._never_evaluated, given.get("eval_dataset"))
         given["args"] = in_full_precision(given["args"])
         self.privacy = privacy
         self.randomness = SystemRandomness()
@@ -212,7 +213,6 @@ class DPTrainerMixin:
     def _prepare(self, ledger: Ledger, folder: str | None) -> None:
         """Optimizer, schedule and the Trainer's state, as far along as the ledger says."""
         from torch.optim.lr_scheduler import LambdaLR
-        from transformers.trainer_callback import ExportableState, TrainerState
 
         trainer: Any = self
         plan, done = ledger.plan, ledger.charged("train")
@@ -223,15 +223,7 @@ class DPTrainerMixin:
                 f"lr_scheduler={type(self.lr_scheduler).__name__} is refused in private training: learning rates must "
                 "be a public function of the step, as those of LambdaLR are."
             )
-        exported = [cb for cb in [*self.callback_handler.callbacks, self.control] if isinstance(cb, ExportableState)]
-        self.state = TrainerState(stateful_callbacks=exported)
-        state_file = None if folder is None else Path(folder) / files.STATE_FILE
-        if state_file is not None and state_file.is_file():
-            self.state = TrainerState.load_from_json(str(state_file))
-            trainer._load_callback_state()
-        self.state.compute_steps(self.args, plan.steps)
-        self.state.init_training_references(self, plan.steps, math.ceil(plan.steps * plan.sampling_prob), None)
-        self.state.global_step, self.state.epoch = done, done * plan.sampling_prob
+        self.state = files.restored_state(self, folder, plan, done)
         self.lr_scheduler.last_epoch = done
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
@@ -347,13 +339,29 @@ class DPTrainerMixin:
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         return TrainOutput(self.state.global_step, math.nan, metrics)
 
-    # --- saving, loading, logging
+    # --- evaluating, saving, loading, logging
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's, on held-out data, which lies outside the guarantee; never on the training data."""
+        trainer: Any = super()
+        check_evaluation((*self._never_evaluated, self.train_dataset), eval_dataset)
+        metrics: dict[str, float] = trainer.evaluate(eval_dataset, *args, **kwargs)
+        return metrics
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; never on the training data, whose loss would be among the metrics."""
+        trainer: Any = super()
+        check_evaluation((*self._never_evaluated, self.train_dataset), test_dataset)
+        return trainer.predict(test_dataset, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:  # noqa: ARG002 - the Trainer's own signature
         """Writes ``checkpoint-N``; nothing pickled, no random state, no losses."""
         if self._ledger is None:
             raise files.TrainerRunError("There is nothing to checkpoint before train() has begun.")
+        from transformers.trainer_callback import TrainerState
+
         out = Path(self.args.output_dir)
+        self.state.stateful_callbacks = TrainerState(stateful_callbacks=files.exported(self)).stateful_callbacks
         if self.state.best_global_step is not None:
             best = out / f"checkpoint-{self.state.best_global_step}"
             if best.exists() or self.state.best_global_step == self.state.global_step:

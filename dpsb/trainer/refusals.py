@@ -233,6 +233,15 @@ REFUSED = (
         )
         for method in ("get_train_dataloader", "_get_train_sampler", "get_train_sampler")
     ),
+    *(
+        Rule(
+            variable,
+            "environment",
+            _one_of(None, "", "0", "no", "NO", "false", "False", "FALSE"),
+            "accelerate launch would take over the backward pass, shard or compile the model; launch one plain process",
+        )
+        for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_DYNAMO_BACKEND")
+    ),
     Rule(
         "WANDB_WATCH",
         "environment",

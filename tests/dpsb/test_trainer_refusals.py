@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import trainers
+from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -183,7 +184,7 @@ def test_an_override_below_the_mixin_is_refused_too(tmp_path):
         def compute_loss(self, *args, **kwargs):
             raise AssertionError
 
-    with pytest.raises(TrainerArgumentError, match="^compute_loss=.*Mine is refused"):
+    with pytest.raises(TrainerArgumentError, match=r"^compute_loss=.*Mine is refused"):
         trainers.build(tmp_path, kind=Mine, train_dataset=Untouchable())
 
 
@@ -205,16 +206,22 @@ def test_what_is_not_private_arguments(tmp_path):
 
 def test_evaluating_on_the_training_data(tmp_path):
     data = trainers.labelled()
-    with pytest.raises(TrainerArgumentError, match="eval_dataset is the training data"):
+    with pytest.raises(TrainerArgumentError, match="evaluate on is the training data"):
         trainers.build(tmp_path, train_dataset=data, eval_dataset=data)
-    with pytest.raises(TrainerArgumentError, match="eval_dataset is the training data"):
+    with pytest.raises(TrainerArgumentError, match="evaluate on is the training data"):
         trainers.build(tmp_path, train_dataset=data, eval_dataset={"again": data})
+    raw = Dataset.from_list(trainers.rows("pairs"))
+    trainer = trainers.build_sft(tmp_path, train_dataset=raw)
+    for again in (raw, trainer.train_dataset, {"again": raw}):
+        for method in (trainer.evaluate, trainer.predict):
+            with pytest.raises(TrainerArgumentError, match="evaluate on is the training data"):
+                method(again)
 
 
 def test_collators(tmp_path):
     encode = trainers.tokenizer()
     trainers.build(tmp_path, data_collator=DataCollatorWithPadding(encode))
-    with pytest.raises(TrainerArgumentError, match="^data_collator=DataCollatorForSeq2Seq is refused"):
+    with pytest.raises(TrainerArgumentError, match=r"^data_collator=DataCollatorForSeq2Seq is refused"):
         trainers.build(tmp_path, data_collator=DataCollatorForSeq2Seq(encode))
 
 

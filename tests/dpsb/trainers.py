@@ -62,7 +62,7 @@ def labelled(seed=0, count=60, **options):
         label = NAMES.index(row["label"]) if row["label"] in NAMES else -100
         return {**encode(row["text"], truncation=True, max_length=16, **options), "labels": label}
 
-    return Dataset.from_list(rows(seed=seed, count=count)).map(one)
+    return Dataset.from_list(rows(seed=seed, count=count)).map(one, remove_columns=["text", "label"])
 
 
 def classifier(adapted=True, **options):

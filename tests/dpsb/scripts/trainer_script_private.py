@@ -1,4 +1,4 @@
-"""The Trainer script made private: a classifier on labelled texts. Arguments: model folder, data file, output folder."""
+"""The Trainer script made private: a classifier on texts. Arguments: model folder, data file, output folder."""
 
 import json
 import sys
