@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from dpsb.data import Collator, synthetic_examples
@@ -158,7 +159,13 @@ def form_of(model: Any, tokenizer: Any, dataset: Any, max_length: int | None) ->
         raise TrainerArgumentError(
             "Expected a tokenized data set with the column 'input_ids'; map the tokenizer over it first."
         )
-    longest = longest_input(base, tokenizer) if tokenizer is not None else base.config.max_position_embeddings
+    vocabulary, known = int(base.get_input_embeddings().weight.shape[0]), 0 if tokenizer is None else len(tokenizer)
+    if known > vocabulary:
+        raise TrainerArgumentError(
+            f"The tokenizer has {known} tokens and the model embeds {vocabulary}: examples with one of the others "
+            "would not count. Resize the embeddings before the adapter is added."
+        )
+    longest = longest_input(base, tokenizer if tokenizer is not None else SimpleNamespace(model_max_length=None))
     length = min(bound for bound in (max_length, longest, 1 << 30) if bound is not None)
     if length == 1 << 30:
         raise TrainerArgumentError(
@@ -168,7 +175,6 @@ def form_of(model: Any, tokenizer: Any, dataset: Any, max_length: int | None) ->
     named = columns is not None and "token_type_ids" in columns
     unnamed = columns is None and "token_type_ids" in getattr(tokenizer, "model_input_names", ())
     pads = (getattr(tokenizer, "pad_token_id", None), getattr(base.config, "pad_token_id", None), 0)
-    vocabulary = int(base.get_input_embeddings().weight.shape[0])
     return Form(
         task=task,
         vocab_size=vocabulary,

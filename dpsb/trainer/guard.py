@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dpsb.adapter import Adapter
 from dpsb.losses import LossFn
@@ -45,6 +46,8 @@ def fingerprint(adapter: Adapter) -> dict[str, int]:
 
 
 def _bits(tensor: torch.Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__") and type(tensor) not in (torch.Tensor, nn.Parameter):
+        return sum(_bits(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])  # quantized weights
     whole = tensor.detach().contiguous().view(-1)
     if whole.is_complex():
         whole = torch.view_as_real(whole).reshape(-1)

@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import nn
 
-from dpsb.adapter import Adapter, attach
-from dpsb.checkpoint import THETA_NAME, read_state
+from dpsb.adapter import attach
+from dpsb.checkpoint import read_state
 from dpsb.data import Collator
 from dpsb.display import SpentCurve
 from dpsb.losses import causal_lm_loss, classification_loss
@@ -38,17 +37,12 @@ from dpsb.trainer.building import basis_of, by_name, check_evaluation, give_adap
 from dpsb.trainer.examples import Form, TokenExamples, form_of
 from dpsb.trainer.guard import check_no_listeners, check_reload, check_unchanged, fingerprint
 from dpsb.trainer.planning import plan_of
-from dpsb.trainer.preparing import data_withheld, warnings_without_text
 from dpsb.trainer.refusals import TrainerArgumentError
+from dpsb.trainer.surroundings import Surroundings
 from dpsb_accounting import Ledger, make_report
 
-_NEVER_LOGGED = (
-    *("loss", "train_loss", "grad_norm", "total_flos", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss"),
-    *("num_input_tokens_seen", "train_runtime", "train_samples_per_second", "train_steps_per_second"),
-)
 
-
-class DPTrainerMixin:
+class DPTrainerMixin(Surroundings):
     """Makes a ``Trainer`` or TRL's ``SFTTrainer`` private; put it *before* the Trainer among the base classes.
 
     Guarantees:
@@ -73,30 +67,16 @@ class DPTrainerMixin:
     """
 
     privacy: PrivacyArguments
-    adapter: Adapter
     form: Form
     randomness: Randomness
-
-    accelerator: Any
-    args: Any
-    model: Any
-    state: Any
-    control: Any
-    optimizer: Any
-    lr_scheduler: Any
-    callback_handler: Any
-    processing_class: Any
-    train_dataset: Any
-    _ledger: Ledger | None = None
     _resuming = False
-    _moved: float | None = None
     _evaluated: dict[str, Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in ("_inner_training_loop", "_save_checkpoint"):
             definer = next(kind for kind in cls.__mro__ if name in vars(kind))
-            if definer is not DPTrainerMixin:
+            if definer not in (DPTrainerMixin, Surroundings):
                 raise TypeError(
                     f"{cls.__name__} would train without privacy: {definer.__name__}.{name} comes before "
                     "DPTrainerMixin's. Put DPTrainerMixin first among the base classes, and do not override it."
@@ -115,8 +95,7 @@ class DPTrainerMixin:
         self.privacy = privacy
         self.randomness = SystemRandomness()
         give_adapter(given, privacy, "peft_config" in inspect.signature(super().__init__).parameters)
-        with warnings_without_text():
-            super().__init__(**given)
+        super().__init__(**given)
         self.accelerator.native_amp = False  # evaluation would wrap the model's forward pass in autocast for good
         if not isinstance(self.model, PeftModel):
             raise TrainerArgumentError(
@@ -188,9 +167,10 @@ class DPTrainerMixin:
                 self._moved = None
                 if resume_from_checkpoint is not None:
                     self._moved = read_state(Path(resume_from_checkpoint), self.adapter, self.optimizer, ledger)
-                frozen = self._checked(ledger)
+                self._check_on_synthetic(ledger)
+                self._frozen = fingerprint(self.adapter)
                 self._loop(ledger, ignore_keys_for_eval)
-                check_unchanged(self.adapter, frozen)
+                check_unchanged(self.adapter, self._frozen)
             return self._finished(ledger)
         except BaseException:
             if not self._resuming and not ledger.charged("train"):
@@ -208,6 +188,7 @@ class DPTrainerMixin:
         start = read_start(out, existing)
         asked(digest(start), existing)
         self.adapter = attach_again(self.model, start, existing)
+        (out / files.REPORT_NAME).unlink(missing_ok=True)  # of an earlier stop; this run writes its own or none
         return Ledger.open(out / files.LEDGER_NAME)
 
     def _prepare(self, ledger: Ledger, folder: str | None) -> None:
@@ -218,10 +199,10 @@ class DPTrainerMixin:
         plan, done = ledger.plan, ledger.charged("train")
         trainer.create_optimizer()
         trainer.create_scheduler(num_training_steps=plan.steps, optimizer=self.optimizer)
-        if type(self.lr_scheduler) is not LambdaLR:
+        if type(self.lr_scheduler) is not LambdaLR or len({id(rule) for rule in self.lr_scheduler.lr_lambdas}) > 1:
             raise TrainerArgumentError(
                 f"lr_scheduler={type(self.lr_scheduler).__name__} is refused in private training: learning rates must "
-                "be a public function of the step, as those of LambdaLR are."
+                "be one public function of the step for all groups, as a LambdaLR of one function is."
             )
         self.state = files.restored_state(self, folder, plan, done)
         self.lr_scheduler.last_epoch = done
@@ -229,28 +210,24 @@ class DPTrainerMixin:
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = None
 
-    def _checked(self, ledger: Ledger) -> dict[str, int]:
-        """The tests on synthetic examples that need no charge; returns the fingerprint of what must not change."""
+    def _check_on_synthetic(self, ledger: Ledger) -> None:
+        """The tests that need no charge and no data, if there is a step left to test for."""
         plan, synthetic = ledger.plan, self.form.synthetic()
         shortest = bucket_of(len(synthetic[0]["input_ids"]), length_buckets(self.form.max_length))
-        if ledger.remaining("train"):
-            with without_dropout(self.model):
-                batch = self.per_example_batch(synthetic[:3], shortest)
-                save = self._save_plainly
-                check_reload(self.adapter, save, self.per_example_loss, batch)
-                if self.privacy.self_test and plan.is_private:
-                    check_before_run(
-                        self.adapter,
-                        self.per_example_loss,
-                        self.per_example_batch,
-                        synthetic,
-                        self.form.max_length,
-                        self.privacy.token_budget,
-                    )
-        return fingerprint(self.adapter)
-
-    def _save_plainly(self, folder: Path) -> None:
-        self.model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        if not ledger.remaining("train"):
+            return
+        with without_dropout(self.model):
+            batch = self.per_example_batch(synthetic[:3], shortest)
+            check_reload(self.adapter, self._save_plainly, self.per_example_loss, batch)
+            if self.privacy.self_test and plan.is_private:
+                check_before_run(
+                    self.adapter,
+                    self.per_example_loss,
+                    self.per_example_batch,
+                    synthetic,
+                    self.form.max_length,
+                    self.privacy.token_budget,
+                )
 
     def _loop(self, ledger: Ledger, ignore_keys: Any) -> None:
         """The steps that are left, and what the Trainer does between them."""
@@ -309,24 +286,6 @@ class DPTrainerMixin:
             self._save_checkpoint(self.model, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def epsilon_spent(self) -> dict[str, float]:
-        """Upper bound on epsilon after the steps so far, as information; the claim is the plan's, in the report.
-
-        Empty where there is nothing to claim: before training, and for a run that is tainted.
-        """
-        ledger = self._ledger
-        if ledger is None or ledger.taints or not ledger.plan.is_private or not ledger.charged("train"):
-            return {}
-        return {"epsilon": self._spent.upper(ledger.charged("train")), "delta": ledger.plan.delta}
-
-    def _show_spent(self) -> None:
-        """Epsilon beside the progress bar."""
-        spent = self.epsilon_spent()
-        for callback in self.callback_handler.callbacks:
-            bar = getattr(callback, "training_bar", None)
-            if spent and bar is not None and hasattr(bar, "set_postfix_str"):
-                bar.set_postfix_str(f"epsilon <= {spent['epsilon'] * (1 + 5e-5):.5g}")
-
     def _finished(self, ledger: Ledger) -> Any:
         """Report, best checkpoint, last callbacks."""
         from transformers.trainer_utils import TrainOutput
@@ -338,91 +297,6 @@ class DPTrainerMixin:
             self._load_best_model()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         return TrainOutput(self.state.global_step, math.nan, metrics)
-
-    # --- evaluating, saving, loading, logging
-
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As the Trainer's, on held-out data, which lies outside the guarantee; never on the training data."""
-        trainer: Any = super()
-        check_evaluation((*self._never_evaluated, self.train_dataset), eval_dataset)
-        metrics: dict[str, float] = trainer.evaluate(eval_dataset, *args, **kwargs)
-        return metrics
-
-    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; never on the training data, whose loss would be among the metrics."""
-        trainer: Any = super()
-        check_evaluation((*self._never_evaluated, self.train_dataset), test_dataset)
-        return trainer.predict(test_dataset, *args, **kwargs)
-
-    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:  # noqa: ARG002 - the Trainer's own signature
-        """Writes ``checkpoint-N``; nothing pickled, no random state, no losses."""
-        if self._ledger is None:
-            raise files.TrainerRunError("There is nothing to checkpoint before train() has begun.")
-        from transformers.trainer_callback import TrainerState
-
-        out = Path(self.args.output_dir)
-        self.state.stateful_callbacks = TrainerState(stateful_callbacks=files.exported(self)).stateful_callbacks
-        if self.state.best_global_step is not None:
-            best = out / f"checkpoint-{self.state.best_global_step}"
-            if best.exists() or self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = str(best)
-        files.write_checkpoint(
-            out / f"checkpoint-{self.state.global_step}",
-            self.adapter,
-            self.optimizer,
-            self._ledger,
-            self._moved,
-            self.processing_class,
-            self.state,
-        )
-        files.remove_old(out, self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes a plain LoRA adapter, the cores, the tokenizer and, once trained, the model card with the claim."""
-        folder = Path(output_dir or self.args.output_dir)
-        if self._ledger is None:
-            self._save_plainly(folder)
-        else:
-            files.save_adapter(folder, Path(self.args.output_dir), self.adapter, self._ledger, self.processing_class)
-        if self.args.push_to_hub and not _internal_call:
-            hub: Any = self
-            hub.push_to_hub(commit_message="Model save")
-
-    def save_state(self) -> None:
-        """Writes ``trainer_state.json`` without losses."""
-        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-        files.without_losses(self.state).save_to_json(str(Path(self.args.output_dir) / files.STATE_FILE))
-
-    def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
-        """Nothing: ``save_model`` has written a card that says what is claimed, which no other may replace."""
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: the Trainer's own would pickle its arguments."""
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing: theta and the optimizer are read once the ledger is open, which has the last word."""
-
-    def _load_best_model(self) -> None:
-        """Puts theta of the best checkpoint into the model, exactly."""
-        self.adapter.load_state(load_file(Path(self.state.best_model_checkpoint) / THETA_NAME))
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs what is public or released; a training loss or gradient norm is left out, whoever brings it."""
-        trainer: Any = super()
-        trainer.log({name: value for name, value in logs.items() if name not in _NEVER_LOGGED}, *args, **kwargs)
-
-    def hyperparameter_search(self, *_args: Any, **_kwargs: Any) -> Any:
-        """Refused: every trial would spend the whole epsilon on the same data."""
-        raise TrainerArgumentError(
-            "hyperparameter_search is refused in private training: every trial spends the whole epsilon on the same "
-            "data. Choose rates on public data, or run trials with PrivacyArguments of their own and add them up."
-        )
-
-    def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's tokenization; its errors may quote rows, so only their kind is told."""
-        trainer: Any = super()
-        with data_withheld():
-            return trainer._prepare_dataset(*args, **kwargs)
 
     def _collator(self) -> Collator:
         return self.form.collator(self.adapter.parameters()[0].device)

@@ -62,10 +62,7 @@ def _plain_data(value: Any) -> bool:
     return value is None or ("IterableDataset" not in kinds and hasattr(value, "__getitem__"))
 
 
-_OPTIMIZERS = (
-    *("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "stable_adamw", "grokadamw"),
-    *("adamw_anyprecision", "ademamix"),
-)
+_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
 _COLLATORS = (
     "DataCollatorWithPadding",
     "DataCollatorForLanguageModeling",

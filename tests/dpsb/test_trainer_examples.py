@@ -143,6 +143,17 @@ def test_models_for_other_tasks():
         form_of(model, trainers.tokenizer(), [], 16)
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_embeds():
+    words = trainers.tokenizer()
+    words.add_tokens(["zebra"])
+    with pytest.raises(TrainerArgumentError, match="Resize the embeddings"):
+        form_of(trainers.classifier(), words, [], 16)
+
+
+def test_without_a_tokenizer_the_positions_limit_the_length():
+    assert form_of(trainers.classifier(), None, [], None).max_length == 64
+
+
 def test_a_length_must_be_known(monkeypatch):
     monkeypatch.setattr("dpsb.trainer.examples.longest_input", lambda *_: None)
     model, words = trainers.language_model(), trainers.tokenizer("llama")

@@ -11,7 +11,8 @@ from dpsb.adapter import attach
 from dpsb.basis import weight_svd
 from dpsb.capture import CaptureError
 from dpsb.probe import ProbeError
-from dpsb.trainer.guard import check_no_listeners, check_reload, check_unchanged, fingerprint
+from dpsb.trainer.guard import _bits, check_no_listeners, check_reload, check_unchanged, fingerprint
+from dpsb.trainer.refusals import TrainerArgumentError
 from dpsb_accounting import Ledger
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in trainers.IGNORED_WARNINGS]
@@ -117,6 +118,38 @@ def test_a_callback_that_writes_to_a_frozen_weight(tmp_path):
     assert refused(tmp_path, ProbeError, match, **given) == 3
 
 
+def test_a_checkpoint_of_a_model_that_was_meddled_with_is_not_written(tmp_path):
+    def meddle(model, **_):
+        next(m for m in model.modules() if type(m).__name__ == "CoreUp").up.mul_(1.5)
+
+    given = {"callbacks": [Does("on_step_begin", meddle)], "args": {"save_strategy": "steps", "save_steps": 1}}
+    assert refused(tmp_path, ProbeError, "up changed while training", **given) == 1
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_schedule_that_is_no_function_of_the_step(tmp_path):
+    class Two(trainers.DPTrainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            rules = [lambda step: 1.0, lambda step: 0.5]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rules)
+            return self.lr_scheduler
+
+    class Cyclic(trainers.DPTrainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            self.lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+            return self.lr_scheduler
+
+    for kind in (Two, Cyclic):
+        assert refused(tmp_path, TrainerArgumentError, "lr_scheduler=.* is refused", kind=kind) == 0
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "adagrad", "rmsprop"])
+def test_other_optimizers(tmp_path, optim):
+    trainer = trainers.build(tmp_path, args={"optim": optim})
+    trainer.train()
+    assert float(trainers.theta(trainer.adapter).norm()) > 0
+
+
 def test_a_listener_on_raw_gradients(tmp_path):
     heard = []
 
@@ -186,3 +219,15 @@ def test_a_reload_leaves_everything_as_it_was():
     assert [module.training for module in model.modules()] == modes
     assert list(model.peft_config) == ["default"]
     assert all(parameter.requires_grad for parameter in adapter.parameters())
+
+
+def test_the_fingerprint_of_a_quantized_weight_is_that_of_its_parts():
+    parts = {"data": torch.arange(4, dtype=torch.uint8), "scale": torch.ones(2)}
+
+    class Quantized:
+        def __tensor_flatten__(self):
+            return list(parts), None
+
+    quantized = Quantized()
+    vars(quantized).update(parts)
+    assert _bits(quantized) == sum(_bits(part) for part in parts.values())

@@ -212,6 +212,9 @@ def test_evaluating_on_the_training_data(tmp_path):
         trainers.build(tmp_path, train_dataset=data, eval_dataset={"again": data})
     raw = Dataset.from_list(trainers.rows("pairs"))
     trainer = trainers.build_sft(tmp_path, train_dataset=raw)
+    trainer.eval_dataset = trainer.train_dataset
+    with pytest.raises(TrainerArgumentError, match="evaluate on is the training data"):
+        trainer.evaluate()
     for again in (raw, trainer.train_dataset, {"again": raw}):
         for method in (trainer.evaluate, trainer.predict):
             with pytest.raises(TrainerArgumentError, match="evaluate on is the training data"):

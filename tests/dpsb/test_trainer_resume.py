@@ -53,11 +53,13 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
     first.train()
     assert charged(tmp_path) == 2
     second = build(tmp_path)
+    first_report = (tmp_path / "report.json").read_bytes()
     result = second.train(resume_from_checkpoint=True)
     assert (charged(tmp_path), result.global_step) == (4, 4)
     assert [entry["step"] for entry in second.state.log_history if "learning_rate" in entry] == [1, 2, 3, 4]
     report = make_report(Ledger.read(tmp_path / "ledger.jsonl"))
     assert report.claim is True
+    assert (tmp_path / "report.json").read_bytes() != first_report
     assert verify(tmp_path / "ledger.jsonl").ok
 
 
