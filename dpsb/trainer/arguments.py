@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from dpsb.adapter import Basis
 
 DATA_FREE_BASES = ("weight", "random", "complementary", "hadamard")
 
@@ -30,8 +26,8 @@ class PrivacyArguments:
       auto_clip: AUTO-S instead of flat clipping.
       adaptive_clip: Let C follow this quantile of the norms, privately.
       neighboring: As for :func:`dpsb.make_plan`; by default the strongest relation that holds.
-      basis: ``"weight"``, ``"random"``, ``"complementary"`` or ``"hadamard"``; or a :class:`dpsb.Basis` from public
-        data for the very layers of the model. Bases that read private data are for ``dpsb train``.
+      basis: ``"weight"``, ``"random"``, ``"complementary"`` or ``"hadamard"``. One from public data is an argument of
+        the Trainer (``basis=``); those that read private data are for ``dpsb train``.
       rank: r of a new LoRA adapter on all linear layers, for a model that has none. Leave it out where the model is a
         ``PeftModel`` already, or where ``peft_config`` is given.
       max_length: Most tokens of an example; longer ones are cut. Left out: SFTConfig's ``max_length``, or what the
@@ -55,7 +51,7 @@ class PrivacyArguments:
     auto_clip: bool = False
     adaptive_clip: float | None = None
     neighboring: str | None = None
-    basis: str | Basis = "weight"
+    basis: str = "weight"
     rank: int | None = None
     max_length: int | None = None
     token_budget: int = 4096
@@ -83,10 +79,10 @@ class PrivacyArguments:
                 f"Expected adaptive_clip={self.adaptive_clip!r} between 0 and 1, and auto_clip={self.auto_clip!r} to "
                 "be left out beside it."
             )
-        if isinstance(self.basis, str) and self.basis not in DATA_FREE_BASES:
+        if self.basis not in DATA_FREE_BASES:
             raise ValueError(
-                f"Expected basis={self.basis!r} to be one of {', '.join(DATA_FREE_BASES)}, or a Basis from public "
-                "data; `dpsb train` has the ones that read private data and pay for it."
+                f"Expected basis={self.basis!r} to be one of {', '.join(DATA_FREE_BASES)}; one from public data is the "
+                "Trainer's argument basis, and `dpsb train` has those that read private data and pay for it."
             )
 
     @property

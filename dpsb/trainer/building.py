@@ -92,14 +92,19 @@ def _has_head(model: nn.Module) -> bool:
     return any(set(name.split(".")) & set(HEAD_NAMES) for name, _ in model.named_modules())
 
 
-def basis_of(model: nn.Module, privacy: PrivacyArguments) -> Basis:
-    if isinstance(privacy.basis, str):
+def basis_of(model: nn.Module, privacy: PrivacyArguments, given: Basis | None) -> Basis:
+    """The basis that the Trainer was given, or the data-free one that the arguments name.
+
+    Raises:
+      TrainerArgumentError: If the given one is neither data-free nor public: nothing here would pay for it.
+    """
+    if given is None:
         lora_layers(model)
         return DATA_FREE[privacy.basis](model)
-    access = privacy.basis.provenance.access
-    if access not in ("data_free", "public"):
+    if not isinstance(given, Basis) or given.provenance.access not in ("data_free", "public"):
+        access = given.provenance.access if isinstance(given, Basis) else type(given).__name__
         raise TrainerArgumentError(
-            f"The basis has access={access!r}; under a Trainer it must be 'data_free' or 'public'. `dpsb train` "
-            "charges for one that reads private data."
+            f"Expected basis to be a Basis with access 'data_free' or 'public', got {access!r}: `dpsb train` charges "
+            "for one that reads private data."
         )
-    return privacy.basis
+    return given

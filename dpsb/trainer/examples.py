@@ -32,7 +32,7 @@ class Form:
       vocab_size: Rows of the embedding.
       num_labels: Number of classes, 0 for a language model.
       max_length: Most tokens of an example.
-      token_types: Whether the model is given ``token_type_ids``.
+      token_types: How many kinds of ``token_type_ids`` the model is given, 0 for none.
       pad_token_id: What to pad with.
     """
 
@@ -40,12 +40,12 @@ class Form:
     vocab_size: int
     num_labels: int
     max_length: int
-    token_types: bool
+    token_types: int
     pad_token_id: int
 
     def synthetic(self) -> list[dict[str, Any]]:
         """Random examples for the probe. Public."""
-        return synthetic_examples(self.task, self.vocab_size, self.num_labels, self.max_length, self.token_types)
+        return synthetic_examples(self.task, self.vocab_size, self.num_labels, self.max_length, bool(self.token_types))
 
     def collator(self, device: Any) -> Collator:
         return Collator(self.pad_token_id, device)
@@ -91,6 +91,8 @@ def example_of(row: Mapping[str, Any], form: Form) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> Any:
+    if value is None:
+        return []
     return value.tolist() if hasattr(value, "tolist") else list(value)
 
 
@@ -112,7 +114,7 @@ def _usable(example: Mapping[str, Any], form: Form) -> bool:
     if not ids or not all(isinstance(token, int) and 0 <= token < form.vocab_size for token in ids):
         return False
     types = example.get("token_type_ids")
-    if types is not None and (len(types) != len(ids) or not all(kind in (0, 1) for kind in types)):
+    if types is not None and (len(types) != len(ids) or not all(kind in range(form.token_types) for kind in types)):
         return False
     if form.task == "classification":
         return True
@@ -172,15 +174,14 @@ def form_of(model: Any, tokenizer: Any, dataset: Any, max_length: int | None) ->
             f"Expected PrivacyArguments.max_length={max_length!r} to be a number: the model's positions do not limit "
             "how long an example may be, and padded lengths must be public."
         )
-    named = columns is not None and "token_type_ids" in columns
-    unnamed = columns is None and "token_type_ids" in getattr(tokenizer, "model_input_names", ())
+    asked = "token_type_ids" in (getattr(tokenizer, "model_input_names", ()) if columns is None else columns)
     pads = (getattr(tokenizer, "pad_token_id", None), getattr(base.config, "pad_token_id", None), 0)
     return Form(
         task=task,
         vocab_size=vocabulary,
         num_labels=int(base.config.num_labels) if task == "classification" else 0,
         max_length=length,
-        token_types=(named or unnamed) and "token_type_ids" in accepted,
+        token_types=int(getattr(base.config, "type_vocab_size", 0)) if asked and "token_type_ids" in accepted else 0,
         pad_token_id=next(pad for pad in pads if isinstance(pad, int) and 0 <= pad < vocabulary),
     )
 

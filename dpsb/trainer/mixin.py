@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from dpsb.adapter import attach
+from dpsb.adapter import Basis, attach
 from dpsb.checkpoint import read_state
 from dpsb.data import Collator
 from dpsb.display import SpentCurve
@@ -59,6 +59,7 @@ class DPTrainerMixin(Surroundings):
     Args:
       args, kwargs: As for the Trainer beside it. ``args`` (TrainingArguments or SFTConfig) must be given.
       privacy: :class:`dpsb.PrivacyArguments`.
+      basis: A basis from public data for the very layers of the model, in the place of ``privacy.basis``.
 
     Raises:
       TrainerArgumentError: If an argument does not go with private training (``dpsb.trainer.refusals``); no row of
@@ -82,7 +83,7 @@ class DPTrainerMixin(Surroundings):
                     "DPTrainerMixin's. Put DPTrainerMixin first among the base classes, and do not override it."
                 )
 
-    def __init__(self, *args: Any, privacy: PrivacyArguments, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, privacy: PrivacyArguments, basis: Basis | None = None, **kwargs: Any) -> None:
         if not isinstance(privacy, PrivacyArguments):
             raise TrainerArgumentError(f"Expected privacy to be PrivacyArguments, got {type(privacy).__name__}.")
         given = by_name(super().__init__, args, kwargs)
@@ -104,7 +105,7 @@ class DPTrainerMixin(Surroundings):
             )
         longest = privacy.max_length or getattr(self.args, "max_length", None)
         self.form = form_of(self.model, self.processing_class, self.train_dataset, longest)
-        self.adapter = attach(self.model, basis_of(self.model, privacy), allow=HEAD_NAMES)
+        self.adapter = attach(self.model, basis_of(self.model, privacy, basis), allow=HEAD_NAMES)
         self.adapter.check_nothing_else_is_trained()
 
     # --- what a subclass may override

@@ -54,7 +54,7 @@ def plan_of(
         adaptive_quantile=privacy.adaptive_clip or 0.5,
         basis=adapter.provenance.to_json(),
         noise_multiplier=None if existing is None else existing.noise_multiplier,
-        details=_details(privacy, args, adapter, form, start_sha256),
+        details=_details(args, adapter, form, start_sha256),
     )
     if existing is not None and plan != existing:
         mine, theirs = plan.to_json(), existing.to_json()
@@ -65,7 +65,7 @@ def plan_of(
     return plan
 
 
-def _details(privacy: PrivacyArguments, args: Any, adapter: Adapter, form: Form, start_sha256: str) -> dict[str, Any]:
+def _details(args: Any, adapter: Adapter, form: Form, start_sha256: str) -> dict[str, Any]:
     model: Any = adapter.model
     base = model.get_base_model()
     name = str(getattr(base.config, "_name_or_path", "") or type(base).__name__)
@@ -73,7 +73,7 @@ def _details(privacy: PrivacyArguments, args: Any, adapter: Adapter, form: Form,
     return {
         "model": Path(name).name if Path(name).exists() else name,
         "method": "sb",
-        "basis": privacy.basis if isinstance(privacy.basis, str) else privacy.basis.provenance.kind,
+        "basis": adapter.provenance.kind,
         "start_sha256": start_sha256,
         "task": form.task,
         "rank": adapter.cores[0].up.core.in_features,

@@ -16,8 +16,8 @@ from dpsb.trainer.refusals import TrainerArgumentError
 from dpsb_accounting import Ledger
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in trainers.IGNORED_WARNINGS]
-CLASSES = Form(task="classification", vocab_size=50, num_labels=3, max_length=6, token_types=True, pad_token_id=0)
-WORDS = Form(task="causal-lm", vocab_size=50, num_labels=0, max_length=6, token_types=False, pad_token_id=0)
+CLASSES = Form(task="classification", vocab_size=50, num_labels=3, max_length=6, token_types=2, pad_token_id=0)
+WORDS = Form(task="causal-lm", vocab_size=50, num_labels=0, max_length=6, token_types=0, pad_token_id=0)
 EMPTY_CLASS = {"input_ids": [0], "labels": IGNORED, "token_type_ids": [0]}
 EMPTY_WORDS = {"input_ids": [0], "labels": [IGNORED]}
 
@@ -49,6 +49,7 @@ def test_long_rows_are_cut_and_texts_without_labels_count_whole():
     "row",
     [
         {"input_ids": []},
+        {"input_ids": None},
         {"input_ids": [3, 4], "attention_mask": [0, 0]},
         {"input_ids": [3, 50]},
         {"input_ids": [-1, 3]},
@@ -60,6 +61,10 @@ def test_what_the_model_cannot_take_is_an_ignored_token(row):
     assert example_of(row, WORDS) == EMPTY_WORDS
     if "labels" not in row:
         assert example_of({**row, "labels": 1}, CLASSES) == EMPTY_CLASS
+
+
+def test_token_types_beyond_the_models_make_an_empty_row():
+    assert example_of({"input_ids": [3], "labels": 1, "token_type_ids": [2]}, CLASSES) == EMPTY_CLASS
 
 
 @pytest.mark.parametrize("label", [None, -5, 3, 1.0, "ham"])
@@ -103,9 +108,9 @@ def test_rows_that_the_model_cannot_take_do_not_end_a_run(tmp_path):
 
 def test_the_form_of_a_classifier_and_of_a_language_model():
     form = form_of(trainers.classifier(), trainers.tokenizer(), trainers.labelled(), 16)
-    assert (form.task, form.num_labels, form.max_length, form.token_types) == ("classification", 2, 16, True)
+    assert (form.task, form.num_labels, form.max_length, form.token_types) == ("classification", 2, 16, 2)
     form = form_of(trainers.language_model(), trainers.tokenizer("llama"), [], None)
-    assert (form.task, form.num_labels, form.max_length, form.token_types) == ("causal-lm", 0, 64, False)
+    assert (form.task, form.num_labels, form.max_length, form.token_types) == ("causal-lm", 0, 64, 0)
 
 
 def tokens(**columns):

@@ -12,9 +12,12 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import SFTTrainer
 
-from dpsb import DPTrainerMixin, train
+from dpsb import DPTrainerMixin, PrivacyArguments, train
+from dpsb.adapter import Basis, Provenance
+from dpsb.basis import random as random_basis
 from dpsb.mechanism import Mechanism
 from dpsb.randomness import SeededRandomness
+from dpsb.trainer.refusals import TrainerArgumentError
 from dpsb_accounting import Ledger, make_report, verify
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in trainers.IGNORED_WARNINGS]
@@ -291,6 +294,29 @@ def test_a_loss_of_ones_own_that_couples_examples_is_refused_before_a_charge(tmp
     with pytest.raises(ValueError, match="coupled"):
         trainers.build(tmp_path, kind=Mine).train()
     assert not (tmp_path / "ledger.jsonl").exists(), "nothing was charged, so the folder may be used again"
+
+
+@pytest.mark.parametrize("access", ["public", "released"])
+def test_a_basis_of_ones_own(tmp_path, access):
+    model = trainers.classifier()
+    found = random_basis(model)
+    provenance = Provenance(kind="random", access=access, detail={"source": "news.jsonl"})
+    basis = Basis(factors=found.factors, provenance=provenance)
+    if access == "released":
+        with pytest.raises(TrainerArgumentError, match="got 'released': `dpsb train` charges"):
+            trainers.build(tmp_path, model=model, basis=basis)
+        return
+    trainers.build(tmp_path, model=model, basis=basis).train()
+    stated = dict(Ledger.read(tmp_path / "ledger.jsonl").plan.basis)
+    assert stated == {"kind": "random", "access": "public", "source": "news.jsonl"}
+
+
+def test_the_arguments_can_be_parsed_from_a_command_line():
+    from transformers import HfArgumentParser
+
+    given = ["--epsilon", "3", "--delta", "1e-5", "--num_examples", "400", "--expected_batch_size", "20"]
+    (parsed,) = HfArgumentParser(PrivacyArguments).parse_args_into_dataclasses([*given, "--rank", "8"])
+    assert parsed == PrivacyArguments(epsilon=3, delta=1e-5, num_examples=400, expected_batch_size=20, rank=8)
 
 
 def test_rank_adds_an_adapter(tmp_path):
