@@ -8,6 +8,7 @@ import pytest
 import torch
 import trainers
 import workbench
+from datasets import Dataset
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import SFTTrainer
@@ -152,8 +153,6 @@ def test_a_seeded_run_shows_no_epsilon(tmp_path):
 
 @pytest.mark.parametrize("build", [trainers.build, trainers.build_sft])
 def test_evaluation_is_outside_the_guarantee_and_says_so(tmp_path, build, capfd):
-    from datasets import Dataset
-
     sft = build is trainers.build_sft
     held_out = (
         Dataset.from_list(trainers.rows("pairs", seed=5)) if sft else trainers.labelled(seed=5, padding="max_length")
@@ -343,3 +342,29 @@ def test_the_self_test_runs_before_the_first_charge(tmp_path, monkeypatch):
     )
     trainers.build(tmp_path, privacy_changes={"self_test": True}).train()
     assert charged == [0]
+
+
+def two_kinds(count, seed):
+    """Rows of five tokens of the one half of the words or of the other."""
+    source = np.random.default_rng(seed)
+    labels = source.integers(0, 2, count)
+    ids = [[2, *(source.integers(8, 28, 5) + 20 * label).tolist(), 3] for label in labels]
+    return Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * 7] * count, "labels": labels.tolist()})
+
+
+def test_training_learns_where_there_is_hardly_any_noise(tmp_path, monkeypatch):
+    """A sanity check of the whole way: with noise that protects nobody, the held-out loss falls as it should."""
+    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", lambda **_: 0.05)
+    trainer = trainers.build(
+        tmp_path,
+        model=trainers.classifier(target_modules="all-linear"),
+        train_dataset=two_kinds(200, 1),
+        eval_dataset=two_kinds(100, 2),
+        randomness=SeededRandomness(1),
+        args={"max_steps": 40, "learning_rate": 0.03, "lr_scheduler_type": "constant", "logging_strategy": "no"},
+        privacy_changes={"num_examples": 200, "expected_batch_size": 200, "l2_clip_norm": 3.0},
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    assert after < 0.6 * before
