@@ -148,6 +148,19 @@ def test_a_seeded_run_shows_no_epsilon(tmp_path):
     assert make_report(Ledger.read(tmp_path / "ledger.jsonl")).claim is False
 
 
+def test_runs_with_equal_seeds_differ(tmp_path):
+    found = []
+    for name in ("one", "two"):
+        trainer = trainers.build(tmp_path / name, args={"seed": 7, "data_seed": 7, "optim": "sgd"})
+        torch.manual_seed(7)
+        np.random.seed(7)  # noqa: NPY002
+        trainer.train()
+        found.append(trainers.theta(trainer.adapter))
+    plan = Ledger.read(tmp_path / "one" / "ledger.jsonl").plan
+    moved = (found[0] - found[1]) / (0.05 * plan.noise_multiplier / 12)
+    assert float(moved.std()) > 0.7, "every coordinate has noise of its own"
+
+
 # --- evaluation
 
 
