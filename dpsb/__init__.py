@@ -22,10 +22,14 @@ _HOME = {
     "randomness": ("SeededRandomness", "SystemRandomness"),
     "run": ("Run", "fine_tune"),
     "sampling": ("microbatches", "poisson_draw"),
-    "train": ("Knobs", "Progress", "fit"),
+    "train": ("Knobs", "Progress", "fit", "private_steps"),
+    "trainer.arguments": ("PrivacyArguments",),
+    "trainer.hf": ("DPTrainer",),
+    "trainer.mixin": ("DPTrainerMixin",),
+    "trainer.sft": ("DPSFTTrainer",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_NEEDS_NO_TORCH = ("plan", "config")
+_NEEDS_NO_TORCH = ("plan", "config", "trainer.arguments")
 
 __version__ = "0.1.0"
 __all__ = [*sorted(_MODULE_OF), "__version__"]

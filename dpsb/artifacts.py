@@ -54,19 +54,25 @@ def save_run(out: Path, adapter: Adapter, report: Report, ledger: LedgerRecord, 
         shutil.rmtree(stale)
     with tempfile.TemporaryDirectory(dir=out, prefix=".saving-") as scratch:
         folder = Path(scratch)
-        save_weights(adapter, folder, out / START_NAME)
-        tokenizer.save_pretrained(folder)
-        if adapter.cores:
-            tensors = {f"{name}": value.cpu() for name, value in adapter.state().items()}
-            tensors |= {f"{name}.B": f.B.detach().cpu().contiguous() for name, f in adapter.factors().items()}
-            save_file(tensors, folder / CORE_NAME, metadata={"format": "dpsb-core/1", "run_id": ledger.run_id})
-        (folder / "README.md").write_text(model_card(make_report(ledger), ledger.plan))  # without held-out metrics
-        stamp(folder, ledger)
+        write_results(folder, adapter, ledger, tokenizer, out / START_NAME)
         names = sorted(path.name for path in folder.iterdir())
         for name in names:
             os.replace(folder / name, out / name)
     report.write(out / "report.json")
     return (*names, "ledger.jsonl", "report.json")
+
+
+def write_results(folder: Path, adapter: Adapter, ledger: LedgerRecord, tokenizer: Any, start: Path) -> None:
+    """Writes adapter, cores, tokenizer (if there is one) and model card, stamped with the state of the ledger."""
+    save_weights(adapter, folder, start)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if adapter.cores:
+        tensors = {f"{name}": value.cpu() for name, value in adapter.state().items()}
+        tensors |= {f"{name}.B": f.B.detach().cpu().contiguous() for name, f in adapter.factors().items()}
+        save_file(tensors, folder / CORE_NAME, metadata={"format": "dpsb-core/1", "run_id": ledger.run_id})
+    (folder / "README.md").write_text(model_card(make_report(ledger), ledger.plan))  # without held-out metrics
+    stamp(folder, ledger)
 
 
 def model_card(report: Report, plan: Plan) -> str:

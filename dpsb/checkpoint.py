@@ -24,6 +24,7 @@ from dpsb_accounting import Ledger, LedgerError
 
 _SCHEMA = "dpsb-checkpoint/1"
 _CURRENT, _OLD = "checkpoint", "checkpoint.old"
+THETA_NAME, STATE_NAME = "theta.safetensors", "checkpoint.json"
 
 
 @contextmanager
@@ -73,6 +74,24 @@ def save_checkpoint(
     Raises:
       OSError: If the disk does not take it; the checkpoint before it stays.
     """
+    try:
+        with replacing(run_dir / _CURRENT) as folder:
+            write_state(folder, adapter, optimizer, ledger, l2_clip_norm)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"A checkpoint in {run_dir} cannot be written ({error}); charged steps are spent, a resumed run goes on "
+            "from the checkpoint before."
+        ) from None
+
+
+def write_state(
+    folder: Path,
+    adapter: Adapter,
+    optimizer: torch.optim.Optimizer,
+    ledger: Ledger,
+    l2_clip_norm: float | None = None,
+) -> None:
+    """Writes what :func:`read_state` needs into ``folder``: released tensors and public facts, nothing else."""
     tensors, structure = _flatten(optimizer.state_dict())
     facts = {
         "schema": _SCHEMA,
@@ -82,16 +101,9 @@ def save_checkpoint(
         "optimizer": structure,
         **({} if l2_clip_norm is None else {"l2_clip_norm": l2_clip_norm}),
     }
-    try:
-        with replacing(run_dir / _CURRENT) as folder:
-            save_file(adapter.state(), folder / "theta.safetensors")
-            save_file(tensors, folder / "optimizer.safetensors")
-            (folder / "checkpoint.json").write_text(json.dumps(facts, indent=1))
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"A checkpoint in {run_dir} cannot be written ({error}); charged steps are spent, a resumed run goes on "
-            "from the checkpoint before."
-        ) from None
+    save_file(adapter.state(), folder / THETA_NAME)
+    save_file(tensors, folder / "optimizer.safetensors")
+    (folder / STATE_NAME).write_text(json.dumps(facts, indent=1))
 
 
 def load_checkpoint(run_dir: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, ledger: Ledger) -> bool:
@@ -106,9 +118,22 @@ def load_checkpoint(run_dir: Path, adapter: Adapter, optimizer: torch.optim.Opti
     folder = next((run_dir / name for name in (_CURRENT, _OLD) if (run_dir / name).is_dir()), None)
     if folder is None:
         return False
+    read_state(folder, adapter, optimizer, ledger)
+    return True
+
+
+def read_state(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, ledger: Ledger) -> float | None:
+    """Puts what :func:`write_state` wrote into ``adapter`` and ``optimizer``; the ledger wins.
+
+    Returns:
+      Where an adaptive C stood; None where C is fixed by the plan.
+
+    Raises:
+      LedgerError: As for :func:`load_checkpoint`.
+    """
     try:
-        facts = json.loads((folder / "checkpoint.json").read_text())
-        theta, tensors = load_file(folder / "theta.safetensors"), load_file(folder / "optimizer.safetensors")
+        facts = json.loads((folder / STATE_NAME).read_text())
+        theta, tensors = load_file(folder / THETA_NAME), load_file(folder / "optimizer.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise LedgerError(f"{folder} cannot be read ({type(error).__name__}); start a new run elsewhere.") from None
     if facts.get("schema") != _SCHEMA or facts.get("run_id") != ledger.run_id:
@@ -116,14 +141,15 @@ def load_checkpoint(run_dir: Path, adapter: Adapter, optimizer: torch.optim.Opti
     ledger.check_not_behind(facts["ledger_length"], facts["ledger_head"])
     adapter.load_state(theta)
     optimizer.load_state_dict(_unflatten(tensors, facts["optimizer"]))
-    return True
+    value = facts.get("l2_clip_norm")
+    return None if value is None else float(value)
 
 
 def saved_clip_norm(run_dir: Path) -> float | None:
     """Where an adaptive C stood at the last checkpoint, which :func:`load_checkpoint` has checked; None without one."""
     for name in (_CURRENT, _OLD):
         if (run_dir / name).is_dir():
-            value = json.loads((run_dir / name / "checkpoint.json").read_text()).get("l2_clip_norm")
+            value = json.loads((run_dir / name / STATE_NAME).read_text()).get("l2_clip_norm")
             return None if value is None else float(value)
     return None
 

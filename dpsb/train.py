@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -127,30 +127,90 @@ def fit(
       MemoryError: If one example alone does not fit into memory.
       StepError: If anything else goes wrong while a step's data are in use; the step is charged, the message withheld.
     """
-    plan, run_dir = ledger.plan, ledger.path.parent
+    run_dir = ledger.path.parent
+    base_rates = [float(group["lr"]) for group in optimizer.param_groups]
+    check_start(adapter, ledger.plan, optimizer)
+    load_checkpoint(run_dir, adapter, optimizer, ledger)  # whatever the ledger holds: it may have been rolled back
+    moved = saved_clip_norm(run_dir)
+    steps = private_steps(
+        adapter,
+        dataset,
+        ledger=ledger,
+        optimizer=optimizer,
+        loss_fn=loss_fn,
+        collate=collate,
+        synthetic=synthetic,
+        max_length=max_length,
+        schedule=schedule,
+        token_budget=knobs.token_budget,
+        randomness=randomness,
+        allow_dropout=allow_dropout,
+        row_scale=row_scale,
+        canaries=canaries,
+        base_rates=base_rates,
+        moved_clip_norm=moved,
+    )
+    with closing(steps):
+        for progress, moved in steps:
+            if knobs.checkpoint_every and progress.step % knobs.checkpoint_every == 0:
+                save_checkpoint(run_dir, adapter, optimizer, ledger, moved)
+            on_step(progress)
+    save_checkpoint(run_dir, adapter, optimizer, ledger, moved)
+
+
+def private_steps(
+    adapter: Adapter,
+    dataset: Sequence[Example] | Sequence[Sequence[Example]],
+    *,
+    ledger: Ledger,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: LossFn,
+    collate: Collate,
+    synthetic: Sequence[Example],
+    max_length: int,
+    schedule: Callable[[float], float] = lambda _done: 1.0,
+    token_budget: int = 4096,
+    randomness: Randomness | None = None,
+    allow_dropout: bool = False,
+    row_scale: torch.Tensor | None = None,
+    canaries: Canaries | None = None,
+    base_rates: Sequence[float] | None = None,
+    moved_clip_norm: float | None = None,
+) -> Generator[tuple[Progress, float | None], None, None]:
+    """The loop of :func:`fit`, for callers who keep checkpoints of their own: one private step for each value asked.
+
+    Between two steps the caller may evaluate, save or stop; the model is put back into train mode before the next
+    one. A step that was asked for is charged, whatever becomes of it. Nothing is loaded or saved here.
+
+    Args:
+      adapter, dataset, ledger, optimizer, loss_fn, collate, synthetic, max_length, schedule: As for :func:`fit`.
+      token_budget, randomness, allow_dropout, row_scale, canaries: As for :func:`fit`.
+      base_rates: Learning rate of every parameter group, which ``schedule`` multiplies; by default the present ones.
+      moved_clip_norm: Where an adaptive C stood when the run was interrupted.
+
+    Yields:
+      What a callback may know, and where an adaptive C stands now (None where C is fixed). Both are public or released.
+
+    Raises:
+      As for :func:`fit`, when the first step is asked for or while a step is made.
+    """
+    plan = ledger.plan
     mechanism = replace(Mechanism.from_plan(plan), row_scale=row_scale)
+    if mechanism.adaptive is not None:
+        mechanism = replace(mechanism, l2_clip_norm=moved_clip_norm or mechanism.l2_clip_norm)
     randomness = randomness or SystemRandomness()
     buckets = length_buckets(max_length)
     _examples_per_unit(plan)  # refuses a plan whose unit cannot be trained
-    if dict(plan.basis) != adapter.provenance.to_json():
-        raise ValueError(
-            f"The plan states the basis {dict(plan.basis)}, the adapter has {adapter.provenance.to_json()}."
-        )
     if unpaid := [phase.name for phase in plan.phases if phase.name != "train" and ledger.remaining(phase.name)]:
         raise ValueError(f"The plan pays for {', '.join(unpaid)} first, which the ledger does not fully hold yet.")
     if row_scale is not None and canaries is not None:
         raise ValueError("row_scale and canaries do not go together: the audit's scores know no scale.")
-    adapter.check_nothing_else_is_trained()
-    _check_optimizer(optimizer, adapter)
-    base_rates = [float(group["lr"]) for group in optimizer.param_groups]
-    load_checkpoint(run_dir, adapter, optimizer, ledger)  # whatever the ledger holds: it may have been rolled back
-    if mechanism.adaptive is not None:
-        mechanism = replace(mechanism, l2_clip_norm=saved_clip_norm(run_dir) or mechanism.l2_clip_norm)
-
+    check_start(adapter, plan, optimizer)
+    rates = [float(group["lr"]) for group in optimizer.param_groups] if base_rates is None else base_rates
     with training_mode(adapter.model):
         adapter_train_mode(adapter)
         with without_dropout(adapter.model):
-            probe_batch = probe_every_bucket(adapter, loss_fn, collate, synthetic, buckets, knobs.token_budget)
+            probe_batch = probe_every_bucket(adapter, loss_fn, collate, synthetic, buckets, token_budget)
         if randomness.tainted:
             ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
         if canaries is not None:
@@ -158,6 +218,7 @@ def fit(
         with _secret_dropout(randomness) if allow_dropout else without_dropout(adapter.model):
             checked = False
             for _ in range(ledger.remaining("train")):
+                adapter.model.train()  # the caller may have evaluated it
                 number, total, planted = charged_sum(
                     adapter,
                     dataset,
@@ -166,7 +227,7 @@ def fit(
                     loss_fn,
                     collate,
                     buckets,
-                    knobs.token_budget,
+                    token_budget,
                     randomness,
                     others=len(canaries or ()),
                 )
@@ -180,14 +241,26 @@ def fit(
                 factor = schedule(number / plan.steps)
                 before = {} if checked or factor == 0.0 else adapter.state()
                 set_gradient(adapter, released / plan.expected_batch_size)
-                _step(optimizer, adapter, base_rates, factor)
+                _step(optimizer, adapter, rates, factor)
                 if before:
                     check_step_moves_model(adapter, before, loss_fn, probe_batch)
                     checked = True
-                if knobs.checkpoint_every and (number + 1) % knobs.checkpoint_every == 0:
-                    save_checkpoint(run_dir, adapter, optimizer, ledger, mechanism.moving_clip_norm)
-                on_step(Progress(number + 1, plan.steps))
-    save_checkpoint(run_dir, adapter, optimizer, ledger, mechanism.moving_clip_norm)
+                yield Progress(number + 1, plan.steps), mechanism.moving_clip_norm
+
+
+def check_start(adapter: Adapter, plan: Plan, optimizer: torch.optim.Optimizer) -> None:
+    """Refuses what is wrong with adapter, plan and optimizer before anything is loaded or charged.
+
+    Raises:
+      ValueError: If the plan states another basis, something else would be trained, or the optimizer holds stale
+        tensors.
+    """
+    if dict(plan.basis) != adapter.provenance.to_json():
+        raise ValueError(
+            f"The plan states the basis {dict(plan.basis)}, the adapter has {adapter.provenance.to_json()}."
+        )
+    adapter.check_nothing_else_is_trained()
+    _check_optimizer(optimizer, adapter)
 
 
 def charged_sum(

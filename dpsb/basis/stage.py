@@ -15,16 +15,14 @@ from torch import nn
 from dpsb.adapter import Adapter, Basis, Factors, Provenance, attach, detach, lora_layers
 from dpsb.basis.budget import PHASE, basis_phase, default_share
 from dpsb.basis.choose import choice_provenance, choose_privately, gradient_basis, rank_public
-from dpsb.basis.complementary import complementary
+from dpsb.basis.data_free import DATA_FREE
 from dpsb.basis.gradient import mean_gradients
-from dpsb.basis.hadamard import hadamard
 from dpsb.basis.hybrid import check_width, frames_of, hybrid, hybrid_provenance
 from dpsb.basis.lora_sb import lora_sb
 from dpsb.basis.private import private, private_provenance, releases_for, rounds_for
 from dpsb.basis.random import random
 from dpsb.basis.release import Clip, PrivateExamples
 from dpsb.basis.sources import EXAMPLES, PublicSet, batches_of, public_gradients
-from dpsb.basis.weight_svd import weight_svd
 from dpsb.basis_spec import parse_basis
 from dpsb.config import RunConfig
 from dpsb.data import DataError
@@ -35,8 +33,6 @@ from dpsb_accounting import Ledger, LedgerError, NonPrivate, Phase
 from dpsb_accounting.files import write_whole
 
 BASIS_NAME = "basis.safetensors"
-
-_DATA_FREE = {"weight": weight_svd, "random": random, "complementary": complementary, "hadamard": hadamard}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +86,8 @@ def plan_basis(setup: Setup) -> Planned:
       BudgetError, WidthError, DataError: If the settings do not fit the model or the public data.
     """
     config, spec = setup.config, parse_basis(setup.config.basis)
-    if spec.kind in _DATA_FREE:
-        basis = _DATA_FREE[spec.kind](setup.model)
+    if spec.kind in DATA_FREE:
+        basis = DATA_FREE[spec.kind](setup.model)
         return Planned(basis=basis, provenance=basis.provenance)
     if spec.kind in ("lora-sb", "leak"):
         return _unpaid(setup, spec.kind)
