@@ -6,17 +6,18 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
 from dpsb.adapter import Adapter, set_gradient
-from dpsb.capture import adapter_train_mode, per_example_gradients
+from dpsb.capture import adapter_train_mode
 from dpsb.checkpoint import load_checkpoint, save_checkpoint, saved_clip_norm
+from dpsb.clipped_sums import charged_sum, examples_per_unit
 from dpsb.frozen_prefix import whole_model
-from dpsb.losses import LossFn, check_losses
+from dpsb.losses import LossFn
 from dpsb.mechanism import Mechanism
 from dpsb.probe import (
     Batch,
@@ -29,13 +30,11 @@ from dpsb.probe import (
     without_dropout,
 )
 from dpsb.randomness import Randomness, SystemRandomness
-from dpsb.sampling import bucket_of, choose, length_buckets, microbatches, padded_lengths, poisson_draw
+from dpsb.sampling import bucket_of, length_buckets
 from dpsb.withheld import StepError as StepError
-from dpsb.withheld import StepMemoryError, is_out_of_memory, messages_withheld
 from dpsb_accounting import Ledger, Plan
 
 _LARGEST_PROBE = 64
-_NUMBERS_IN_FLIGHT = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ def private_steps(
         mechanism = replace(mechanism, l2_clip_norm=moved_clip_norm or mechanism.l2_clip_norm)
     randomness = randomness or SystemRandomness()
     buckets = length_buckets(max_length)
-    _examples_per_unit(plan)  # refuses a plan whose unit cannot be trained
+    examples_per_unit(plan)  # refuses a plan whose unit cannot be trained
     if unpaid := [phase.name for phase in plan.phases if phase.name != "train" and ledger.remaining(phase.name)]:
         raise ValueError(f"The plan pays for {', '.join(unpaid)} first, which the ledger does not fully hold yet.")
     if row_scale is not None and canaries is not None:
@@ -263,52 +262,6 @@ def check_start(adapter: Adapter, plan: Plan, optimizer: torch.optim.Optimizer) 
     _check_optimizer(optimizer, adapter)
 
 
-def charged_sum(
-    adapter: Adapter,
-    dataset: Sequence[Any],
-    ledger: Ledger,
-    mechanism: Mechanism,
-    loss_fn: LossFn,
-    collate: Collate,
-    buckets: Sequence[int],
-    token_budget: int,
-    randomness: Randomness,
-    *,
-    others: int = 0,
-) -> tuple[int, torch.Tensor, np.ndarray]:
-    """Charges a step of the ledger's plan, then draws it and sums its clipped rows: all that comes before the noise.
-
-    Returns:
-      The number of the charge (public); the sum, shape ``(d,)``, float64, and which of ``others`` rows that stand for
-      no example were drawn besides. Both sensitive: hand the sum to :meth:`Mechanism.release`.
-    """
-    plan = ledger.plan
-    most = _examples_per_unit(plan)
-    number = ledger.charge("train")
-    with messages_withheld(f"Step {number}"):
-        num_rows = len(dataset)
-        draw = poisson_draw(num_rows + others, plan.sampling_prob, randomness)
-        drawn: Any = [dataset[int(i)] for i in draw if i < num_rows]
-        planted = draw[len(drawn) :] - num_rows
-        if most is not None:
-            drawn = [[unit[j] for j in choose(len(unit), most, randomness)] for unit in drawn]
-        summed = _clipped_sum if most is None else _clipped_sum_of_units
-        return number, summed(adapter, mechanism, loss_fn, collate, drawn, buckets, token_budget), planted
-
-
-def _examples_per_unit(plan: Plan) -> int | None:
-    """How many examples of a unit are read in a step; None where each example is a unit of its own."""
-    if plan.unit == "example":
-        return None
-    most = plan.details.get("examples_per_unit")
-    if plan.unit != "user" or not isinstance(most, int) or most < 1:
-        raise ValueError(
-            f"Expected a plan whose unit is 'example', or 'user' with details['examples_per_unit'] of at least 1, got "
-            f"unit {plan.unit!r} and {most!r}."
-        )
-    return most
-
-
 @contextmanager
 def _secret_dropout(randomness: Randomness) -> Iterator[None]:
     """Dropout masks from the operating system too: with a known global seed they would tie an example to its place."""
@@ -344,89 +297,6 @@ def probe_every_bucket(
     return batch
 
 
-def _clipped_sum(
-    adapter: Adapter,
-    mechanism: Mechanism,
-    loss_fn: LossFn,
-    collate: Collate,
-    examples: Sequence[Example],
-    buckets: Sequence[int],
-    token_budget: int,
-) -> torch.Tensor:
-    """The clipped sum over a draw of examples, each example's gradient a row; float64. Sensitive."""
-    total = mechanism.zeros(adapter.dimension, _device(adapter))
-    lengths = padded_lengths(examples, buckets)
-    for positions, length in microbatches(np.arange(len(examples)), lengths, token_budget):
-        total += _reduced(
-            adapter, loss_fn, collate, examples, positions, length, lambda rows, _: mechanism.clip_and_sum(rows)
-        )
-    return total
-
-
-def _clipped_sum_of_units(
-    adapter: Adapter,
-    mechanism: Mechanism,
-    loss_fn: LossFn,
-    collate: Collate,
-    units: Sequence[Sequence[Example]],
-    buckets: Sequence[int],
-    token_budget: int,
-) -> torch.Tensor:
-    """The clipped sum over a draw of units, the *mean* gradient of each unit's examples a row; float64. Sensitive.
-
-    Rows of a unit meet before anything is clipped, whatever microbatches its examples fell into. One that is not
-    finite spoils its own unit's row only. Some units at a time, d numbers for each of them.
-    """
-    total = mechanism.zeros(adapter.dimension, _device(adapter))
-    size = max(1, _NUMBERS_IN_FLIGHT // adapter.dimension)
-    for start in range(0, len(units), size):
-        group = units[start : start + size]
-        owners = torch.tensor([i for i, unit in enumerate(group) for _ in unit], dtype=torch.long)
-        examples = [example for unit in group for example in unit]
-        means = torch.zeros(len(group), adapter.dimension, dtype=torch.float64, device=total.device)
-        add = partial(_summed_by_unit, owners.to(total.device), len(group))
-        for positions, length in microbatches(
-            np.arange(len(examples)), padded_lengths(examples, buckets), token_budget
-        ):
-            means += _reduced(adapter, loss_fn, collate, examples, positions, length, add)
-        means /= torch.bincount(owners, minlength=len(group)).clamp(min=1).to(total.device)[:, None]
-        total += mechanism.clip_and_sum(means)
-    return total
-
-
-def _summed_by_unit(owners: torch.Tensor, num_units: int, rows: torch.Tensor, positions: np.ndarray) -> torch.Tensor:
-    sums = torch.zeros(num_units, rows.shape[1], dtype=torch.float64, device=rows.device)
-    return sums.index_add_(0, owners[torch.from_numpy(positions).to(owners.device)], rows.to(torch.float64))
-
-
-def _reduced(
-    adapter: Adapter,
-    loss_fn: LossFn,
-    collate: Collate,
-    examples: Sequence[Example],
-    positions: np.ndarray,
-    padded_length: int,
-    reduce: Callable[[torch.Tensor, np.ndarray], torch.Tensor],
-) -> torch.Tensor:
-    """``reduce(rows, positions)`` of one microbatch; halves it, and adds both, while memory runs out."""
-    try:
-        with per_example_gradients(adapter, len(positions)) as rows:
-            batch = collate([examples[int(i)] for i in positions], padded_length)
-            check_losses(loss_fn(adapter.model, batch), len(positions)).sum().backward()
-            return reduce(rows.get(), positions)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        if len(positions) == 1:
-            raise StepMemoryError(
-                "Out of memory on a single example. The step is charged. Lower max_length, or resume on a machine "
-                "with more memory."
-            ) from None
-    half = len(positions) // 2
-    first = _reduced(adapter, loss_fn, collate, examples, positions[:half], padded_length, reduce)
-    return first + _reduced(adapter, loss_fn, collate, examples, positions[half:], padded_length, reduce)
-
-
 def _check_optimizer(optimizer: torch.optim.Optimizer, adapter: Adapter) -> None:
     """Raises ValueError unless the optimizer holds the live tensors of the adapter."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -457,7 +327,3 @@ def training_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _device(adapter: Adapter) -> torch.device:
-    return adapter.parameters()[0].device

@@ -23,7 +23,8 @@ from dpsb.models import HEAD_NAMES
 from dpsb.probe import Collate, Example, without_dropout
 from dpsb.randomness import Randomness
 from dpsb.sampling import bucket_of, length_buckets, microbatches, padded_lengths, poisson_draw
-from dpsb.train import StepMemoryError, is_out_of_memory, messages_withheld, probe_every_bucket, training_mode
+from dpsb.train import probe_every_bucket, training_mode
+from dpsb.withheld import StepMemoryError, is_out_of_memory, messages_withheld
 from dpsb_accounting import Gaussian, Ledger, PoissonGaussian
 
 _REHEARSED_AT_LEAST = 3

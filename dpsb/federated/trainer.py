@@ -11,6 +11,7 @@ import torch
 
 from dpsb.adapter import Adapter, set_gradient
 from dpsb.capture import adapter_train_mode
+from dpsb.clipped_sums import charged_sum, clipped_sum
 from dpsb.federated.messages import SUM, basis_digest
 from dpsb.federated.spec import PrivacyModel, RoundSpec
 from dpsb.losses import LossFn
@@ -20,7 +21,7 @@ from dpsb.probe import Collate, Example, without_dropout
 from dpsb.randomness import Randomness
 from dpsb.sampling import length_buckets, poisson_draw
 from dpsb.selftest.start import check_before_run
-from dpsb.train import _clipped_sum, charged_sum, probe_every_bucket, training_mode
+from dpsb.train import probe_every_bucket, training_mode
 from dpsb.withheld import messages_withheld
 from dpsb_accounting import Ledger
 
@@ -158,7 +159,7 @@ class Trainer:
             for _ in range(spec.local_steps):
                 draw = poisson_draw(len(dataset), spec.sampling_prob, randomness)
                 drawn = [dataset[int(i)] for i in draw]
-                total = _clipped_sum(adapter, plain, self.loss_fn, self.collate, drawn, buckets, self.token_budget)
+                total = clipped_sum(adapter, plain, self.loss_fn, self.collate, drawn, buckets, self.token_budget)
                 set_gradient(adapter, total / batch)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

@@ -12,13 +12,14 @@ import torch
 
 from dpsb.adapter import Adapter
 from dpsb.capture import adapter_train_mode, per_example_gradients
+from dpsb.clipped_sums import clipped_sum
 from dpsb.losses import LossFn
 from dpsb.mechanism import Mechanism
 from dpsb.probe import Collate, without_dropout
 from dpsb.randomness import SystemRandomness
 from dpsb.sampling import bucket_of, length_buckets, poisson_draw
 from dpsb.selftest.step import Step
-from dpsb.train import _clipped_sum, training_mode
+from dpsb.train import training_mode
 
 POISON = "dpsb_selftest_poison"
 _SCATTER = 0.05
@@ -70,7 +71,7 @@ def own_step(
             wide = replace(mechanism, l2_clip_norm=_WIDE * mechanism.l2_clip_norm)
 
             def summed(budget: int, by: Mechanism = mechanism) -> Callable[[Sequence[Any]], torch.Tensor]:
-                return lambda chosen: _clipped_sum(
+                return lambda chosen: clipped_sum(
                     adapter, by, planted.loss, planted.collate, list(chosen), buckets, budget
                 )
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from federation import NAMES, Faulty, Federation, Killed, check_ledger, policy, terms
 
-from dpsb import train
+from dpsb import clipped_sums
 from dpsb.federated import silo as silo_module
 from dpsb.federated.coordinator import TooFewSilos
 from dpsb.federated.messages import Update, theta_digest
@@ -385,13 +385,13 @@ def train_optimizer(work, spec):
 
 
 def test_steps_are_charged_before_their_draw(fed, monkeypatch):
-    draw, seen = train.poisson_draw, []
+    draw, seen = clipped_sums.poisson_draw, []
 
     def noted(*arguments):
         seen.append(fed.ledger("north").charged("train"))
         return draw(*arguments)
 
-    monkeypatch.setattr(train, "poisson_draw", noted)
+    monkeypatch.setattr(clipped_sums, "poisson_draw", noted)
     start = fed.trainer.start
     spec = terms().specs("a" * 32, 0, start, fed.trainer.basis_sha256)["north"]
     fed.silo("north").handle(start, spec)

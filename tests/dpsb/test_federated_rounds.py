@@ -271,7 +271,7 @@ def test_nothing_private_leaves_with_a_failure(fed, monkeypatch):
     def broken(*_arguments):
         raise ValueError(f"the row was {workbench.CANARIES[0]}")
 
-    monkeypatch.setattr("dpsb.train._clipped_sum", broken)
+    monkeypatch.setattr("dpsb.clipped_sums.clipped_sum", broken)
     reply = silo.handle(fed.trainer.start, first_spec(fed))
     assert (reply.kind, reply.message) == ("failed", "The silo failed in this round; its operator can see why.")
     assert workbench.CANARIES[0] not in problems[0]

@@ -7,7 +7,7 @@ import torch
 import workbench
 from federation import NAMES, Faulty, Federation, Killed, check_ledger, policy, terms
 
-from dpsb import train
+from dpsb import clipped_sums
 from dpsb.federated.coordinator import Coordinator
 from dpsb.federated.messages import SUM
 from dpsb.federated.spec import FederatedError
@@ -36,11 +36,11 @@ def test_it_is_a_central_run_with_the_same_draws_and_noise(fed, monkeypatch, tmp
     source = np.random.default_rng(5)
     draws = [[np.flatnonzero(source.random(24) < 0.25) for _ in NAMES] for _ in range(ROUNDS)]
     queue = [draw for row in draws for draw in row]
-    monkeypatch.setattr(train, "poisson_draw", lambda *_a: queue.pop(0))
+    monkeypatch.setattr(clipped_sums, "poisson_draw", lambda *_a: queue.pop(0))
     state = fed.coordinator(asked=asked(), randomness=SeededRandomness(9)).run()
 
     together = [np.concatenate([draw + 24 * i for i, draw in enumerate(row)]) for row in draws]
-    monkeypatch.setattr(train, "poisson_draw", lambda *_a: together.pop(0))
+    monkeypatch.setattr(clipped_sums, "poisson_draw", lambda *_a: together.pop(0))
     data = [example for name in NAMES for example in fed.silo(name)._dataset]
     work, adapter = fed.trainer, fed.trainer.adapter
     adapter.load_state(work.start)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from federation import NAMES, Faulty, Federation, Killed, check_ledger, policy, terms
 
-from dpsb import train
+from dpsb import clipped_sums
 from dpsb.federated.coordinator import Coordinator, TooFewSilos
 from dpsb.federated.messages import SUM
 from dpsb.federated.report import federation_report
@@ -54,8 +54,8 @@ def test_the_opened_sum_is_the_sums_and_the_shares_and_nothing_else(fed, monkeyp
     """With the draws known, opened sum less clipped sums is exactly the sum of the three shares."""
     allow(fed, "secagg")
     clipped, shares, opened = [], [], []
-    inner, normal, mean = train._clipped_sum, SystemRandomness.normal, Coordinator._noisy_mean
-    monkeypatch.setattr(train, "_clipped_sum", lambda *a: clipped.append(inner(*a)) or clipped[-1].clone())
+    inner, normal, mean = clipped_sums.clipped_sum, SystemRandomness.normal, Coordinator._noisy_mean
+    monkeypatch.setattr(clipped_sums, "clipped_sum", lambda *a: clipped.append(inner(*a)) or clipped[-1].clone())
     monkeypatch.setattr(SystemRandomness, "normal", lambda s, n: shares.append(normal(s, n)) or shares[-1])
     monkeypatch.setattr(Coordinator, "_noisy_mean", lambda *a: opened.append(mean(*a)) or opened[-1])
     fed.coordinator(asked=secagg()).run()
@@ -77,7 +77,7 @@ def test_with_the_same_draws_it_is_a_central_run(fed, monkeypatch):
         queue = [
             draws.setdefault((r, n), np.flatnonzero(source.random(24) < 0.25)) for r in range(ROUNDS) for n in NAMES
         ]
-        monkeypatch.setattr(train, "poisson_draw", lambda *_a: queue.pop(0))
+        monkeypatch.setattr(clipped_sums, "poisson_draw", lambda *_a: queue.pop(0))
         monkeypatch.setattr(SystemRandomness, "normal", lambda _s, n: torch.zeros(n, dtype=torch.float64))
         one = Federation(out, fed.trainer)
         allow(one, model)

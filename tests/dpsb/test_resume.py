@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import workbench
 
-from dpsb import artifacts, checkpoint, run, train
+from dpsb import artifacts, checkpoint, clipped_sums, run, train
 from dpsb.mechanism import Mechanism
 from dpsb.randomness import Randomness
 from dpsb.start import StartError
@@ -73,7 +73,7 @@ def named(suffix):
 POINTS = {
     "in the middle of a ledger line": half_a_line,
     "after the charge": lambda: at(Ledger, "charge", count=2, before=False),
-    "after the draw": lambda: at(train, "poisson_draw", count=2, before=False),
+    "after the draw": lambda: at(clipped_sums, "poisson_draw", count=2, before=False),
     "after the microbatches": lambda: at(Mechanism, "release", count=2),
     "after the release": lambda: at(Mechanism, "release", count=2, before=False),
     "after the optimizer": lambda: at(train, "_step", count=2, before=False),
@@ -109,7 +109,7 @@ def in_a_fork(work):
 def notes(tmp_path, monkeypatch):
     """A file in which this process and its forks note every noise vector, and the charges held at every reading."""
     path, ledger = tmp_path / "notes", tmp_path / "run" / "ledger.jsonl"
-    normal, clipped_sum = Randomness.normal, train._clipped_sum
+    normal, clipped_sum = Randomness.normal, clipped_sums.clipped_sum
 
     def note(*facts):
         with path.open("a") as file:
@@ -125,7 +125,7 @@ def notes(tmp_path, monkeypatch):
         return clipped_sum(*args)
 
     monkeypatch.setattr(Randomness, "normal", noted_normal)
-    monkeypatch.setattr(train, "_clipped_sum", noted_sum)
+    monkeypatch.setattr(clipped_sums, "clipped_sum", noted_sum)
     return lambda: [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -13,7 +13,7 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 from typer.testing import CliRunner
 
-from dpsb import mechanism, train
+from dpsb import clipped_sums, mechanism, train
 from dpsb.cli import app
 from dpsb.data import Collator, synthetic_examples
 from dpsb.losses import causal_lm_loss, classification_loss
@@ -218,9 +218,9 @@ def test_a_frozen_tensor_that_moves_is_found(tiny, monkeypatch):
 
 
 def test_a_wrong_divisor_and_a_wrong_draw_are_found(tiny, monkeypatch):
-    honest_gradient, honest_draw = train.set_gradient, train.poisson_draw
+    honest_gradient, honest_draw = train.set_gradient, clipped_sums.poisson_draw
     monkeypatch.setattr(train, "set_gradient", lambda adapter, gradient: honest_gradient(adapter, 1.5 * gradient))
-    monkeypatch.setattr(train, "poisson_draw", lambda n, q, source: honest_draw(n, min(1.0, 1.2 * q), source))
+    monkeypatch.setattr(clipped_sums, "poisson_draw", lambda n, q, source: honest_draw(n, min(1.0, 1.2 * q), source))
     assert failed(selftested(tiny, full=True)) == {"update", "replay_draws"}
 
 

@@ -212,7 +212,7 @@ def noting_draws(monkeypatch):
         draws.append(0)
         return poisson_draw(*arguments)
 
-    monkeypatch.setattr("dpsb.train.poisson_draw", noted)
+    monkeypatch.setattr("dpsb.clipped_sums.poisson_draw", noted)
     return draws
 
 

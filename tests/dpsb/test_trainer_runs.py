@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import SFTTrainer
 
-from dpsb import DPTrainerMixin, PrivacyArguments, train
+from dpsb import DPTrainerMixin, PrivacyArguments, clipped_sums
 from dpsb.adapter import Basis, Provenance
 from dpsb.basis import random as random_basis
 from dpsb.mechanism import Mechanism
@@ -104,7 +104,7 @@ def test_a_run_writes_what_it_may_and_claims_what_it_can(tmp_path, build, capfd)
 
 def test_one_noise_draw_and_one_release_per_step(tmp_path, monkeypatch):
     drawn, released = [], []
-    release, poisson = Mechanism.release, train.poisson_draw
+    release, poisson = Mechanism.release, clipped_sums.poisson_draw
 
     def noted_release(self, total, randomness):
         released.append(total.numel())
@@ -115,7 +115,7 @@ def test_one_noise_draw_and_one_release_per_step(tmp_path, monkeypatch):
         return drawn[-1]
 
     monkeypatch.setattr(Mechanism, "release", noted_release)
-    monkeypatch.setattr(train, "poisson_draw", noted_draw)
+    monkeypatch.setattr(clipped_sums, "poisson_draw", noted_draw)
     args = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 9, "num_train_epochs": 1, "max_steps": -1}
     trainer = trainers.build(tmp_path, args=args, privacy_changes={"token_budget": 32})
     trainer.train()

@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments
 
-from dpsb import train
+from dpsb import clipped_sums, train
 from dpsb.randomness import SeededRandomness
 from dpsb.trainer.hf import DPTrainer
 from dpsb.trainer.refusals import TrainerArgumentError
@@ -48,7 +48,7 @@ def as_kind(kind):
 @pytest.fixture
 def sizes(monkeypatch):
     """The size of every draw, and that no example is in it twice (test only)."""
-    found, poisson = [], train.poisson_draw
+    found, poisson = [], clipped_sums.poisson_draw
 
     def noted(*arguments):
         draw = poisson(*arguments)
@@ -56,7 +56,7 @@ def sizes(monkeypatch):
         found.append(len(draw))
         return draw
 
-    monkeypatch.setattr(train, "poisson_draw", noted)
+    monkeypatch.setattr(clipped_sums, "poisson_draw", noted)
     return found
 
 

@@ -10,7 +10,7 @@ import workbench
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpsb import run, train
+from dpsb import clipped_sums, run, train
 from dpsb.canaries import CanaryAudit
 from dpsb.config import ConfigError
 from dpsb.data import Collator, DataError, Table, by_unit
@@ -39,7 +39,7 @@ def people(sizes=SIZES, seed=1):
 
 
 def summed(adapter, units, mechanism=PLAIN, token_budget=4096, loss_fn=classification_loss):
-    return train._clipped_sum_of_units(adapter, mechanism, loss_fn, Collator(0), units, BUCKETS, token_budget)
+    return clipped_sums.clipped_sum_of_units(adapter, mechanism, loss_fn, Collator(0), units, BUCKETS, token_budget)
 
 
 def exact_mean(tiny, adapter, unit):
@@ -59,7 +59,7 @@ def test_a_row_is_the_mean_of_a_persons_gradients(tiny, adapter):
 @pytest.mark.parametrize("token_budget", [16, 64, 4096])
 def test_rows_meet_before_they_are_clipped(tiny, adapter, token_budget, in_flight, monkeypatch):
     """Whatever microbatches and groups a person's examples fall into."""
-    monkeypatch.setattr(train, "_NUMBERS_IN_FLIGHT", in_flight)
+    monkeypatch.setattr(clipped_sums, "_NUMBERS_IN_FLIGHT", in_flight)
     rows = torch.stack([exact_mean(tiny, adapter, unit) for unit in people()])
     assert float(rows.norm(dim=1).min()) > FLAT.l2_clip_norm, "so that the order of mean and clip matters"
     expected = FLAT.clip_and_sum(rows)
@@ -88,14 +88,14 @@ def test_someone_without_examples_and_an_empty_draw_give_zero(adapter):
 
 def test_running_out_of_memory_changes_nothing(tiny, adapter, monkeypatch):
     expected = summed(adapter, people(), FLAT)
-    reduce = train._summed_by_unit
+    reduce = clipped_sums._summed_by_unit
 
     def tight(owners, units, rows, positions):
         if len(positions) > 2:
             raise MemoryError
         return reduce(owners, units, rows, positions)
 
-    monkeypatch.setattr(train, "_summed_by_unit", tight)
+    monkeypatch.setattr(clipped_sums, "_summed_by_unit", tight)
     assert tiny.distance(summed(adapter, people(), FLAT), expected) <= 1e-5
 
 
@@ -143,7 +143,7 @@ def user_fit(tiny, path, units, loss_fn=classification_loss, randomness=None, **
 
 
 def test_the_draw_is_of_people_and_reads_at_most_k_examples_of_each(tiny, tmp_path, monkeypatch):
-    drawn, poisson, clipped = [], train.poisson_draw, train._clipped_sum_of_units
+    drawn, poisson, clipped = [], clipped_sums.poisson_draw, clipped_sums.clipped_sum_of_units
 
     def noted(num_rows, sampling_prob, randomness):
         assert num_rows == len(SIZES)
@@ -158,15 +158,15 @@ def test_the_draw_is_of_people_and_reads_at_most_k_examples_of_each(tiny, tmp_pa
             assert all(example in whole for example in unit)
         return clipped(adapter, mechanism, loss_fn, collate, units, *rest)
 
-    monkeypatch.setattr(train, "poisson_draw", noted)
-    monkeypatch.setattr(train, "_clipped_sum_of_units", checked)
+    monkeypatch.setattr(clipped_sums, "poisson_draw", noted)
+    monkeypatch.setattr(clipped_sums, "clipped_sum_of_units", checked)
     user_fit(tiny, tmp_path, people())
     assert len(drawn) == 8
     assert Ledger.read(tmp_path / "ledger.jsonl").plan.unit == "user"
 
 
 def test_empty_draws_are_steps(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "poisson_draw", lambda *_: np.array([], dtype=np.int64))
+    monkeypatch.setattr(clipped_sums, "poisson_draw", lambda *_: np.array([], dtype=np.int64))
     adapter = user_fit(tiny, tmp_path, people(), randomness=SeededRandomness(1))
     assert Ledger.read(tmp_path / "ledger.jsonl").charged("train") == 8
     assert any(float(value.norm()) > 0 for value in adapter.state().values()), "noise is released all the same"
