@@ -1,5 +1,6 @@
 """The real engine: rounds through Flower's simulation, on Ray, with silos in workers of their own."""
 
+import json
 import shutil
 import socket
 import subprocess
@@ -9,12 +10,18 @@ from contextlib import ExitStack
 
 import pytest
 from federation import NAMES, Federation, check_ledger, terms, trainer
+from test_federated_simulate import SPLIT, settings, split_file
 from test_federated_wire import at_work
 
+from dpsb.federated.config import read_federation
 from dpsb.federated.flower.deployment import NODES, TLS, register, run_rounds, superlink, supernode
 from dpsb.federated.flower.keys import make_certificates, make_node_key
 from dpsb.federated.report import federation_report
 from dpsb.federated.server import load_state
+from dpsb.federated.simulate import Callbacks
+from dpsb.federated.simulate import simulate as run_simulation
+from dpsb.federated.spec import FederatedError
+from dpsb_accounting import verify
 
 pytest.importorskip("flwr")
 
@@ -37,17 +44,30 @@ def simulate(federation, silos, patience=60):
 
 
 @pytest.mark.slow
-def test_three_silos_and_two_rounds(federation):
-    federation.coordinator(asked=terms(rounds=2)).begin()
-    done = simulate(federation, federation.silos().values())
-    assert done.returncode == 0, done.stdout + done.stderr
-    state = load_state(federation.out)
-    assert state.round == 2
-    assert [record.silos for record in state.history] == [NAMES, NAMES]
-    for name in NAMES:
-        check_ledger(federation.ledger(name), 4)
-    report = federation_report(federation.out).report
-    assert report.claim is True
+def test_a_simulation_through_the_engine_is_that_of_plain_calls(tmp_path, monkeypatch):
+    """Same file, same folder, same report; every message went through a grid, a ClientApp and a worker's socket."""
+    monkeypatch.setattr("dpsb.federated.calibrate.noise_multiplier_for", lambda **_facts: 2.0)
+    monkeypatch.setattr("dpsb.federated.trainer.check_before_run", lambda *_args: None)
+    replies = []
+    config = read_federation(settings(tmp_path, split_file(tmp_path), SPLIT))
+    done = run_simulation(config, engine="flower", callbacks=Callbacks(on_reply=replies.append))
+    report = json.loads((done.out / "report.json").read_text())
+    assert report["claim"] is True
+    assert report["rounds"]["done"] == 2
+    assert [len(entry["silos"]) for entry in report["rounds"]["history"]] == [3, 3]
+    assert all(row["charged"] == row["planned"] == 4 for row in report["silos"])
+    assert len(replies) == 6
+    assert (done.out / "adapter" / "adapter_model.safetensors").exists()
+    for name in ("silo-1", "silo-2", "silo-3"):
+        (ledger,) = (done.out / "silos" / name).glob("runs/*/ledger.jsonl")
+        assert verify(ledger).ok
+        assert not (done.out / "silos" / name / "worker.sock").exists()
+
+
+def test_an_engine_that_does_not_exist_is_refused(tmp_path):
+    config = read_federation(settings(tmp_path, split_file(tmp_path), SPLIT))
+    with pytest.raises(FederatedError, match="engine='nvflare' to be one of local, flower"):
+        run_simulation(config, engine="nvflare")
 
 
 @pytest.mark.slow
