@@ -28,6 +28,7 @@ USUAL = {"--auto-clip": "", "--rank": "16", "--expected-batch-size": "256", "--s
 SWITCHES: dict[str, dict[str, str | None]] = {
     "reference": {},
     "warm start, near": {"--warm-start": "near"},
+    "warm start, near, head rate 0.01": {"--warm-start": "near", "--head-lr": "0.01"},
     "second moments, near": {"--precondition": "near"},
     "near basis, second moments": {"basis": "public", "--precondition": "near"},
     "near basis, warm start, second moments": {"basis": "public", "--warm-start": "near", "--precondition": "near"},
