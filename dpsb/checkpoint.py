@@ -40,7 +40,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         yield new
         for path in [*new.rglob("*"), new]:
-            _flush(path)
+            flush(path)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -48,11 +48,12 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     new.rename(folder)
-    _flush(folder.parent)
+    flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Puts a file, or a folder's list of names, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

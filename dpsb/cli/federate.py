@@ -228,7 +228,9 @@ def _print(federation: Any, out: Path, held_out: Mapping[str, float], as_json: b
         for silo, why in state.left.items():
             console.print(f"{silo} left: {why}", highlight=False, markup=False)
         for silo in federation.never:
-            console.print(f"{silo} has no ledger: it charged nothing and released nothing.", markup=False)
+            console.print(
+                f"{silo} has no ledger here: nothing of it was used, and the claim leaves it out.", markup=False
+            )
         if held_out:
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in held_out.items())
             console.print(f"held-out ({numbers}): outside the guarantee")

@@ -50,7 +50,7 @@ def generate(
         if out is not None:
             rows = zip(found.prompts, found.answers, found.references, strict=True)
             lines = [json.dumps({"prompt": p, "answer": a, "references": r}, ensure_ascii=False) for p, a, r in rows]
-            write_whole(out, ("\n".join(lines) + "\n").encode())
+            write_whole(out, ("\n".join(lines) + "\n").encode(), mode=0o600)  # as sensitive as the file
         if as_json:
             typer.echo(json.dumps(dict(found.metrics), indent=1))
         else:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dpsb.checkpoint import flush
 from dpsb.federated.messages import Receipt
 from dpsb.federated.spec import PrivacyModel, RoundSpec, SiloPolicy, SpecRefused
 from dpsb_accounting import Gaussian, Ledger, LedgerError, Phase, Plan, PoissonGaussian
@@ -152,7 +153,7 @@ def open_ledger(folder: Path, policy: SiloPolicy, plan: Plan, run_id: str, recei
         if receipt is not None or any(home.glob("*.safetensors")):
             raise LedgerError("The silo's ledger of this run is gone; what it spent is unknown, so the silo must stop.")
         _check_budget(folder, policy, plan)
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_home(home)
         return Ledger.create(path, plan)
     ledger = Ledger.open(path)
     try:
@@ -168,6 +169,13 @@ def open_ledger(folder: Path, policy: SiloPolicy, plan: Plan, run_id: str, recei
         ledger.close()
         raise
     return ledger
+
+
+def _make_home(home: Path) -> None:
+    """Makes a run's folder, for its owner alone, and durable: a ledger is as safe as the names that lead to it."""
+    for folder in (home.parent, home):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        flush(folder.parent)
 
 
 def records(folder: Path) -> list[Any]:

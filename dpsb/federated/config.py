@@ -37,6 +37,8 @@ _NOT_FEDERATED = {
     "adaptive_clip": "is not there for federations yet",
     "auto_clip": "is not there for federations yet",
     "allow_dropout": "is not there for federations",
+    "warm_start": "is not there for federations yet",
+    "precondition": "is not there for federations yet",
     "checkpoint_every": "is after each round",
     "basis_share": "is for a basis that is paid for",
 }
@@ -146,6 +148,11 @@ class FederateConfig:
             raise FederatedError(
                 f"split_by={self.federation.split_by!r} has no meaning where silos have their own data."
             )
+        for name, settings in named.items():
+            try:  # no silo's rows may be the held-out or a public file
+                replace(self.run, data=settings.data or self.run.data)
+            except ConfigError as error:
+                raise FederatedError(f"[silos.{name}]: {error}") from None
         declared = {settings.num_examples is not None for settings in named.values()}
         if len(declared) > 1:
             raise FederatedError("Declare num_examples for every silo or for none: two kinds of guarantee do not mix.")

@@ -78,8 +78,7 @@ def store(home: Path, ledger: Ledger, spec: RoundSpec, tensors: State) -> None:
     facts = {**metadata(ledger), "format": "dpsb-reply/1", "federation": spec.run_id, "round": str(spec.round)}
     content = bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=facts))
     path = home / reply_name(spec)
-    write_whole(path, content)
-    path.chmod(0o600)
+    write_whole(path, content, mode=0o600)
     ledger.bind_file(path.name, sha256(content).hexdigest())
 
 

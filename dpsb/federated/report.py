@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dpsb.federated.budget import LEDGER_NAME, run_folder
+from dpsb.federated.messages import Receipt
 from dpsb.federated.server import ServerError, ServerState, load_state
 from dpsb.federated.spec import PrivacyModel
 from dpsb.federated.terms import Terms
-from dpsb_accounting import Ledger, federated
+from dpsb_accounting import Ledger, LedgerRecord, federated
 from dpsb_accounting.federated import FederatedReport, Silo
 from dpsb_accounting.files import write_whole
 
@@ -28,7 +29,7 @@ class Federation:
     Args:
       report: The claim, by ``dpsb_accounting.federated``.
       state: The coordinator's.
-      never: Silos without a ledger here: nothing of them was used.
+      never: Silos without a ledger here: nothing of them was used. A deployment's server cannot know what they charged.
       behind: Silos of whose ledger the server has an early copy only. The plan is its first line, so the claim holds;
         what they charged in the end, their own ledgers say.
     """
@@ -71,7 +72,7 @@ def federation_report(out: Path) -> Federation:
     the plans; what was charged stands beside it.
 
     Raises:
-      ServerError: If there is no federation, or no silo has charged anything yet.
+      ServerError: If there is no federation, no silo has charged anything yet, or a ledger is of another silo or run.
       LedgerError: If a ledger is damaged.
       ValueError: If the ledgers' plans do not go together, with the reason.
     """
@@ -88,6 +89,7 @@ def federation_report(out: Path) -> Federation:
             never.append(name)
             continue
         record = Ledger.read(path if path.exists() else copy)
+        _check_whose(record, name, state.run_id, receipt)
         if receipt is not None and not path.exists() and record.length < receipt.length:
             behind.append(name)
         elif receipt is not None:
@@ -99,6 +101,14 @@ def federation_report(out: Path) -> Federation:
     if not found:
         raise ServerError(f"No silo in {out} has a ledger yet, so there is nothing to report.")
     return Federation(report=_report(found, state.terms), state=state, never=tuple(never), behind=tuple(behind))
+
+
+def _check_whose(record: LedgerRecord, silo: str, run_id: str, receipt: Receipt | None) -> None:
+    """Refuses a ledger that states another silo or run, or is not the one that the silo's receipts are of."""
+    stated = record.plan.details.get("federated")
+    named = (stated.get("federation"), stated.get("silo")) if isinstance(stated, Mapping) else (None, None)
+    if named != (run_id, silo) or (receipt is not None and receipt.ledger_id != record.run_id):
+        raise ServerError(f"{record.path} is not the ledger of silo {silo!r} in this run: nothing can be claimed.")
 
 
 def _report(silos: list[Silo], terms: Terms) -> FederatedReport:

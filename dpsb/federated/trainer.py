@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,8 @@ from dpsb_accounting import Ledger
 class Trainer:
     """A model with its adapter, and how examples become rows. Silos in one process may share one: it holds no data.
 
+    One round at a time, whatever thread it is asked from: rows of two silos must never meet in one model.
+
     Args:
       adapter: What is trained; its present theta is the public start of the run.
       loss_fn: As for :func:`dpsb.train.fit`.
@@ -52,6 +55,7 @@ class Trainer:
         self.start = {name: tensor.cpu() for name, tensor in self.adapter.state().items()}
         self.basis_sha256 = basis_digest(self.adapter)
         self._checked = False
+        self._turn = threading.Lock()
 
     def check(self) -> None:
         """Probes the model and tests its private step on synthetic examples, once, at the public start.
@@ -59,8 +63,12 @@ class Trainer:
         Raises:
           ProbeError: If the model, collator or loss would couple examples, or sums, noise or draws are not right.
         """
-        if self._checked:
-            return
+        with self._turn:
+            if not self._checked:
+                self._check()
+                self._checked = True
+
+    def _check(self) -> None:
         adapter = self.adapter
         adapter.check_nothing_else_is_trained()
         adapter.load_state(self.start)
@@ -70,7 +78,6 @@ class Trainer:
             with without_dropout(adapter.model):
                 probe_every_bucket(adapter, self.loss_fn, self.collate, self.synthetic, buckets, self.token_budget)
         check_before_run(adapter, self.loss_fn, self.collate, self.synthetic, self.max_length, self.token_budget)
-        self._checked = True
 
     def work(
         self,
@@ -95,8 +102,8 @@ class Trainer:
           ``secagg`` the same with the silo's share of the noise, in ``client_level`` the clipped update.
         """
         adapter = self.adapter
-        adapter.load_state(theta)
-        with training_mode(adapter.model):
+        with self._turn, training_mode(adapter.model):
+            adapter.load_state(theta)
             adapter_train_mode(adapter)
             with without_dropout(adapter.model):
                 if spec.model is PrivacyModel.CLIENT_LEVEL:
@@ -105,7 +112,7 @@ class Trainer:
                     total = self._sum(dataset, ledger, Mechanism.from_plan(ledger.plan), randomness)
                     return {SUM: (total + noise_share(spec, total.numel(), randomness).to(total.device)).cpu()}
                 self._private_steps(dataset, ledger, spec, randomness)
-        return {name: tensor.cpu() for name, tensor in adapter.state().items()}
+            return {name: tensor.cpu() for name, tensor in adapter.state().items()}
 
     def _private_steps(
         self, dataset: Sequence[Example], ledger: Ledger, spec: RoundSpec, randomness: Randomness

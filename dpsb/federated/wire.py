@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dpsb.federated.messages import SUM, Receipt, Refusal, RoundMessage, State, Update
+from dpsb.federated.messages import REFUSALS, SUM, Receipt, Refusal, RoundMessage, State, Update
 from dpsb.federated.spec import FederatedError, RoundSpec, checked_fields
 
 _MAGIC = b"dpsbfed1"
@@ -61,7 +61,10 @@ def unpack(content: bytes, like: State) -> RoundMessage | Update | Refusal:
         if kind == "refusal":
             if raw:
                 raise WireError("A refusal holds numbers.")
-            return Refusal(**checked_fields(Refusal, fields, "a refusal"))
+            refusal = Refusal(**checked_fields(Refusal, fields, "a refusal"))
+            if refusal.kind not in REFUSALS or not str(refusal.message).isprintable():
+                raise WireError("A refusal has no known kind, or a message that a terminal might obey.")
+            return refusal
         tensors = _tensors(raw, layout)
         if kind == "update":
             receipt = Receipt.from_json(fields.pop("receipt"))
@@ -91,7 +94,7 @@ def _split(content: bytes) -> tuple[dict[str, Any], bytes]:
     try:
         inflate = zlib.decompressobj()
         meta = json.loads(inflate.decompress(content[12 : 12 + length], _MOST_META))
-    except (zlib.error, ValueError):
+    except (zlib.error, ValueError, RecursionError):
         raise WireError("The framing of the message cannot be read.") from None
     if not isinstance(meta, dict):
         raise WireError("The framing of the message is no object.")

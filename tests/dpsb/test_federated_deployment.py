@@ -11,10 +11,12 @@ import time
 
 import pyarrow.parquet as pq
 import pytest
+from cryptography import x509
 from typer.testing import CliRunner
 
 from dpsb.cli import app
 from dpsb.demo import mail_file
+from dpsb.federated.flower.keys import make_certificates
 from dpsb_accounting import verify
 
 pytest.importorskip("flwr")
@@ -82,6 +84,11 @@ def test_init_reads_no_data_and_keeps_secrets_to_their_owner(tmp_path):
     assert len({(fed / "nodes" / f"{name}.pub").read_bytes() for name in NAMES}) == 3
     for secret in ("ca.key", "server.key"):
         assert (fed / "tls" / secret).stat().st_mode & 0o777 == 0o600
+    certificate = x509.load_pem_x509_certificate((fed / "tls" / "server.pem").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["fed.example.org", "localhost"]
+    addresses = [str(address) for address in names.get_values_for_type(x509.IPAddress)]
+    assert addresses == ["10.0.0.1", "127.0.0.1"], "the server asks its own SuperLink there"
     again = invoke("init", "--config", config(tmp_path), "--out", fed)
     assert "is not empty" in again.stderr
     undeclared = invoke("init", "--config", config(tmp_path, south=0), "--out", tmp_path / "other")
@@ -91,7 +98,15 @@ def test_init_reads_no_data_and_keeps_secrets_to_their_owner(tmp_path):
 def test_a_silo_without_its_files_is_told_what_is_missing(tmp_path):
     assert "make it with `dpsb federate init`" in invoke("silo", tmp_path).stderr
     assert "one of all, worker, node" in invoke("silo", tmp_path, "--part", "half").stderr
+    assert "node.toml cannot be read" in invoke("silo", tmp_path, "--part", "node").stderr
     assert "dpsb federate init" in invoke("server", tmp_path).stderr
+
+
+def test_keys_that_a_crash_left_without_certificates_are_made_anew(tmp_path):
+    (tmp_path / "ca.key").write_text("half")
+    make_certificates(tmp_path, ["127.0.0.1"], days=1)
+    assert {p.name for p in tmp_path.iterdir()} == {"ca.pem", "ca.key", "server.pem", "server.key"}
+    assert (tmp_path / "ca.key").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """Federations in one process: what a run without faults releases, charges and leaves on disk."""
 
 import shutil
+import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import federation
@@ -13,6 +16,7 @@ from dpsb.federated import budget
 from dpsb.federated.coordinator import TooFewSilos
 from dpsb.federated.local import LocalTransport
 from dpsb.federated.messages import RoundMessage, Update, theta_digest
+from dpsb.federated.report import federation_report
 from dpsb.federated.server import ServerError, load_state
 from dpsb.federated.spec import FederatedError, RoundSpec, SiloPolicy, read_policy
 from dpsb.federated.terms import SiloTerms, Terms
@@ -312,3 +316,62 @@ def test_transport_without_a_silo_loses_the_message(fed):
     silos.pop("west")
     state = fed.coordinator(LocalTransport(silos)).run()
     assert all(record.lost == {"west": "no reply"} for record in state.history)
+
+
+def test_silos_that_share_a_model_take_turns(fed, monkeypatch):
+    """Rows of two silos never meet in one model, also where two threads ask at once."""
+    inside, most = [], []
+    inner = fed.trainer._private_steps
+
+    def watched(*arguments):
+        inside.append(0)
+        most.append(len(inside))
+        time.sleep(0.2)
+        inner(*arguments)
+        inside.pop()
+
+    monkeypatch.setattr(fed.trainer, "_private_steps", watched)
+    specs = terms().specs("0" * 32, 0, fed.trainer.start, fed.trainer.basis_sha256)
+    with ThreadPoolExecutor() as pool:
+        replies = list(pool.map(lambda name: fed.silo(name).handle(fed.trainer.start, specs[name]), NAMES))
+    assert all(isinstance(reply, Update) for reply in replies)
+    assert most == [1, 1, 1]
+
+
+def test_only_the_owner_sees_which_runs_there_are(fed):
+    fed.coordinator().run()
+    runs = fed.out / "silos" / "north" / "runs"
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in (runs, *runs.iterdir())] == [0o700, 0o700]
+    assert {stat.S_IMODE(reply.stat().st_mode) for reply in fed.replies("north")} == {0o600}
+
+
+def with_copies(fed, **others):
+    """A deployment's server after the run: copies of ledgers and no silo's folder."""
+    (fed.out / "ledgers").mkdir()
+    for name in NAMES:
+        shutil.copy(others.get(name) or fed.ledger(name).path, fed.out / "ledgers" / f"{name}.jsonl")
+    shutil.rmtree(fed.out / "silos")
+
+
+@pytest.mark.parametrize("what", ["another run", "another silo", "another ledger"])
+def test_a_copy_of_a_foreign_ledger_supports_no_claim(fed, tmp_path, what):
+    """A short ledger with a weak plan must not pass for an early copy of the one that was charged."""
+    fed.coordinator().run()
+    other = Federation(tmp_path / "other", fed.trainer)
+    run_id = "1" * 32 if what == "another run" else load_state(fed.out).run_id
+    specs = terms(rounds=1, local_steps=1).specs(run_id, 0, fed.trainer.start, fed.trainer.basis_sha256)
+    weak = replace(specs["north"], noise_multiplier=9.0)
+    silo = "south" if what == "another silo" else "north"
+    assert isinstance(other.silo(silo).handle(fed.trainer.start, weak), Update)
+    with_copies(fed, north=other.ledger(silo).path)
+    with pytest.raises(ServerError, match="is not the ledger of silo 'north' in this run: nothing can be claimed"):
+        federation_report(fed.out)
+
+
+def test_an_early_copy_of_the_right_ledger_supports_the_claim(fed, tmp_path):
+    fed.coordinator().run()
+    early = tmp_path / "early.jsonl"
+    early.write_bytes(b"".join(fed.ledger("north").path.read_bytes().splitlines(keepends=True)[:2]))
+    with_copies(fed, north=early)
+    found = federation_report(fed.out)
+    assert (found.report.claim, found.behind, found.never) == (True, ("north",), ())

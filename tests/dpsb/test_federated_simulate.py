@@ -138,6 +138,8 @@ def test_a_killed_simulation_goes_on(tmp_path):
     [
         ("steps = 3", SPLIT, "steps=3 is rounds times local_steps"),
         ('unit_column = "group"', SPLIT, "unit_column='group' is not there for federations yet"),
+        ('warm_start = "public.parquet"', SPLIT, "warm_start='public.parquet' is not there for federations yet"),
+        ('precondition = "public.parquet"', SPLIT, "precondition='public.parquet' is not there for federations yet"),
         ('method = "lora"', SPLIT, "method='lora' is not federated here"),
         ('basis = "private"', SPLIT, "is computed from private data"),
         ('basis = "leak"\nallow_non_private_basis = true', SPLIT, "is computed from private data"),
@@ -151,6 +153,16 @@ def test_a_killed_simulation_goes_on(tmp_path):
 def test_settings_that_do_not_go_together(tmp_path, run, federation, said):
     with pytest.raises(FederatedError, match=said):
         read_federation(settings(tmp_path, f"{split_file(tmp_path)}\n{run}", federation))
+
+
+@pytest.mark.parametrize("key", ["eval_data", "basis"])
+def test_no_silos_rows_are_held_out_or_public(tmp_path, key):
+    """Also not those of a silo after the first: metrics on them, or a basis from them, would leak them unnoised."""
+    files = {name: workbench.data_file(seed=seed) for name, seed in (("north", 1), ("south", 2))}
+    silos = "".join(f'[silos.{name}]\ndata = "{file}"\n' for name, file in files.items())
+    used = f'{key} = "{"public:" if key == "basis" else ""}{files["south"]}"'
+    with pytest.raises(FederatedError, match=r"\[silos.south\]: .* training data"):
+        read_federation(settings(tmp_path, used, silos=silos))
 
 
 def test_a_split_needs_its_column(tmp_path):

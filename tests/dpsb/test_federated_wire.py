@@ -1,9 +1,11 @@
 """Messages as bytes, and the socket between an engine's short processes and a silo's long one."""
 
+import json
 import os
 import socket
 import stat
 import threading
+import zlib
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -86,12 +88,28 @@ def test_spoilt_bytes_are_refused(spoil, what):
 
 
 def test_framing_that_inflates_without_end_is_refused():
-    import zlib
-
     bomb = zlib.compress(b'{"a":"' + b"a" * (1 << 26) + b'"}', 9)
     assert len(bomb) < 1 << 17
     with pytest.raises(WireError):
         unpack(b"dpsbfed1" + len(bomb).to_bytes(4, "big") + bomb, THETA)
+
+
+def framed(meta):
+    framing = zlib.compress(meta, 9)
+    return b"dpsbfed1" + len(framing).to_bytes(4, "big") + framing
+
+
+def test_framing_that_nests_without_end_is_refused():
+    """Python's JSON raises RecursionError there, which ended a silo's worker or the coordinator."""
+    with pytest.raises(WireError, match="cannot be read"):
+        unpack(framed(b"[" * 60_000), THETA)
+
+
+@pytest.mark.parametrize("changes", [{"kind": "other"}, {"kind": ["spec"]}, {"message": "\x1b]0;owned\x07"}])
+def test_a_refusal_says_what_is_known_and_printable(changes):
+    facts = {"silo": "north", "run_id": "0" * 32, "round": 0, "kind": "spec", "message": "No.", **changes}
+    with pytest.raises(WireError, match="no known kind"):
+        unpack(framed(json.dumps({"refusal": facts}).encode()), THETA)
 
 
 # --- the worker
@@ -154,7 +172,11 @@ def test_a_socket_left_by_a_killed_worker_is_no_obstacle(federation):
 
 
 @pytest.mark.parametrize(
-    "content", [b"rubbish", b"rund" + (1 << 50).to_bytes(8, "big"), b"rund" + (4).to_bytes(8, "big") + b"abcd"]
+    "content",
+    [
+        *(b"rubbish", b"rund" + (1 << 50).to_bytes(8, "big"), b"rund" + (4).to_bytes(8, "big") + b"abcd"),
+        b"rund" + len(framed(b"[" * 60_000)).to_bytes(8, "big") + framed(b"[" * 60_000),
+    ],
 )
 def test_rubbish_costs_nothing_and_the_worker_stays(federation, content):
     silo = federation.silo("north")

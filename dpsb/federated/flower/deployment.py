@@ -21,7 +21,7 @@ TLS, NODES, FLOWER = "tls", "nodes", "flower"
 _CONNECTION = "dpsb"
 _START, _AFTER_STREAM = 90.0, 60.0
 RUN_LOG = "run.log"
-_LOOPBACK = ("127.0.0.1", "localhost")
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def superlink(out: Path, host: str, port: int) -> Iterator[Path]:
     certificate authority can submit code. Let silos reach ``/v1/fleet/`` only; see docs/federated.md.
     """
     tls, flower = out / TLS, out / FLOWER
-    flower.mkdir(parents=True, exist_ok=True)
+    flower.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_app(flower / "app")
     (flower / "config.toml").write_text(
         f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\naddress = "127.0.0.1:{port}"\n'
@@ -110,8 +110,8 @@ def supernode(
       on_restart: Told the exit code of a SuperNode that ended.
     """
     flower, tls = folder / FLOWER, folder / FLOWER / TLS
-    flower.mkdir(parents=True, exist_ok=True)
-    make_certificates(tls, _LOOPBACK, days=3650)
+    flower.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_certificates(tls, LOOPBACK, days=3650)
     (tls / "ca.key").unlink(missing_ok=True)
     command = [
         *(program("flower-supernode"), "--superlink", server, "--root-certificates", str(folder / CA)),

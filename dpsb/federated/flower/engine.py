@@ -32,7 +32,7 @@ def simulate_rounds(
       ServerError: If the run stopped early; Flower's log is in ``out/flower``.
     """
     flower = out / "flower"
-    flower.mkdir(parents=True, exist_ok=True)
+    flower.mkdir(mode=0o700, parents=True, exist_ok=True)
     log = flower / "simulation.log"
     on_status("starting Flower's simulation")
     begun = time.time()

@@ -110,6 +110,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _secret(path: Path, content: bytes) -> None:
-    """Writes a file that only its owner can read, from its first moment on."""
+    """Writes a file that only its owner can read, from its first moment on; one that a crash left behind goes."""
+    path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content)

@@ -17,7 +17,7 @@ from dpsb.federated.building import SETTINGS_NAME, build, build_without_data, fi
 from dpsb.federated.calibrate import policy_text, terms_of
 from dpsb.federated.config import FederateConfig, config_from_json
 from dpsb.federated.coordinator import Coordinator
-from dpsb.federated.flower.deployment import NODES, TLS, register, run_rounds, superlink, supernode
+from dpsb.federated.flower.deployment import LOOPBACK, NODES, TLS, register, run_rounds, superlink, supernode
 from dpsb.federated.flower.keys import CA, make_certificates, make_node_key
 from dpsb.federated.messages import Reply
 from dpsb.federated.report import REPORT_NAME, Federation, federation_report
@@ -106,7 +106,7 @@ def initialize(config: FederateConfig, hosts: Sequence[str], port: int, on_statu
     on_status("calibrating the silos' noise")
     terms, policies = terms_of(config, sizes)
     Coordinator(out, terms, built.trainer.start, built.trainer.basis_sha256, _Idle()).begin()
-    make_certificates(out / TLS, hosts, _DAYS)
+    make_certificates(out / TLS, list(dict.fromkeys((*hosts, *LOOPBACK))), _DAYS)  # the server asks its own SuperLink
     (out / NODES).mkdir()
     for number, (name, policy) in enumerate(policies.items()):
         folder = out / FOR_SILOS / name
@@ -185,12 +185,12 @@ def run_silo(
     if part not in PARTS:
         raise FederatedError(f"Expected part={part!r} to be one of {', '.join(PARTS)}.")
     stop = stop or threading.Event()
-    node = threading.Thread(target=_run_node, args=(folder, node_folder or folder / NODE, stop, on_status))
+    beside = (folder, node_folder or folder / NODE, stop, on_status)
+    if part == "node":
+        _run_node(*beside)
+        return
+    node = threading.Thread(target=_run_node, args=beside)
     try:
-        if part == "node":
-            node.start()
-            stop.wait()
-            return
         silo, trainer = open_silo(folder, on_status=on_status, on_problem=on_problem)
         remember = _settings(folder).run.remember_frozen_blocks
         with remember_frozen_prefix(trainer.adapter.model) if remember else nullcontext():
