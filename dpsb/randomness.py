@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from typing import NoReturn
 
 import numpy as np
@@ -29,10 +30,12 @@ class _ChaCha20Stream:
 
     def __init__(self, key: bytes) -> None:
         self._key = key
+        self._lock = threading.Lock()
 
     def read(self, size: int) -> bytes:
-        encryptor = Cipher(algorithms.ChaCha20(self._key, bytes(16)), mode=None).encryptor()
-        self._key = encryptor.update(bytes(32))
+        with self._lock:  # two threads must not read under one key
+            encryptor = Cipher(algorithms.ChaCha20(self._key, bytes(16)), mode=None).encryptor()
+            self._key = encryptor.update(bytes(32))
         blocks = (min(_BLOCK_BYTES, size - start) for start in range(0, size, _BLOCK_BYTES))
         return b"".join(encryptor.update(bytes(length)) for length in blocks)
 
@@ -45,6 +48,7 @@ class Randomness:
     Guarantees:
       * A process that was forked from this one never continues this one's stream: the source notices and re-keys
         (system) or refuses (seeded).
+      * Threads that share a source draw different words.
       * Pickling and copying are refused.
     """
 

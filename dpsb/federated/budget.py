@@ -149,6 +149,8 @@ def open_ledger(folder: Path, policy: SiloPolicy, plan: Plan, run_id: str, recei
     """
     home = run_folder(folder, run_id)
     path = home / LEDGER_NAME
+    if path.exists() and not _begun(path):
+        path.unlink()
     if not path.exists():
         if receipt is not None or any(home.glob("*.safetensors")):
             raise LedgerError("The silo's ledger of this run is gone; what it spent is unknown, so the silo must stop.")
@@ -180,7 +182,12 @@ def _make_home(home: Path) -> None:
 
 def records(folder: Path) -> list[Any]:
     """The silo's ledgers of all runs, read without locking them."""
-    return [Ledger.read(path) for path in sorted((folder / RUNS).glob(f"*/{LEDGER_NAME}"))]
+    return [Ledger.read(path) for path in sorted((folder / RUNS).glob(f"*/{LEDGER_NAME}")) if _begun(path)]
+
+
+def _begun(path: Path) -> bool:
+    """Whether a ledger was ever charged: a silo that dies while it creates one leaves an empty file and no reply."""
+    return path.stat().st_size > 0 or any(path.parent.glob("*.safetensors"))
 
 
 def _check_budget(folder: Path, policy: SiloPolicy, plan: Plan) -> None:

@@ -4,6 +4,9 @@ import copy
 import os
 import pickle
 import random
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -28,6 +31,23 @@ def test_system_never_repeats():
     one, other = SystemRandomness(), SystemRandomness()
     draws = np.concatenate([one.words(500), one.words(500), other.words(500)])
     assert len(np.unique(draws)) == 1500
+
+
+def test_threads_that_share_a_source_draw_different_words():
+    source, begin = SystemRandomness(), threading.Barrier(4)
+
+    def draw(_number):
+        begin.wait()
+        return [int(source.words(1)[0]) for _ in range(2000)]
+
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            drawn = [word for words in pool.map(draw, range(4)) for word in words]
+    finally:
+        sys.setswitchinterval(usual)
+    assert len(set(drawn)) == 8000
 
 
 def test_global_seeds_change_nothing():
