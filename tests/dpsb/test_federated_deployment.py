@@ -93,6 +93,9 @@ def test_init_reads_no_data_and_keeps_secrets_to_their_owner(tmp_path):
     assert "is not empty" in again.stderr
     undeclared = invoke("init", "--config", config(tmp_path, south=0), "--out", tmp_path / "other")
     assert undeclared.exit_code == 1
+    text = SETTINGS.replace('labels = "ham,spam"\n', "")
+    unlabelled = invoke("init", "--config", config(tmp_path, text), "--out", tmp_path / "other")
+    assert "Declare labels: each silo would take them from its own file's schema" in unlabelled.stderr
 
 
 def test_a_silo_without_its_files_is_told_what_is_missing(tmp_path):

@@ -101,6 +101,8 @@ def initialize(config: FederateConfig, hosts: Sequence[str], port: int, on_statu
     undeclared = [name for name, silo in config.silos.items() if silo.num_examples is None]
     if undeclared:
         raise FederatedError(f"Declare num_examples under [silos.{undeclared[0]}]: the server reads no silo's data.")
+    if config.run.task == "classification" and config.run.labels is None:
+        raise FederatedError("Declare labels: each silo would take them from its own file's schema, in its own order.")
     sizes = {name: int(silo.num_examples or 0) for name, silo in config.silos.items()}
     built = build_without_data(config, out, on_status)
     on_status("calibrating the silos' noise")
