@@ -123,6 +123,7 @@ def _report(silos: list[Silo], terms: Terms) -> FederatedReport:
             local_steps=terms.local_steps,
             dropouts=terms.dropouts,
             colluders=terms.colluders,
+            clients=len(terms.silos),
             noise_of="guaranteed",
         )
     return federated.silo_local(silos)

@@ -43,6 +43,18 @@ def simulate(federation, silos, patience=60):
         )
 
 
+def test_only_ledgers_replace_the_servers_copies(federation):
+    from dpsb.federated.flower.server_app import _keep_ledgers
+
+    federation.coordinator().run()
+    whole = federation.ledger("north").path.read_bytes()
+    early = b"".join(whole.splitlines(keepends=True)[:3])
+    copy = federation.out / "ledgers" / "north.jsonl"
+    for handed_out, kept in ((b"rubbish", None), (early, early), (whole * 2, early), (whole, whole), (early, whole)):
+        _keep_ledgers(federation.out, {"north": handed_out})
+        assert (copy.read_bytes() if copy.exists() else None) == kept
+
+
 @pytest.mark.slow
 def test_a_simulation_through_the_engine_is_that_of_plain_calls(tmp_path, monkeypatch):
     """Same file, same folder, same report; every message went through a grid, a ClientApp and a worker's socket."""

@@ -17,6 +17,7 @@ from dpsb.federated.trainer import noise_share
 from dpsb.randomness import SeededRandomness, SystemRandomness
 from dpsb_accounting import Gaussian
 from dpsb_accounting import epsilon as epsilon_of
+from dpsb_accounting.federated import secagg as secagg_report
 
 ROUNDS, CLIP = 2, 0.001
 
@@ -117,6 +118,19 @@ def test_a_dropout_below_the_threshold_opens_nothing(fed, monkeypatch):
     assert opened == [list(NAMES)] * ROUNDS
     for name in NAMES:
         check_ledger(fed.ledger(name), ROUNDS)
+
+
+def test_a_silo_that_never_came_is_one_of_the_dropouts_of_the_report(fed):
+    """Its share was in no sum, and the noise that is claimed counts on none of the dropouts' shares."""
+    allow(fed, "secagg", min_clients=2)
+    away = Faulty(fed.silos(), before=lambda message: "lost" if message.silo == "west" else None)
+    fed.coordinator(away, secagg(dropouts=1, min_silos=2)).run()
+    found = federation_report(fed.out)
+    assert (found.report.claim, found.never) == (True, ("west",))
+    own = epsilon_of(fed.ledger("north").plan).upper
+    assert found.report.epsilon.upper == pytest.approx(own, rel=1e-6)
+    with pytest.raises(ValueError, match="clients=4 must be 2, the number of ledgers, or more by at most dropouts=1"):
+        secagg_report([fed.ledger(name) for name in NAMES[:2]], local_steps=1, dropouts=1, colluders=1, clients=4)
 
 
 def test_a_sum_is_never_opened_for_two_sets_of_silos(fed, monkeypatch):

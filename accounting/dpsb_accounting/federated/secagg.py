@@ -46,6 +46,7 @@ def secagg(
     local_steps: int,
     dropouts: int,
     colluders: int,
+    clients: int | None = None,
     noise_of: str = "sum",
     silos_per_person: int = 1,
     delta: float | None = None,
@@ -63,10 +64,11 @@ def secagg(
         Where the plans state integer (Skellam) noise, its own bound is used, without amplification by sampling.
 
     Args:
-        parties: All K of them. Public.
+        parties: All K of them, or all but some that were in no sum. Public.
         local_steps: Gradient steps between two aggregations; must be 1. Public.
         dropouts: t, how many parties may be missing in a sum that is opened. Public.
         colluders: k, at least 1. Public.
+        clients: K, where ledgers of up to t parties are not there because these were in no sum. Public.
         noise_of: What the plans' noise multiplier stands for: "sum" (of all K shares, the default and always safe),
             "share" (each party's own) or "guaranteed" (what t and k lost shares leave).
         silos_per_person: How many parties may hold a record of one person, one each. Public.
@@ -90,7 +92,11 @@ def secagg(
     terms = common_terms(silos, "secagg", delta)
     if terms.unit == "client":
         raise ValueError("unit 'client' is accounted for by client_level, not by secagg")
-    losses = Losses(clients=len(silos), dropouts=dropouts, colluders=colluders)
+    losses = Losses(clients=len(silos) if clients is None else clients, dropouts=dropouts, colluders=colluders)
+    if not 0 <= losses.clients - len(silos) <= losses.dropouts:
+        raise ValueError(
+            f"clients={clients!r} must be {len(silos)}, the number of ledgers, or more by at most dropouts={dropouts!r}"
+        )
     _check_stated(silos, losses, local_steps, noise_of)
     together = _checks.whole(at_least=1, silos_per_person=silos_per_person)
     if together > len(silos):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 
 from flwr.app import Context
@@ -13,6 +14,8 @@ from dpsb.federated.coordinator import Coordinator
 from dpsb.federated.flower.transport import FlowerTransport
 from dpsb.federated.report import copy_of_ledger
 from dpsb.federated.server import RoundRecord, ServerError, load_state
+from dpsb_accounting import LedgerError
+from dpsb_accounting.chain import read_chain
 from dpsb_accounting.files import write_whole
 
 ENDED = "ended.json"
@@ -63,7 +66,12 @@ def ended(out: Path, since: float) -> tuple[bool, str | None]:
 
 
 def _keep_ledgers(out: Path, ledgers: Mapping[str, bytes]) -> None:
+    """Keeps what silos handed out of their ledgers; what is none, or shorter than before, replaces nothing."""
     for name, content in ledgers.items():
+        try:
+            read_chain(BytesIO(content))
+        except LedgerError:
+            continue
         path = copy_of_ledger(out, name)
         path.parent.mkdir(exist_ok=True)
         if not path.exists() or path.stat().st_size < len(content):
