@@ -375,3 +375,20 @@ def test_an_early_copy_of_the_right_ledger_supports_the_claim(fed, tmp_path):
     with_copies(fed, north=early)
     found = federation_report(fed.out)
     assert (found.report.claim, found.behind, found.never) == (True, ("north",), ())
+
+
+@pytest.mark.parametrize("replies", [False, True])
+def test_an_empty_ledger_is_a_silo_that_died_creating_it_unless_there_are_replies(fed, replies):
+    """Nothing was charged before its first line is there; in this run and in another it stands in nobody's way."""
+    silo, made = fed.silo("north"), fed.trainer
+    spec = terms().specs("0" * 32, 0, made.start, made.basis_sha256)["north"]
+    if replies:
+        assert isinstance(silo.handle(made.start, spec), Update)
+        fed.ledger("north").path.write_bytes(b"")
+    else:
+        home = silo.folder / "runs" / ("0" * 32)
+        home.mkdir(parents=True)
+        (home / "ledger.jsonl").touch()
+    for run_id in ("1" * 32, "0" * 32):
+        reply = silo.handle(made.start, replace(spec, run_id=run_id))
+        assert (isinstance(reply, Update), getattr(reply, "kind", None)) == (not replies, "ledger" if replies else None)
