@@ -39,7 +39,11 @@ def simulate(federation, silos, patience=60):
         for silo in silos:
             stack.enter_context(at_work(silo, turn=turn))
         return subprocess.run(
-            [*PROGRAM, str(federation.out), str(patience)], capture_output=True, text=True, timeout=300, check=False
+            [*PROGRAM, str(federation.out), "token", str(patience)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
 
 

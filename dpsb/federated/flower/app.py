@@ -32,6 +32,8 @@ clientapp = "{_PACKAGE}.client_app:app"
 
 [tool.flwr.app.config]
 federation = ""
+token = ""
+starter = 0
 patience = 120.0
 timeout = 3600.0
 """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -73,17 +75,18 @@ def run_rounds(out: Path, flower: Path, *, patience: float, timeout: float) -> N
     Raises:
       ServerError: If the run stopped earlier; the message says why, as far as the coordinator could.
     """
-    begun = time.time()
-    config = f'federation="{out.resolve()}" patience={float(patience)} timeout={float(timeout)}'
+    token = secrets.token_hex(8)
+    where = f'federation="{out.resolve()}" token="{token}" starter={os.getpid()}'
+    config = f"{where} patience={float(patience)} timeout={float(timeout)}"
     command = [program("flwr"), "run", str(flower / "app"), _CONNECTION, "--stream", "--run-config", config]
     with running(command, environment(flower), flower / RUN_LOG) as process:
-        over, reason = ended(out, begun)
+        over, reason = ended(out, token)
         last = math.inf
         while not over and time.monotonic() < last:
             if process.poll() is not None and last == math.inf:
                 last = time.monotonic() + _AFTER_STREAM  # the log's stream may end before the app has
             time.sleep(0.2)
-            over, reason = ended(out, begun)
+            over, reason = ended(out, token)
     if not over or reason:
         state = load_state(out)
         done = 0 if state is None else state.round

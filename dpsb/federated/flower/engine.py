@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,13 +36,13 @@ def simulate_rounds(
     flower.mkdir(mode=0o700, parents=True, exist_ok=True)
     log = flower / "simulation.log"
     on_status("starting Flower's simulation")
-    begun = time.time()
+    token = secrets.token_hex(8)
     with workers(silos, on_reply):
-        command = python_module("dpsb.federated.flower.simulation", str(out), str(_PATIENCE))
+        command = python_module("dpsb.federated.flower.simulation", str(out), token, str(_PATIENCE))
         with running(command, environment(flower), log) as process:
             while process.poll() is None:
                 time.sleep(0.1)
-    over, reason = ended(out, begun)
+    over, reason = ended(out, token)
     state = load_state(out)
     if not over or reason or state is None:
         raise ServerError(f"Flower's simulation stopped before the last round: {reason or f'see {log}'}")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
+import time
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -23,7 +26,7 @@ PATIENCE, TIMEOUT = 120.0, 3600.0
 """Seconds to wait for silos to appear, and for a round's replies."""
 
 
-def coordinate(grid: Grid, out: Path, *, patience: float, timeout: float) -> None:
+def coordinate(grid: Grid, out: Path, *, token: str, patience: float, timeout: float) -> None:
     """Does all rounds that are left of the run in ``out``; fetches the silos' ledgers after the first, and at the end.
 
     How it ended is left in ``out/ended.json``, because Flower tells whoever waits only that an app failed.
@@ -54,15 +57,16 @@ def coordinate(grid: Grid, out: Path, *, patience: float, timeout: float) -> Non
         reason = " ".join(str(error).split()) or type(error).__name__
         raise
     finally:
-        write_whole(out / ENDED, json.dumps({"error": reason}).encode())
+        write_whole(out / ENDED, json.dumps({"error": reason, "token": token}).encode())
 
 
-def ended(out: Path, since: float) -> tuple[bool, str | None]:
-    """Whether the ServerApp has ended since a time, and why, if it was an error."""
-    path = out / ENDED
-    if not path.exists() or path.stat().st_mtime < since - 1:
+def ended(out: Path, token: str) -> tuple[bool, str | None]:
+    """Whether the ServerApp that was started with a token has ended, and why, if it was an error."""
+    try:
+        content = json.loads((out / ENDED).read_text())
+    except FileNotFoundError:
         return False, None
-    return True, json.loads(path.read_text())["error"]
+    return content["token"] == token, content["error"]
 
 
 def _keep_ledgers(out: Path, ledgers: Mapping[str, bytes]) -> None:
@@ -78,17 +82,36 @@ def _keep_ledgers(out: Path, ledgers: Mapping[str, bytes]) -> None:
             write_whole(path, content)
 
 
-def make_server_app(out: Path | None = None, patience: float = PATIENCE) -> ServerApp:
-    """A ServerApp for the run in a folder; without one, in the folder that the Flower run's configuration names."""
+def end_with(starter: int) -> None:
+    """Ends this process soon after the one that started the run: Flower lets a ServerApp outlive its SuperLink.
+
+    Killed at any moment a coordinator goes on where its checkpoint is, so that it may be killed here.
+    """
+
+    def watch() -> None:
+        while True:
+            try:
+                os.kill(starter, 0)
+            except ProcessLookupError:
+                os._exit(1)
+            time.sleep(1.0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def make_server_app(out: Path | None = None, token: str = "", patience: float = PATIENCE) -> ServerApp:
+    """A ServerApp for the run in a folder; without one, as the Flower run's configuration says."""
     server = ServerApp()
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         config = context.run_config
-        folder = out or Path(str(config["federation"]))
+        if out is None:
+            end_with(int(config["starter"]))
         coordinate(
             grid,
-            folder,
+            out or Path(str(config["federation"])),
+            token=str(config.get("token", token)),
             patience=float(config.get("patience", patience)),
             timeout=float(config.get("timeout", TIMEOUT)),
         )

@@ -1,4 +1,4 @@
-"""Flower's simulation around workers that are up: `python -m dpsb.federated.flower.simulation OUT PATIENCE`."""
+"""Flower's simulation around workers: `python -m dpsb.federated.flower.simulation OUT TOKEN PATIENCE`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SETTINGS = {
 """No telemetry, no look for updates, no installation at run time, and with the seventh Ray listens on loopback only."""
 
 
-def main(out: Path, patience: float) -> None:
+def main(out: Path, token: str, patience: float) -> None:
     """Runs the federation whose state is in ``out``, with silos whose workers are up within ``patience`` seconds.
 
     Raises:
@@ -39,7 +39,7 @@ def main(out: Path, patience: float) -> None:
         raise ServerError(f"{out} holds no federation.")
     folders = [(out / SILOS / name).resolve() for name in state.terms.silos]
     run_simulation(
-        server_app=make_server_app(out, patience),
+        server_app=make_server_app(out, token, patience),
         client_app=make_client_app(lambda context: folders[int(context.node_config["partition-id"])]),
         num_supernodes=len(folders),
         backend_config={"client_resources": {"num_cpus": 1.0}, "init_args": {"num_cpus": len(folders)}},
@@ -47,4 +47,4 @@ def main(out: Path, patience: float) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]))
