@@ -29,6 +29,7 @@ from dpsb.checkpoint import replacing, write_state
 from dpsb.start import START_NAME, digest, start_of
 from dpsb_accounting import Ledger, LedgerError, LedgerRecord, Plan
 from dpsb_accounting.files import write_whole
+from dpsb_accounting.positions import check_files
 
 LEDGER_NAME, REPORT_NAME, STATE_FILE = "ledger.jsonl", "report.json", "trainer_state.json"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
@@ -81,6 +82,17 @@ def new_ledger(out: Path, plan: Plan, adapter: Adapter) -> Ledger:
         (out / LEDGER_NAME).unlink(missing_ok=True)
         raise
     return ledger
+
+
+def check_not_behind(out: Path, ledger: LedgerRecord) -> None:
+    """Refuses a ledger that is behind any checkpoint or adapter in ``out``, whichever of them the run is to go on from.
+
+    Raises:
+      LedgerError: If charged steps are missing, which would be made a second time; the message names the file.
+    """
+    for check in check_files(ledger):
+        if not check.ok:
+            raise LedgerError(f"{out / check.name}: {check.detail}.")
 
 
 def forget(out: Path) -> None:

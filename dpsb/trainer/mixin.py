@@ -97,6 +97,7 @@ class DPTrainerMixin(Surroundings):
         self.randomness = SystemRandomness()
         give_adapter(given, privacy, "peft_config" in inspect.signature(super().__init__).parameters)
         super().__init__(**given)
+        self._as_prepared = (given.get("train_dataset"), self.train_dataset)
         self.accelerator.native_amp = False  # evaluation would wrap the model's forward pass in autocast for good
         if not isinstance(self.model, PeftModel):
             raise TrainerArgumentError(
@@ -139,6 +140,11 @@ class DPTrainerMixin(Surroundings):
         out = Path(self.args.output_dir)
         folder: Any = resume_from_checkpoint or None
         files.check_folder(out, resume=folder is not None)
+        if folder is None and self._ledger is not None and self._ledger.charged("train"):
+            raise files.TrainerRunError(
+                "This Trainer has trained already, and a new ledger would not count the steps that its weights come "
+                f"from. Continue in {self._ledger.path.parent}, or build a new model and a new Trainer."
+            )
         self._resuming = folder is not None
         if folder is True:
             folder = str(files.checkpoints(out)[-1]) if files.checkpoints(out) else None
@@ -182,15 +188,22 @@ class DPTrainerMixin(Surroundings):
     def _opened(self, out: Path) -> Ledger:
         """The run's ledger: a new one with its plan, or the one that goes on."""
         self.optimizer = self.lr_scheduler = None  # made for tensors that may be gone
-        asked = partial(plan_of, self.privacy, self.args, self.adapter, self.form, self.train_dataset)
+        asked = partial(plan_of, self.privacy, self.args, self.adapter, self.form, self._counted())
         if not self._resuming:
             return files.new_ledger(out, asked(digest(start_of(self.adapter))), self.adapter)
-        existing = Ledger.read(out / files.LEDGER_NAME).plan
+        record = Ledger.read(out / files.LEDGER_NAME)
+        existing = record.plan
         start = read_start(out, existing)
         asked(digest(start), existing)
+        files.check_not_behind(out, record)
         self.adapter = attach_again(self.model, start, existing)
         (out / files.REPORT_NAME).unlink(missing_ok=True)  # of an earlier stop; this run writes its own or none
         return Ledger.open(out / files.LEDGER_NAME)
+
+    def _counted(self) -> Any:
+        """The data set whose length is N where none is declared: as given, since TRL drops rows by what they hold."""
+        given, prepared = self._as_prepared
+        return given if self.train_dataset is prepared else self.train_dataset
 
     def _prepare(self, ledger: Ledger, folder: str | None) -> None:
         """Optimizer, schedule and the Trainer's state, as far along as the ledger says."""

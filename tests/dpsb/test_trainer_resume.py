@@ -151,6 +151,27 @@ def test_a_rolled_back_ledger_is_found(tmp_path):
         build(tmp_path).train(resume_from_checkpoint=True)
 
 
+def test_a_rolled_back_ledger_is_found_by_any_checkpoint(tmp_path):
+    """Not only by the one to go on from, which may be older than what was lost."""
+    build(tmp_path, stop=3).train()
+    lines = (tmp_path / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "ledger.jsonl").write_bytes(b"".join(lines[:2]))
+    with pytest.raises(LedgerError, match=r"checkpoint-2.* is behind"):
+        build(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert charged(tmp_path) == 1
+    assert not verify(tmp_path / "ledger.jsonl").ok
+
+
+def test_training_again_elsewhere_is_refused(tmp_path):
+    """A second ledger would not count the steps that the weights already come from."""
+    trainer = build(tmp_path / "a", stop=1)
+    trainer.train()
+    trainer.args.output_dir = str(tmp_path / "b")
+    with pytest.raises(TrainerRunError, match="has trained already"):
+        trainer.train()
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     build(tmp_path / "a", stop=1).train()
     build(tmp_path / "b", stop=1).train()

@@ -10,7 +10,7 @@ import workbench
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpsb import clipped_sums, run, train
+from dpsb import clipped_sums, run
 from dpsb.canaries import CanaryAudit
 from dpsb.config import ConfigError
 from dpsb.data import Collator, DataError, Table, by_unit
