@@ -78,8 +78,8 @@ def new_ledger(out: Path, plan: Plan, adapter: Adapter) -> Ledger:
     try:
         write_whole(out / START_NAME, start)
     except OSError:
-        ledger.close()
         (out / LEDGER_NAME).unlink(missing_ok=True)
+        ledger.close()
         raise
     return ledger
 
@@ -96,7 +96,7 @@ def check_not_behind(out: Path, ledger: LedgerRecord) -> None:
 
 
 def forget(out: Path) -> None:
-    """Deletes ledger and start of a run that charged nothing, so that it can be started again."""
+    """Deletes ledger and start of a run that charged nothing, so that it can be started again; call under its lock."""
     if (out / LEDGER_NAME).exists() and Ledger.read(out / LEDGER_NAME).charged("train") == 0:
         for name in (LEDGER_NAME, START_NAME):
             (out / name).unlink(missing_ok=True)

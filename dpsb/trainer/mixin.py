@@ -33,7 +33,7 @@ from dpsb.start import attach_again, digest, read_start, start_of
 from dpsb.train import private_steps, training_mode
 from dpsb.trainer import files, refusals
 from dpsb.trainer.arguments import PrivacyArguments
-from dpsb.trainer.building import basis_of, by_name, check_evaluation, give_adapter, in_full_precision
+from dpsb.trainer.building import basis_of, by_name, check_evaluation, give_adapter, in_full_precision, is_trained
 from dpsb.trainer.examples import Form, TokenExamples, form_of
 from dpsb.trainer.guard import check_no_listeners, check_reload, check_unchanged, fingerprint
 from dpsb.trainer.planning import plan_of
@@ -104,6 +104,7 @@ class DPTrainerMixin(Surroundings):
                 "Expected a model with a LoRA adapter: give PrivacyArguments.rank, peft_config, or a model from "
                 "peft.get_peft_model."
             )
+        self._trained_before = is_trained(self.model)
         longest = privacy.max_length or getattr(self.args, "max_length", None)
         self.form = form_of(self.model, self.processing_class, self.train_dataset, longest)
         self.adapter = attach(self.model, basis_of(self.model, privacy, basis), allow=HEAD_NAMES)
@@ -140,10 +141,11 @@ class DPTrainerMixin(Surroundings):
         out = Path(self.args.output_dir)
         folder: Any = resume_from_checkpoint or None
         files.check_folder(out, resume=folder is not None)
-        if folder is None and self._ledger is not None and self._ledger.charged("train"):
+        charged = self._ledger is not None and self._ledger.charged("train")
+        if folder is None and (charged or self._trained_before):
             raise files.TrainerRunError(
-                "This Trainer has trained already, and a new ledger would not count the steps that its weights come "
-                f"from. Continue in {self._ledger.path.parent}, or build a new model and a new Trainer."
+                "The model has been trained privately already, and a new ledger would not count the steps that its "
+                "weights come from. Continue that run with resume_from_checkpoint, or load the base model anew."
             )
         self._resuming = folder is not None
         if folder is True:
@@ -168,22 +170,23 @@ class DPTrainerMixin(Surroundings):
         out = Path(self.args.output_dir)
         ledger = self._opened(out)
         self._ledger, self._spent, self._evaluated = ledger, SpentCurve(ledger.plan), {}
-        try:
-            with ledger, training_mode(self.model):
-                self._prepare(ledger, resume_from_checkpoint)
-                self._moved = None
-                if resume_from_checkpoint is not None:
-                    self._moved = read_state(Path(resume_from_checkpoint), self.adapter, self.optimizer, ledger)
-                self._check_on_synthetic(ledger)
-                self._frozen = fingerprint(self.adapter)
-                self._loop(ledger, ignore_keys_for_eval)
-                check_unchanged(self.adapter, self._frozen)
-            return self._finished(ledger)
-        except BaseException:
-            if not self._resuming and not ledger.charged("train"):
-                files.forget(out)  # nothing was drawn, nothing is spent
-                self._ledger = None
-            raise
+        with ledger:
+            try:
+                with training_mode(self.model):
+                    self._prepare(ledger, resume_from_checkpoint)
+                    self._moved = None
+                    if resume_from_checkpoint is not None:
+                        self._moved = read_state(Path(resume_from_checkpoint), self.adapter, self.optimizer, ledger)
+                    self._check_on_synthetic(ledger)
+                    self._frozen = fingerprint(self.adapter)
+                    self._loop(ledger, ignore_keys_for_eval)
+                    check_unchanged(self.adapter, self._frozen)
+            except BaseException:
+                if not self._resuming and not ledger.charged("train"):
+                    files.forget(out)  # nothing was drawn, nothing is spent; under the lock, so by nobody else either
+                    self._ledger = None
+                raise
+        return self._finished(ledger)
 
     def _opened(self, out: Path) -> Ledger:
         """The run's ledger: a new one with its plan, or the one that goes on."""
