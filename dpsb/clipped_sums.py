@@ -40,9 +40,13 @@ def charged_sum(
     Returns:
       The number of the charge (public); the sum, shape ``(d,)``, float64, and which of ``others`` rows that stand for
       no example were drawn besides. Both sensitive: hand the sum to :meth:`Mechanism.release`.
+
+    Raises:
+      ValueError: If a tensor besides theta has become trainable: it would get raw gradients. Nothing is charged then.
     """
     plan = ledger.plan
     most = examples_per_unit(plan)
+    adapter.check_nothing_else_is_trained()  # between two steps somebody may have thawed a weight
     number = ledger.charge("train")
     with messages_withheld(f"Step {number}"):
         num_rows = len(dataset)

@@ -43,7 +43,7 @@ from dpsb.prepare import Prepared, input_shape, labels_of, loss_of, losses_by_ex
 from dpsb.randomness import Randomness, SeededRandomness, SystemRandomness
 from dpsb.sampling import length_buckets
 from dpsb.selftest.start import check_before_run
-from dpsb.start import CUT_OFF, START_NAME, attach_again, digest, read_start, start_of
+from dpsb.start import START_NAME, attach_again, cut_off, digest, read_start, start_of
 from dpsb.train import Knobs, Progress, fit
 from dpsb.warm_start import warm_start
 from dpsb_accounting import Ledger, LedgerError, Phase, Plan, Report, make_report
@@ -388,7 +388,7 @@ def resumed_config(out: str, changes: dict[str, Any]) -> RunConfig:
     path = Path(out) / SETTINGS_NAME
     if not path.exists():
         if (Path(out) / LEDGER_NAME).exists():
-            raise RunError(CUT_OFF.format(out=out))
+            raise RunError(cut_off(Path(out)))
         raise RunError(f"{out} holds no run to resume ({SETTINGS_NAME} is missing); leave --resume out.")
     try:
         return make_config({**read_config(path), **changes, "out": out})

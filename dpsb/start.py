@@ -14,10 +14,9 @@ from dpsb.adapter import Adapter, Basis, Factors, Provenance, attach
 from dpsb.baselines.build import adapt, frozen_factors
 from dpsb.baselines.methods import method_named
 from dpsb.models import HEAD_NAMES
-from dpsb_accounting import Plan
+from dpsb_accounting import Ledger, Plan
 
 START_NAME = "start.safetensors"
-CUT_OFF = "The run in {out} was cut off before its first step; delete the folder and start anew."
 
 
 class StartError(ValueError):
@@ -38,11 +37,22 @@ def start_of(adapter: Adapter) -> bytes:
     return bytes(save(tensors))
 
 
+def cut_off(out: Path) -> str:
+    """What to tell of a run that lacks what a resume needs: a ledger that holds charges is not to be deleted."""
+    record = Ledger.read(out / "ledger.jsonl")
+    if any(record.charged(phase.name) for phase in record.plan.phases):
+        return (
+            f"The run in {out} lacks what a resume needs, and steps are charged: keep its ledger, start anew in "
+            "another folder, and add up the epsilons of both."
+        )
+    return f"The run in {out} was cut off before its first step; delete the folder and start anew."
+
+
 def read_start(out: Path, plan: Plan) -> bytes:
     try:
         start = (out / START_NAME).read_bytes()
     except OSError:
-        raise StartError(CUT_OFF.format(out=out)) from None
+        raise StartError(cut_off(out)) from None
     details: Mapping[str, Any] = plan.details
     if digest(start) != details.get("start_sha256"):
         raise StartError(f"{out / START_NAME} is not the one that the ledger's plan names; put it back or start anew.")

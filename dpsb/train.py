@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -214,22 +214,23 @@ def private_steps(
             ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
         if canaries is not None:
             ledger.taint("gradient_canaries", "rows that stand for no example were put in to audit the mechanism")
-        with _secret_dropout(randomness) if allow_dropout else without_dropout(adapter.model):
+        with nullcontext() if allow_dropout else without_dropout(adapter.model):
             checked = False
             for _ in range(ledger.remaining("train")):
                 adapter.model.train()  # the caller may have evaluated it
-                number, total, planted = charged_sum(
-                    adapter,
-                    dataset,
-                    ledger,
-                    mechanism,
-                    loss_fn,
-                    collate,
-                    buckets,
-                    token_budget,
-                    randomness,
-                    others=len(canaries or ()),
-                )
+                with _secret_dropout(randomness) if allow_dropout else nullcontext():
+                    number, total, planted = charged_sum(
+                        adapter,
+                        dataset,
+                        ledger,
+                        mechanism,
+                        loss_fn,
+                        collate,
+                        buckets,
+                        token_budget,
+                        randomness,
+                        others=len(canaries or ()),
+                    )
                 if canaries is None:
                     released = mechanism.release(total, randomness)
                 else:
@@ -264,7 +265,10 @@ def check_start(adapter: Adapter, plan: Plan, optimizer: torch.optim.Optimizer) 
 
 @contextmanager
 def _secret_dropout(randomness: Randomness) -> Iterator[None]:
-    """Dropout masks from the operating system too: with a known global seed they would tie an example to its place."""
+    """Dropout masks from the operating system too: with a known global seed they would tie an example to its place.
+
+    Around each step, never across two: in between, the caller may seed torch or keep its random state.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(int(randomness.words(1)[0] >> 1))
         yield

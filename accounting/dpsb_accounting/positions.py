@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from dpsb_accounting.chain import LedgerError
 from dpsb_accounting.record import LedgerRecord
 
 METADATA_NAMES = ("run_id", "ledger_length", "ledger_head")
-_CHECKPOINTS = ("checkpoint", "checkpoint.old")
+_CHECKPOINT = re.compile(r"checkpoint(\.old|-\d+)?")  # of `fit`, and of a Trainer
 _START = "start.safetensors"
 _RESULTS = ("adapter_model.safetensors", "dpsb_core.safetensors")
 _LONGEST_HEADER = 100_000_000  # bytes; the limit that safetensors itself sets
@@ -111,12 +112,9 @@ def _tensor_files(record: LedgerRecord, folder: Path) -> Iterator[Check]:
 
 
 def _checkpoints(record: LedgerRecord, folder: Path) -> Iterator[Check]:
-    for name in _CHECKPOINTS:
-        path = folder / name / "checkpoint.json"
-        if not (folder / name).is_dir():
-            continue
+    for name in sorted(path.name for path in folder.iterdir() if path.is_dir() and _CHECKPOINT.fullmatch(path.name)):
         try:
-            facts = strict.mapping(strict.load(path))
+            facts = strict.mapping(strict.load(folder / name / "checkpoint.json"))
         except strict.StrictError as error:
             yield Check(name=name, ok=False, detail=str(error))
             continue

@@ -11,6 +11,7 @@ from torch import nn
 
 from dpsb.adapter import Basis, lora_layers
 from dpsb.basis.data_free import DATA_FREE
+from dpsb.layers import CoreUp
 from dpsb.models import HEAD_NAMES, add_lora
 from dpsb.trainer.arguments import PrivacyArguments
 from dpsb.trainer.refusals import TrainerArgumentError
@@ -86,6 +87,11 @@ def give_adapter(given: dict[str, Any], privacy: PrivacyArguments, takes_config:
     elif isinstance(model, nn.Module):
         task = "classification" if getattr(model, "num_labels", 0) and _has_head(model) else "causal-lm"
         given["model"] = add_lora(model, task, privacy.rank)
+
+
+def is_trained(model: nn.Module) -> bool:
+    """Whether the model has cores that steps have moved: its head then holds what those steps released."""
+    return any(isinstance(module, CoreUp) and bool(module.core.weight.any()) for module in model.modules())
 
 
 def _has_head(model: nn.Module) -> bool:

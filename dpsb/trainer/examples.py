@@ -75,6 +75,14 @@ class TokenExamples(Sequence[Any]):
 
 def example_of(row: Mapping[str, Any], form: Form) -> dict[str, Any]:
     """One row as an example; see :class:`TokenExamples`. Sensitive."""
+    try:
+        example = _as_it_stands(row, form)
+    except (TypeError, ValueError, RuntimeError):  # a number where a list should be, for one
+        return _empty(form)
+    return example if _usable(example, form) else _empty(form)
+
+
+def _as_it_stands(row: Mapping[str, Any], form: Form) -> dict[str, Any]:
     ids = _listed(row["input_ids"])
     mask = row.get("attention_mask")
     kept = _own_part([1] * len(ids) if mask is None else _listed(mask), form.max_length)
@@ -87,7 +95,7 @@ def example_of(row: Mapping[str, Any], form: Form) -> dict[str, Any]:
     if form.token_types:
         types = row.get("token_type_ids")
         example["token_type_ids"] = [0] * len(example["input_ids"]) if types is None else _listed(types)[kept]
-    return example if _usable(example, form) else _empty(form)
+    return example
 
 
 def _listed(value: Any) -> Any:

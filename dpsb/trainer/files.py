@@ -29,6 +29,7 @@ from dpsb.checkpoint import replacing, write_state
 from dpsb.start import START_NAME, digest, start_of
 from dpsb_accounting import Ledger, LedgerError, LedgerRecord, Plan
 from dpsb_accounting.files import write_whole
+from dpsb_accounting.positions import check_files
 
 LEDGER_NAME, REPORT_NAME, STATE_FILE = "ledger.jsonl", "report.json", "trainer_state.json"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
@@ -77,14 +78,25 @@ def new_ledger(out: Path, plan: Plan, adapter: Adapter) -> Ledger:
     try:
         write_whole(out / START_NAME, start)
     except OSError:
-        ledger.close()
         (out / LEDGER_NAME).unlink(missing_ok=True)
+        ledger.close()
         raise
     return ledger
 
 
+def check_not_behind(out: Path, ledger: LedgerRecord) -> None:
+    """Refuses a ledger that is behind any checkpoint or adapter in ``out``, whichever of them the run is to go on from.
+
+    Raises:
+      LedgerError: If charged steps are missing, which would be made a second time; the message names the file.
+    """
+    for check in check_files(ledger):
+        if not check.ok:
+            raise LedgerError(f"{out / check.name}: {check.detail}.")
+
+
 def forget(out: Path) -> None:
-    """Deletes ledger and start of a run that charged nothing, so that it can be started again."""
+    """Deletes ledger and start of a run that charged nothing, so that it can be started again; call under its lock."""
     if (out / LEDGER_NAME).exists() and Ledger.read(out / LEDGER_NAME).charged("train") == 0:
         for name in (LEDGER_NAME, START_NAME):
             (out / name).unlink(missing_ok=True)

@@ -33,7 +33,7 @@ from dpsb.start import attach_again, digest, read_start, start_of
 from dpsb.train import private_steps, training_mode
 from dpsb.trainer import files, refusals
 from dpsb.trainer.arguments import PrivacyArguments
-from dpsb.trainer.building import basis_of, by_name, check_evaluation, give_adapter, in_full_precision
+from dpsb.trainer.building import basis_of, by_name, check_evaluation, give_adapter, in_full_precision, is_trained
 from dpsb.trainer.examples import Form, TokenExamples, form_of
 from dpsb.trainer.guard import check_no_listeners, check_reload, check_unchanged, fingerprint
 from dpsb.trainer.planning import plan_of
@@ -97,12 +97,14 @@ class DPTrainerMixin(Surroundings):
         self.randomness = SystemRandomness()
         give_adapter(given, privacy, "peft_config" in inspect.signature(super().__init__).parameters)
         super().__init__(**given)
+        self._as_prepared = (given.get("train_dataset"), self.train_dataset)
         self.accelerator.native_amp = False  # evaluation would wrap the model's forward pass in autocast for good
         if not isinstance(self.model, PeftModel):
             raise TrainerArgumentError(
                 "Expected a model with a LoRA adapter: give PrivacyArguments.rank, peft_config, or a model from "
                 "peft.get_peft_model."
             )
+        self._trained_before = is_trained(self.model)
         longest = privacy.max_length or getattr(self.args, "max_length", None)
         self.form = form_of(self.model, self.processing_class, self.train_dataset, longest)
         self.adapter = attach(self.model, basis_of(self.model, privacy, basis), allow=HEAD_NAMES)
@@ -139,6 +141,12 @@ class DPTrainerMixin(Surroundings):
         out = Path(self.args.output_dir)
         folder: Any = resume_from_checkpoint or None
         files.check_folder(out, resume=folder is not None)
+        charged = self._ledger is not None and self._ledger.charged("train")
+        if folder is None and (charged or self._trained_before):
+            raise files.TrainerRunError(
+                "The model has been trained privately already, and a new ledger would not count the steps that its "
+                "weights come from. Continue that run with resume_from_checkpoint, or load the base model anew."
+            )
         self._resuming = folder is not None
         if folder is True:
             folder = str(files.checkpoints(out)[-1]) if files.checkpoints(out) else None
@@ -162,35 +170,43 @@ class DPTrainerMixin(Surroundings):
         out = Path(self.args.output_dir)
         ledger = self._opened(out)
         self._ledger, self._spent, self._evaluated = ledger, SpentCurve(ledger.plan), {}
-        try:
-            with ledger, training_mode(self.model):
-                self._prepare(ledger, resume_from_checkpoint)
-                self._moved = None
-                if resume_from_checkpoint is not None:
-                    self._moved = read_state(Path(resume_from_checkpoint), self.adapter, self.optimizer, ledger)
-                self._check_on_synthetic(ledger)
-                self._frozen = fingerprint(self.adapter)
-                self._loop(ledger, ignore_keys_for_eval)
-                check_unchanged(self.adapter, self._frozen)
-            return self._finished(ledger)
-        except BaseException:
-            if not self._resuming and not ledger.charged("train"):
-                files.forget(out)  # nothing was drawn, nothing is spent
-                self._ledger = None
-            raise
+        with ledger:
+            try:
+                with training_mode(self.model):
+                    self._prepare(ledger, resume_from_checkpoint)
+                    self._moved = None
+                    if resume_from_checkpoint is not None:
+                        self._moved = read_state(Path(resume_from_checkpoint), self.adapter, self.optimizer, ledger)
+                    self._check_on_synthetic(ledger)
+                    self._frozen = fingerprint(self.adapter)
+                    self._loop(ledger, ignore_keys_for_eval)
+                    check_unchanged(self.adapter, self._frozen)
+            except BaseException:
+                if not self._resuming and not ledger.charged("train"):
+                    files.forget(out)  # nothing was drawn, nothing is spent; under the lock, so by nobody else either
+                    self._ledger = None
+                raise
+        return self._finished(ledger)
 
     def _opened(self, out: Path) -> Ledger:
         """The run's ledger: a new one with its plan, or the one that goes on."""
         self.optimizer = self.lr_scheduler = None  # made for tensors that may be gone
-        asked = partial(plan_of, self.privacy, self.args, self.adapter, self.form, self.train_dataset)
+        asked = partial(plan_of, self.privacy, self.args, self.adapter, self.form, self._counted())
         if not self._resuming:
             return files.new_ledger(out, asked(digest(start_of(self.adapter))), self.adapter)
-        existing = Ledger.read(out / files.LEDGER_NAME).plan
+        record = Ledger.read(out / files.LEDGER_NAME)
+        existing = record.plan
         start = read_start(out, existing)
         asked(digest(start), existing)
+        files.check_not_behind(out, record)
         self.adapter = attach_again(self.model, start, existing)
         (out / files.REPORT_NAME).unlink(missing_ok=True)  # of an earlier stop; this run writes its own or none
         return Ledger.open(out / files.LEDGER_NAME)
+
+    def _counted(self) -> Any:
+        """The data set whose length is N where none is declared: as given, since TRL drops rows by what they hold."""
+        given, prepared = self._as_prepared
+        return given if self.train_dataset is prepared else self.train_dataset
 
     def _prepare(self, ledger: Ledger, folder: str | None) -> None:
         """Optimizer, schedule and the Trainer's state, as far along as the ledger says."""

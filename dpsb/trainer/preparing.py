@@ -11,15 +11,17 @@ from pathlib import Path
 
 from dpsb.data import DataError
 
-_SPEAKERS = ("trl.trainer.sft_trainer", "trl.data_utils")
+_SPEAKERS = ("trl.trainer.sft_trainer", "trl.data_utils", "transformers.tokenization_utils_base")
 
 
 class _NoText(logging.Filter):
-    """Lets a warning through once, without the piece of a prompt that TRL quotes in it."""
+    """Keeps back that a row is long, and lets TRL's warning through once, without the piece of a prompt it quotes."""
 
     _said = False
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if "sequence length is longer than" in str(record.msg):
+            return False
         if "is not a prefix of" in str(record.msg):
             if self._said:
                 return False
@@ -34,7 +36,7 @@ class _NoText(logging.Filter):
 
 @contextmanager
 def warnings_without_text() -> Iterator[None]:
-    """Keeps private text out of TRL's warnings inside the block."""
+    """Keeps private text and lengths out of the warnings of TRL and of tokenizers inside the block."""
     silent = _NoText()
     loggers = [logging.getLogger(name) for name in _SPEAKERS]
     for speaker in loggers:

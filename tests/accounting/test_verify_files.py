@@ -68,6 +68,15 @@ def test_a_ledger_behind_any_of_them_is_refused(run):
     assert failures(run) == ["checkpoint", "checkpoint.old"]
 
 
+def test_the_checkpoints_of_a_trainer_are_checked_too(run):
+    (run / "checkpoint").rename(run / "checkpoint-3")
+    (run / "checkpoint.old").rename(run / "checkpoint-2")
+    (run / "adapter_model.safetensors").unlink()
+    assert verify(run / "ledger.jsonl").ok
+    cut(run, 3)
+    assert failures(run) == ["checkpoint-3"]
+
+
 def test_files_of_another_run_are_refused(run, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     with Ledger.create(other / "ledger.jsonl", make_plan()) as ledger:

@@ -107,6 +107,26 @@ def test_dropout_is_off_while_training_unless_allowed_and_put_back(tiny, trainin
     assert dropouts(adapter.model) == before
 
 
+def test_dropout_masks_stay_secret_where_the_caller_seeds_between_steps(tiny, training):
+    """Under a known seed an example's mask would follow from its place, so from who else was drawn."""
+    adapter = tiny.adapter(tiny.base("bert", hidden_dropout_prob=0.1), scatter=0.0)
+    in_steps, between = set(), []
+
+    def loss(model, batch):
+        if between:
+            in_steps.add(torch.initial_seed())
+        return classification_loss(model, batch)
+
+    def seed_again(progress):
+        between.append(torch.initial_seed())
+        torch.manual_seed(7)
+
+    training(adapter=adapter, loss_fn=loss, allow_dropout=True, on_step=seed_again)
+    assert in_steps
+    assert 7 not in in_steps
+    assert set(between[1:]) == {7}, "between steps torch's generator is the caller's"
+
+
 # --- memory
 
 

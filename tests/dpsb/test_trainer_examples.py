@@ -55,6 +55,9 @@ def test_long_rows_are_cut_and_texts_without_labels_count_whole():
         {"input_ids": [-1, 3]},
         {"input_ids": [3, 4], "labels": [3]},
         {"input_ids": [3, 4], "labels": [3, 999]},
+        {"input_ids": [3, 4], "labels": 3},
+        {"input_ids": 3},
+        {"input_ids": [3, 4], "attention_mask": 1},
     ],
 )
 def test_what_the_model_cannot_take_is_an_ignored_token(row):

@@ -108,6 +108,16 @@ def test_a_parameter_that_was_replaced_behind_ones_back(tmp_path):
     assert refused(tmp_path, ValueError, "does not hold .* as it is now", **given) == 2
 
 
+def test_a_callback_that_thaws_a_weight(tmp_path):
+    """Its gradient would be raw; nothing is charged and no example read once it can get one."""
+
+    def thaw(model, **_):
+        model.get_base_model().bert.embeddings.LayerNorm.weight.requires_grad_(True)
+
+    given = {"callbacks": [Does("on_step_end", thaw)]}
+    assert refused(tmp_path, ValueError, "LayerNorm.weight .* requires a gradient but is no part", **given) == 1
+
+
 def test_a_callback_that_writes_to_a_frozen_weight(tmp_path):
     def meddle(model, **_):
         with torch.no_grad():

@@ -14,8 +14,10 @@ from transformers import TrainerCallback
 from dpsb import train
 from dpsb.randomness import SeededRandomness
 from dpsb.start import StartError
+from dpsb.trainer import files
 from dpsb.trainer.files import TrainerRunError, remove_old
 from dpsb_accounting import Ledger, LedgerError, make_report, verify
+from dpsb_accounting.record import in_use
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in trainers.IGNORED_WARNINGS]
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
@@ -151,6 +153,28 @@ def test_a_rolled_back_ledger_is_found(tmp_path):
         build(tmp_path).train(resume_from_checkpoint=True)
 
 
+def test_a_rolled_back_ledger_is_found_by_any_checkpoint(tmp_path):
+    """Not only by the one to go on from, which may be older than what was lost."""
+    build(tmp_path, stop=3).train()
+    lines = (tmp_path / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "ledger.jsonl").write_bytes(b"".join(lines[:2]))
+    with pytest.raises(LedgerError, match=r"checkpoint-2.* is behind"):
+        build(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert charged(tmp_path) == 1
+    assert not verify(tmp_path / "ledger.jsonl").ok
+
+
+def test_training_again_elsewhere_is_refused(tmp_path):
+    """A second ledger would not count the steps that the weights already come from."""
+    trainer = build(tmp_path / "a", stop=1)
+    trainer.train()
+    trainer.args.output_dir = str(tmp_path / "b")
+    for again in (trainer, trainers.build(tmp_path / "b", model=trainer.model)):
+        with pytest.raises(TrainerRunError, match="has been trained privately already"):
+            again.train()
+    assert not (tmp_path / "b" / "ledger.jsonl").exists()
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     build(tmp_path / "a", stop=1).train()
     build(tmp_path / "b", stop=1).train()
@@ -166,6 +190,25 @@ def test_another_start_is_refused(tmp_path):
     (tmp_path / "a" / "start.safetensors").write_bytes(start[:-4] + b"abcd")
     with pytest.raises(StartError, match="is not the one that the ledger's plan names"):
         build(tmp_path / "a").train(resume_from_checkpoint=True)
+
+
+def test_nobody_is_told_to_delete_a_ledger_with_charges(tmp_path):
+    build(tmp_path, stop=1).train()
+    (tmp_path / "start.safetensors").unlink()
+    with pytest.raises(StartError, match="steps are charged: keep its ledger"):
+        build(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_run_that_charged_nothing_is_forgotten_under_its_lock(tmp_path, monkeypatch):
+    """Otherwise another process could open the ledger and charge it before it is deleted."""
+    forget, seen = files.forget, []
+    monkeypatch.setattr(files, "forget", lambda out: (seen.append(in_use(out / "ledger.jsonl")), forget(out)))
+    trainer = build(tmp_path)
+    trainer.per_example_loss = lambda model, batch: model(**batch).loss
+    with pytest.raises(ValueError, match="one loss per example"):
+        trainer.train()
+    assert seen == [True]
+    assert not (tmp_path / "ledger.jsonl").exists()
 
 
 def test_a_resumed_model_has_the_basis_of_its_start(tmp_path):

@@ -134,6 +134,17 @@ def test_the_declared_number_is_not_compared_with_the_data(tmp_path):
     assert (plan.num_examples, plan.num_examples_declared, plan.neighboring) == (60, False, "zero_out")
 
 
+def test_an_undeclared_number_counts_the_rows_that_trl_drops(tmp_path):
+    """Which rows these are depends on what they hold, and N is public."""
+    rows = trainers.rows("pairs")
+    rows[3] = {**rows[3], "prompt": "word " * 60}
+    given = {"train_dataset": Dataset.from_list(rows), "privacy_changes": {"num_examples": None}}
+    trainer = trainers.build_sft(tmp_path, **given)
+    assert len(trainer.train_dataset) == 59
+    trainer.train()
+    assert Ledger.read(tmp_path / "ledger.jsonl").plan.num_examples == 60
+
+
 def test_training_losses_are_not_logged_whoever_brings_them(tmp_path):
     trainer = trainers.build(tmp_path)
     trainer.log(dict.fromkeys(FORBIDDEN_KEYS, 1.0) | {"mine": 2.0})

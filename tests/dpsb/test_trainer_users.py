@@ -273,3 +273,12 @@ def test_tokenization_errors_quote_no_row(tmp_path, capfd):
     for text in (str(caught.value), out, err):
         for canary in workbench.CANARIES:
             assert canary not in text
+
+
+def test_tokenization_tells_no_length(tmp_path, capfd):
+    """A tokenizer warns of a row that is longer than the model allows, and says how long it is."""
+    rows, tokenizer = trainers.rows("pairs"), trainers.tokenizer("llama")
+    tokenizer.model_max_length = 32
+    rows[3] = {**rows[3], "completion": "word " * 60}
+    trainers.build_sft(tmp_path, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    assert "longer than the specified maximum" not in "".join(capfd.readouterr())
