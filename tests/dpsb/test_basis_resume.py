@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from dpsb import run
 from dpsb.basis import release, stage
-from dpsb_accounting import Ledger, LedgerError, epsilon, verify
+from dpsb.losses import classification_loss
+from dpsb.train import fit
+from dpsb_accounting import Gaussian, Ledger, LedgerError, Phase, epsilon, verify
 
 
 class CutOff(BaseException):
@@ -136,6 +138,19 @@ def test_the_ledger_says_what_happened_in_order(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["plan", "charge", "file", "charge", "charge", "charge"]
     assert [line.get("phase") for line in lines] == [None, "basis", None, "train", "train", "train"]
+
+
+def test_training_waits_until_its_basis_is_paid_for(tiny, tmp_path):
+    adapter = tiny.adapter(tiny.base("bert"))
+    before = (Phase("basis", Gaussian(noise_multiplier=3.0), 1),)
+    ledger = workbench.new_ledger(tmp_path, released_before=before)
+    args, named = workbench.fit_arguments(adapter, workbench.examples(), ledger, loss_fn=classification_loss)
+    with pytest.raises(ValueError, match="pays for basis first"):
+        fit(*args, **named)
+    assert ledger.charged("train") == 0
+    ledger.charge("basis")
+    fit(*args, **named)
+    assert ledger.charged("train") == 3
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """Sweeps: what is asked, what is kept, what it costs, what the files say."""
 
-import csv
-import hashlib
 import json
 import math
 import os
@@ -11,79 +9,21 @@ import signal
 import pyarrow.parquet
 import pytest
 import workbench
-from typer.testing import CliRunner
+from sweeps import STEPS, Silent, hashes, read_csv, settings_of, shared
 
 from dpsb import run as run_module
-from dpsb.cli import app
-from dpsb.curves.composed import composed
 from dpsb.curves.entries import CurveError, labels_of, parse_entries, parse_epsilons, parse_rates
 from dpsb.curves.folder import FolderError, lost_steps
 from dpsb.curves.page import page, write_page
-from dpsb.curves.settings import curve_settings
-from dpsb.curves.sweep import choose, run_sweep
-from dpsb.curves.table import METRICS, Row
+from dpsb.curves.sweep import run_sweep
 from dpsb_accounting import Ledger, epsilon
-from dpsb_accounting.engines import ResourceLimit
 from dpsb_accounting.report.words import up
-
-STEPS = 3
 
 
 @pytest.fixture(autouse=True)
 def quick_calibration(monkeypatch):
     monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
     monkeypatch.setenv("COLUMNS", "160")
-
-
-class Silent:
-    """A watch that only counts."""
-
-    def __init__(self):
-        self.total = self.kept = 0
-        self.ended = []
-
-    def begin(self, total, kept):
-        self.total, self.kept = total, kept
-
-    def step(self, job, step, steps):
-        pass
-
-    def end(self, row):
-        self.ended.append(row)
-
-
-def shared(**changes):
-    """Settings of every cell."""
-    settings = workbench.run_settings("nowhere", steps=STEPS, eval_data=str(workbench.data_file(seed=5)))
-    return {name: value for name, value in {**settings, **changes}.items() if value is not None}
-
-
-def settings_of(given=None, **changes):
-    usual = {
-        "methods": "sb,lora",
-        "epsilons": "8,inf",
-        "repeats": 1,
-        "learning_rates": None,
-        "tuning_repeats": 1,
-        "validation_data": None,
-        "test_share": 0.2,
-        "validation_share": 0.1,
-        "split_seed": 0,
-    }
-    return curve_settings(shared() if given is None else given, **{**usual, **changes})
-
-
-def hashes(folder):
-    """Content and time of every file below a folder."""
-    return {
-        str(path.relative_to(folder)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def read_csv(path):
-    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 def in_a_fork(work):
@@ -399,186 +339,3 @@ def test_cut_off_before_it_could_go_on_it_is_moved_aside_and_still_counts(tmp_pa
     single = epsilon(Ledger.read(cell / "ledger.jsonl"))
     assert curve.price.bound.upper > single.upper
     assert "1 abandoned" in page(curve)
-
-
-# --- what it costs
-
-
-def put_run(folder, *, finished=True, **changes):
-    """A ledger as a run leaves it, without training."""
-    folder.mkdir(parents=True)
-    with workbench.new_ledger(folder, **changes):
-        pass
-    if finished:
-        (folder / "report.json").write_text("{}")
-
-
-def test_everything_in_the_folder_is_composed(tmp_path):
-    put_run(tmp_path / "cells" / "sb-eps1-run1")
-    put_run(tmp_path / "cells" / "sb-eps1-lr1-tuning1", noise_multiplier=0.9)
-    put_run(tmp_path / "cells" / "lora-eps1-run1", finished=False)
-    put_run(tmp_path / "abandoned" / "lora-eps1-run1-1", steps=7)
-    found = composed(tmp_path)
-    plans = [Ledger.read(path).plan for path in tmp_path.glob("*/*/ledger.jsonl")]
-    expected = epsilon(
-        [(phase.event, phase.count) for plan in plans for phase in plan.phases], 1e-3, plans[0].neighboring
-    )
-    assert (found.bound.lower, found.bound.upper) == (expected.lower, expected.upper)
-    assert (found.curve, found.tuning, found.unfinished, found.abandoned) == (1, 1, 1, 1)
-    assert found.bound.delta == 1e-3
-    assert found.private == found.bound
-
-
-def test_where_no_engine_composes_the_epsilons_add_up(tmp_path, monkeypatch):
-    for name in ("a", "b", "c"):
-        put_run(tmp_path / "cells" / name)
-    single = epsilon(Ledger.read(tmp_path / "cells" / "a" / "ledger.jsonl"))
-
-    def limited(schedule, *arguments):
-        if isinstance(schedule, list):
-            raise ResourceLimit("too much")
-        return epsilon(schedule, *arguments)
-
-    monkeypatch.setattr("dpsb.curves.composed.epsilon", limited)
-    bound = composed(tmp_path).bound
-    assert bound.upper == pytest.approx(3 * single.upper)
-    assert bound.delta == pytest.approx(3e-3)
-    assert bound.lower == epsilon(Ledger.read(tmp_path / "cells" / "a" / "ledger.jsonl"), 3e-3).lower < single.lower
-    assert "basic composition" in bound.method
-
-
-def test_a_ledger_without_a_line_charged_nothing_and_a_damaged_one_bounds_nothing(tmp_path):
-    put_run(tmp_path / "cells" / "a")
-    alone = composed(tmp_path)
-    cut = tmp_path / "cells" / "b"
-    cut.mkdir()
-    (cut / "ledger.jsonl").write_bytes(b'{"created_utc":"2')
-    assert composed(tmp_path) == alone
-    (cut / "ledger.jsonl").write_bytes(b'{"created_utc":"2\n')
-    damaged = composed(tmp_path)
-    assert damaged.bound is None
-    assert damaged.unreadable == ("cells/b/ledger.jsonl",)
-    (cut / "ledger.jsonl").unlink()
-    (cut / "report.json").write_text("{}")
-    gone = composed(tmp_path)
-    assert gone.bound is None
-    assert gone.unreadable == ("cells/b/ledger.jsonl",)
-
-
-# --- tuning
-
-
-def row(value, rate, *, repeat=1, purpose="tuning", failure=None):
-    metrics = dict.fromkeys(METRICS["classification"], value)
-    return Row(
-        method="lora",
-        basis=None,
-        epsilon=8.0,
-        epsilon_lower=7.0,
-        epsilon_upper=8.0,
-        delta=1e-3,
-        purpose=purpose,
-        repeat=repeat,
-        learning_rate=rate,
-        noise_multiplier=1.0,
-        evaluated_on="validation",
-        metrics=metrics,
-        lost_steps=0,
-        failure=failure,
-        folder="cells/x",
-    )
-
-
-def test_the_best_mean_on_validation_is_chosen():
-    settings = settings_of(methods="lora", epsilons="8", learning_rates="0.1,0.2,0.3", tuning_repeats=2)
-    rows = [row(0.5, 0.1), row(0.9, 0.1, repeat=2), row(0.8, 0.2), row(0.7, 0.2, repeat=2), row(None, 0.3, failure="x")]
-    assert choose(settings, rows) == {("lora", 8.0): 0.2}
-    assert choose(settings, [row(None, rate, failure="x") for rate in (0.1, 0.2, 0.3)]) == {}
-
-
-def test_tuning_runs_are_counted_and_stated(tmp_path):
-    """From one file: parts by a public seed, two rates, one of them chosen, all three runs in the sum."""
-    given = shared(eval_data=None, data=str(workbench.data_file(count=120)))
-    settings = settings_of(given, methods="head-only", epsilons="8", learning_rates="0.01,0.1")
-    curve = run_sweep(settings, tmp_path, Silent())
-    assert not curve.failures
-    assert [r.purpose for r in curve.rows] == ["tuning", "tuning", "curve"]
-    assert [r.evaluated_on for r in curve.rows] == ["validation", "validation", "test"]
-    assert curve.rows[2].learning_rate == curve.chosen["head-only", 8.0]
-    assert curve.points[0].tuning_runs == 2
-    assert (curve.price.curve, curve.price.tuning) == (1, 2)
-    assert "2 tuning runs over 0.01, 0.1" in page(curve)
-    data = {Ledger.read(tmp_path / r.folder / "ledger.jsonl").plan.details["data"] for r in curve.rows}
-    assert data == {"rows.jsonl#train(test=0.2,validation=0.1,seed=0)"}, "the ledger says what was trained on"
-
-
-# --- the command
-
-
-def dpsb(*arguments):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    for canary in workbench.CANARIES:
-        assert canary.split("-")[0] not in result.output
-    return result
-
-
-def arguments(out, **changes):
-    settings = {name: value for name, value in shared(**changes).items() if name not in ("out", "epsilon")}
-    return ("curve", "--out", out, *workbench.options(settings))
-
-
-def test_help_teaches():
-    text = " ".join(dpsb("curve", "--help").output.replace("│", " ").split())
-    for words in (
-        "Example: dpsb curve",
-        "--methods",
-        "--learning-rates",
-        "--test-share",
-        "--basis-share",
-        "sb:private",
-    ):
-        assert words in text
-    for words in ("--insecure-seed", "--epsilon ", "--resume"):
-        assert words not in text
-
-
-def test_a_cell_that_fails_is_recorded_and_the_others_go_on(tmp_path):
-    command = (*arguments(tmp_path, rank=40), "--methods", "sb,head-only", "--epsilons", 8, "--json")
-    result = dpsb(*command)
-    assert result.exit_code == 1
-    facts = json.loads(result.stdout)
-    assert [entry["folder"] for entry in facts["failed"]] == ["cells/sb-weight-eps8-lr0.02-run1"]
-    assert "rank" in facts["failed"][0]["reason"]
-    assert [point["n"] for point in facts["points"]] == [0, 1]
-    assert facts["composed"]["runs"]["all"] == 1
-    assert "1 of 2 cells failed, the first with:" in " ".join(result.stderr.split())
-    for name in facts["files"]:
-        assert (tmp_path / name).exists()
-    assert "What failed" in (tmp_path / "curve.html").read_text()
-
-
-def test_errors_of_the_command_are_one_sentence(tmp_path):
-    for further, match in (
-        (("--methods", "lorra"), "those that exist: sb, lora-xs"),
-        (("--epsilons", "0"), "epsilons='0'"),
-        (("--processes", 0), "processes=0"),
-        (("--lr", -1), "learning_rate"),
-    ):
-        result = dpsb(*arguments(tmp_path / "x"), *further)
-        assert result.exit_code == 1
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        assert len(lines) == 1
-        assert lines[0].startswith("error: ")
-        assert match in lines[0]
-        assert not (tmp_path / "x").exists()
-
-
-@pytest.mark.slow
-def test_a_causal_model_is_judged_by_perplexity(tmp_path):
-    settings = workbench.run_settings("nowhere", "causal-lm", steps=STEPS)
-    given = {name: value for name, value in settings.items() if value is not None}
-    curve = run_sweep(settings_of(given, methods="sb", epsilons="8"), tmp_path, Silent())
-    assert not curve.failures
-    assert curve.metric == "perplexity"
-    assert curve.points[0].mean > 1
-    assert "held-out perplexity" in page(curve)

@@ -20,7 +20,7 @@ from dpsb.mechanism import Mechanism
 from dpsb.plan import make_plan
 from dpsb.probe import ProbeError
 from dpsb.randomness import SeededRandomness, SystemRandomness
-from dpsb.train import StepError, fit
+from dpsb.train import StepError
 from dpsb_accounting import BudgetSpent, Gaussian, Ledger, NonPrivate, Phase, Plan, PoissonGaussian, epsilon
 from dpsb_accounting.agreement import cross_check
 from dpsb_accounting.auditing import CanaryScores, FixedThresholds, audit
@@ -387,16 +387,3 @@ def test_the_mechanism_comes_from_the_plan(tiny, tmp_path):
         _ = examples_for(tiny, other, []).mechanism
     assert Sketch().is_small is False
     assert run.BASIS_NAME == "basis.safetensors"
-
-
-def test_training_waits_until_its_basis_is_paid_for(tiny, tmp_path):
-    adapter = tiny.adapter(tiny.base("bert"))
-    before = (Phase("basis", Gaussian(noise_multiplier=3.0), 1),)
-    ledger = workbench.new_ledger(tmp_path, released_before=before)
-    args, named = workbench.fit_arguments(adapter, workbench.examples(), ledger, loss_fn=classification_loss)
-    with pytest.raises(ValueError, match="pays for basis first"):
-        fit(*args, **named)
-    assert ledger.charged("train") == 0
-    ledger.charge("basis")
-    fit(*args, **named)
-    assert ledger.charged("train") == 3
