@@ -13,15 +13,16 @@ from scipy.stats import norm
 
 from dpsb.canaries import CanaryAudit, expected_scores
 from dpsb.config import RunConfig
-from dpsb.run import Callbacks, RunError, fine_tune
-from dpsb_accounting import Ledger, auditing
+from dpsb.run import LEDGER_NAME, Callbacks, RunError, fine_tune
+from dpsb_accounting import Ledger, auditing, make_report
 from dpsb_accounting import delta as delta_of
 from dpsb_accounting import epsilon as epsilon_of
 from dpsb_accounting.auditing import METHODS, CanaryScores, Counts, FixedThresholds, LowerBound, SplitThreshold
 from dpsb_accounting.auditing.page import Attack, to_html, to_json
 from dpsb_accounting.files import write_whole
 
-CANARY_RUN = "canary-run"
+CANARY_RUN, REPORT_NAME = "canary-run", "report.json"
+_GRADIENT = "gradient canaries"
 _WHITE_BOX = METHODS
 _SIMULATIONS, _MANY = 5, 40_000
 _GUESS_SHARES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
@@ -112,6 +113,32 @@ def audit_run(
     return Audit(out, content, tuple(attacks))
 
 
+def into_report(folder: Path, found: Audit) -> None:
+    """Puts the best bound that the gradient canaries prove into the report of the run that was audited.
+
+    Those scores are a function of canaries and noise, so the report stays as public as it was; what input canaries and
+    real examples gave stays with the operator.
+
+    Raises:
+      RunError: If the run has no report yet.
+      ValueError: If the bound exceeds the claim: one of the two is wrong, and nothing is written.
+    """
+    path = folder / REPORT_NAME
+    if not path.exists():
+        raise RunError(f"{folder} holds no {REPORT_NAME}; finish the run first.")
+    ledger = Ledger.read(folder / LEDGER_NAME)
+    bounds = [bound for attack in found.attacks if attack.name == _GRADIENT for bound in attack.bounds]
+    best = max(bounds, key=lambda bound: bound.epsilon)
+    audit = {
+        "method": f"{_GRADIENT}, {best.method}",
+        "epsilon_lower": best.epsilon,
+        "confidence": float(str(found.content["confidence"])),  # of the largest among its methods
+        "delta": best.delta,
+    }
+    held_out = json.loads(path.read_text()).get("held_out")
+    make_report(ledger, held_out=held_out["metrics"] if held_out else None, audits=[audit]).write(path)
+
+
 def _white_box(canaries: CanaryAudit, scores: CanaryScores, delta: float, confidence: float) -> Attack:
     """Gradient canaries: each method's rule is the best one on simulated scores of the plan's own mechanism."""
     if canaries.plan is None:
@@ -125,7 +152,7 @@ def _white_box(canaries: CanaryAudit, scores: CanaryScores, delta: float, confid
         bounds.append(rule(scores))
         expected[method] = sum(rule(one).epsilon for one in simulated) / len(simulated)
     return Attack(
-        name="gradient canaries",
+        name=_GRADIENT,
         threat_model=scores.threat_model,
         bounds=bounds,
         roc=auditing.roc(scores),

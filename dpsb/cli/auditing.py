@@ -20,6 +20,9 @@ def audit(
     canaries: Annotated[int, typer.Option(help="Gradient canaries, at most the number of trained numbers.")] = 3000,
     input_canaries: Annotated[int, typer.Option(help="Examples of random tokens put into the data.")] = 200,
     confidence: Annotated[float, typer.Option(help="Probability that each attack's bound holds.")] = 0.95,
+    put_into_report: Annotated[
+        bool, typer.Option("--into-report", help="Put what the gradient canaries prove into FOLDER/report.json.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Trains once more with canaries under a run's settings; writes what that proves about epsilon, as HTML and JSON.
@@ -31,7 +34,7 @@ def audit(
     """
 
     def run() -> None:
-        from dpsb.audit import audit_run
+        from dpsb.audit import audit_run, into_report
         from dpsb.display import Display
         from dpsb.run import resumed_config
 
@@ -61,5 +64,7 @@ def audit(
             raise RuntimeError(
                 "the claim is refuted: an attack proves a larger epsilon. Do not rely on this run's report."
             )
+        if put_into_report:
+            into_report(folder, found)
 
     guarded(run)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from dpsb.audit import audit_run
 from dpsb.canaries import expected_scores
 from dpsb.cli import app
 from dpsb.run import RunError, fine_tune
-from dpsb_accounting import Ledger, make_report
+from dpsb_accounting import Ledger, make_report, verify
 from dpsb_accounting.auditing import CanaryScores, FixedThresholds, LowerBound, audit, read_scores, roc
 from dpsb_accounting.auditing.page import Attack, to_html, to_json
 
@@ -67,6 +68,33 @@ def test_the_canary_run_claims_nothing_and_the_audited_one_still_does(audited):
     assert not report.claim
     assert {"canaries", "gradient_canaries"} <= {taint["name"] for taint in report.to_json()["taints"]}
     assert make_report(Ledger.read(run.out / "ledger.jsonl")).claim
+
+
+def gradient_attack(epsilon, delta):
+    roc_of = roc(CanaryScores(np.arange(4.0), np.array([True, False, True, False]), "white box"))
+    facts = {"delta": delta, "confidence": 0.9875, "assumptions": (), "threat_model": "white box", "inputs": {}}
+    bounds = [LowerBound(epsilon=e, method=m, **facts) for e, m in ((epsilon, "gdp"), (0.1, "one-run"))]
+    return (Attack(name="gradient canaries", threat_model="white box", bounds=bounds, roc=roc_of),)
+
+
+def test_the_report_can_hold_what_the_gradient_canaries_prove(audited, tmp_path):
+    run, out, content = audited
+    shutil.copytree(run.out, tmp_path / "run")
+    delta = Ledger.read(run.out / "ledger.jsonl").plan.delta
+    found = auditor.Audit(out, content, gradient_attack(0.5, delta))
+    auditor.into_report(tmp_path / "run", found)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [audit["epsilon_lower"] for audit in report["audits"]] == [0.5]
+    assert report["audits"][0]["method"] == "gradient canaries, gdp"
+    assert report["audits"][0]["confidence"] == 0.95, "of the largest among the methods"
+    before = json.loads((run.out / "report.json").read_text())
+    assert report["held_out"] == before["held_out"]
+    assert verify(tmp_path / "run" / "ledger.jsonl").ok
+    with pytest.raises(ValueError, match="the audit is wrong"):
+        auditor.into_report(tmp_path / "run", auditor.Audit(out, content, gradient_attack(1e3, delta)))
+    assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
+    with pytest.raises(RunError, match=r"holds no report\.json"):
+        auditor.into_report(tmp_path, found)
 
 
 def test_thresholds_come_from_the_plan_and_not_from_the_scores(audited):
