@@ -64,15 +64,20 @@ def save_run(out: Path, adapter: Adapter, report: Report, ledger: LedgerRecord, 
 
 def write_results(folder: Path, adapter: Adapter, ledger: LedgerRecord, tokenizer: Any, start: Path) -> None:
     """Writes adapter, cores, tokenizer (if there is one) and model card, stamped with the state of the ledger."""
+    write_adapter(folder, adapter, ledger.run_id, tokenizer, start)
+    (folder / "README.md").write_text(model_card(make_report(ledger), ledger.plan))  # without held-out metrics
+    stamp(folder, ledger)
+
+
+def write_adapter(folder: Path, adapter: Adapter, run_id: str, tokenizer: Any, start: Path) -> None:
+    """Writes a plain adapter, its cores in fp32 beside it, and the tokenizer, if there is one."""
     save_weights(adapter, folder, start)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if adapter.cores:
         tensors = {f"{name}": value.cpu() for name, value in adapter.state().items()}
         tensors |= {f"{name}.B": f.B.detach().cpu().contiguous() for name, f in adapter.factors().items()}
-        save_file(tensors, folder / CORE_NAME, metadata={"format": "dpsb-core/1", "run_id": ledger.run_id})
-    (folder / "README.md").write_text(model_card(make_report(ledger), ledger.plan))  # without held-out metrics
-    stamp(folder, ledger)
+        save_file(tensors, folder / CORE_NAME, metadata={"format": "dpsb-core/1", "run_id": run_id})
 
 
 def model_card(report: Report, plan: Plan) -> str:

@@ -153,13 +153,18 @@ def _start_head(base: nn.Module, std: float) -> None:
             head.bias.zero_()
 
 
+def in_head(name: str) -> bool:
+    """Whether a module's or parameter's name lies in a classifier's head, however PEFT wraps it."""
+    return not set(HEAD_NAMES).isdisjoint(name.split("."))
+
+
 def head_of(base: nn.Module) -> nn.Linear:
     """The last linear layer of a classifier's head, which is the one that has a row for each label.
 
     Raises:
       ModelError: If there is none by a known name.
     """
-    heads = [m for n, m in base.named_modules() if isinstance(m, nn.Linear) and set(n.split(".")) & set(HEAD_NAMES)]
+    heads = [m for n, m in base.named_modules() if isinstance(m, nn.Linear) and in_head(n)]
     if not heads:
         raise ModelError(f"The model has no classification head named {' or '.join(HEAD_NAMES)}.")
     return heads[-1]

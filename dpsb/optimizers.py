@@ -10,7 +10,7 @@ import torch
 
 from dpsb.adapter import Adapter
 from dpsb.config import RunConfig
-from dpsb.models import HEAD_NAMES
+from dpsb.models import in_head
 from dpsb_accounting import Plan
 
 Schedule = Callable[[float], float]
@@ -83,9 +83,8 @@ def make_optimizer(config: RunConfig, adapter: Adapter, plan: Plan) -> tuple[tor
         "adapter": config.learning_rate,
     }
     for name, parameter in adapter.named_parameters():
-        parts = set(name.split("."))
-        kind = "head" if parts & set(HEAD_NAMES) else "adapter"
-        if config.method == "lora-plus" and "lora_B" in parts:
+        kind = "head" if in_head(name) else "adapter"
+        if config.method == "lora-plus" and "lora_B" in name.split("."):
             kind = "B"
         groups.setdefault(kind, {"params": [], "lr": rates[kind]})["params"].append(parameter)
     return _optimizer(config, list(groups.values()), plan), SCHEDULES[config.schedule]

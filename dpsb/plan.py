@@ -130,6 +130,12 @@ def make_plan(
     )
 
 
+def differing(one: Plan, other: Plan) -> list[str]:
+    """The names of the fields in which two plans differ."""
+    mine, theirs = one.to_json(), other.to_json()
+    return sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
+
+
 def relation_for(neighboring: str | None, num_examples_declared: bool) -> str:
     """The relation of a plan: the one asked for, or the strongest that holds."""
     return neighboring or ("add_or_remove_one" if num_examples_declared else "zero_out")

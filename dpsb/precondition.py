@@ -12,6 +12,7 @@ from dpsb.capture import adapter_train_mode, per_example_gradients
 from dpsb.data import DataError
 from dpsb.losses import LossFn, check_losses
 from dpsb.probe import Collate, Example, without_dropout
+from dpsb.train import training_mode
 
 _FLOOR = 0.1
 
@@ -50,30 +51,22 @@ def public_row_scale(
       Li, Zaheer, Reddi and Smith (2022), arXiv:2202.05963 (AdaDPS), Algorithm 1 with public side information.
     """
     device = adapter.parameters()[0].device
-    squares = torch.zeros(adapter.dimension, dtype=torch.float64, device=device)
-    norms = raw = torch.zeros((), dtype=torch.float64, device=device)
+    squares, raw = torch.zeros(2, adapter.dimension, dtype=torch.float64, device=device)
     count = 0
-    was_training = adapter.model.training
-    adapter.model.train()
-    adapter_train_mode(adapter)
-    try:
-        with without_dropout(adapter.model):
-            for batch in batches_of(examples[:EXAMPLES], collate, max_length, token_budget):
-                size = len(next(iter(batch.values())))
-                with per_example_gradients(adapter, size) as rows:
-                    check_losses(loss_fn(adapter.model, batch), size).sum().backward()
-                    exact = rows.get().to(torch.float64)
-                square = exact.square().sum(dim=1)
-                good = torch.isfinite(square) & (square > 0)
-                exact, square = exact[good], square[good]
-                squares += (exact.square() / square[:, None]).sum(dim=0)
-                raw = raw + exact.square().sum(dim=0)
-                norms = norms + square.sum()
-                count += int(good.sum())
-    finally:
-        adapter.model.train(was_training)
+    with training_mode(adapter.model), without_dropout(adapter.model):
+        adapter_train_mode(adapter)
+        for batch in batches_of(examples[:EXAMPLES], collate, max_length, token_budget):
+            size = len(next(iter(batch.values())))
+            with per_example_gradients(adapter, size) as rows:
+                check_losses(loss_fn(adapter.model, batch), size).sum().backward()
+                square = rows.get().to(torch.float64).square()
+            norms = square.sum(dim=1)
+            good = torch.isfinite(norms) & (norms > 0)
+            squares += (square[good] / norms[good, None]).sum(dim=0)
+            raw += square[good].sum(dim=0)
+            count += int(good.sum())
     if not count:
         raise DataError("Second moments need public rows that have a gradient: no row has a usable label.")
     mean = squares / count
     scale = 1.0 / (mean.sqrt() + _FLOOR * mean.mean().sqrt())
-    return scale * (norms / (scale.square() * raw).sum()).sqrt()
+    return scale * (raw.sum() / (scale.square() * raw).sum()).sqrt()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
 
@@ -21,11 +22,13 @@ def reason(error: BaseException) -> str:
     """
     if foreseen(error):
         return " ".join(str(error).split()) or type(error).__name__
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    where = "" if place is None else f" at {Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}"
     return (
-        f"unexpected {type(error).__name__}{where}. Its message is withheld, because it may quote data; "
+        f"unexpected {kind_and_place(error)}. Its message is withheld, because it may quote data; "
         "DPSB_TRACEBACK=1 shows it."
     )
+
+
+def kind_and_place(error: BaseException) -> str:
+    """All that may be told of an error whose message may quote data: its type, and the line where it was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return "".join([type(error).__name__, *(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in last)])

@@ -37,7 +37,7 @@ from dpsb.models import (
     target_shapes,
 )
 from dpsb.optimizers import make_optimizer
-from dpsb.plan import make_plan, relation_for
+from dpsb.plan import differing, make_plan, relation_for
 from dpsb.precondition import public_row_scale
 from dpsb.prepare import Prepared, input_shape, labels_of, loss_of, losses_by_example, prepare, synthetic_of, targets_of
 from dpsb.randomness import Randomness, SeededRandomness, SystemRandomness
@@ -139,7 +139,7 @@ def fine_tune(
     provenance = adapter.provenance if planned is None else planned.provenance
     plan = _plan(config, model, prepared, provenance, planned.phases if planned else (), start, existing)
     callbacks.on_plan(plan)
-    synthetic, randomness = synthetic_of(config, base, tokenizer, prepared), _randomness(config)
+    synthetic, randomness = synthetic_of(config, base, tokenizer, prepared), randomness_of(config)
     remembered = remember_frozen_prefix(model) if config.remember_frozen_blocks else nullcontext()
     with remembered, _open_ledger(config, resume, out, plan, start) as ledger:
         if plan.basis["access"] == "released":
@@ -285,9 +285,8 @@ def _plan(
     if share is not None:
         plan = replace(plan, details={**plan.details, "basis_budget": share})
     if existing is not None and plan != existing:
-        mine, theirs = plan.to_json(), existing.to_json()
-        odd = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
-        raise RunError(f"The settings differ from the run's plan in {', '.join(odd)}; a plan cannot change on resume.")
+        odd = ", ".join(differing(plan, existing))
+        raise RunError(f"The settings differ from the run's plan in {odd}; a plan cannot change on resume.")
     return plan
 
 
@@ -373,7 +372,8 @@ def _open_ledger(config: RunConfig, resume: bool, out: Path, plan: Plan, start: 
     return ledger
 
 
-def _randomness(config: RunConfig) -> Randomness:
+def randomness_of(config: RunConfig) -> Randomness:
+    """The operating system's, unless a seed that voids the claim is set."""
     return SystemRandomness() if config.insecure_seed is None else SeededRandomness(config.insecure_seed)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -42,7 +41,7 @@ def warm_start(
       DataError: If fewer than two labels of the run occur.
     """
     usable = [example for example in examples if example["labels"] != IGNORED]
-    if len(Counter(example["labels"] for example in usable)) < 2:
+    if len({example["labels"] for example in usable}) < 2:
         raise DataError(
             f"A warm start needs public rows with at least two of the run's labels; {len(usable)} of {len(examples)} "
             "rows have any."

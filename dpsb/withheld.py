@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from dpsb.capture import CaptureError
+from dpsb.reasons import kind_and_place
 
 
 class StepError(RuntimeError):
@@ -36,11 +35,9 @@ def messages_withheld(what: str) -> Iterator[None]:
     except Exception as error:
         if os.environ.get("DPSB_TRACEBACK"):
             raise
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
         raise StepError(
-            f"{what} failed ({place}). It is charged. The message is withheld, because it may quote data; "
-            "DPSB_TRACEBACK=1 shows it. The data set, collate or loss_fn breaks its contract for some example."
+            f"{what} failed ({kind_and_place(error)}). It is charged. The message is withheld, because it may quote "
+            "data; DPSB_TRACEBACK=1 shows it. The data set, collate or loss_fn breaks its contract for some example."
         ) from None
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from dpsb.adapter import Adapter, Basis, Factors, Provenance, lora_layers, trained_directly
 from dpsb.baselines.methods import PEFT_INITS, Method, MethodError
 from dpsb.basis._common import base_weight, public_generator, truncated_svd
-from dpsb.models import HEAD_NAMES, MeanPooledClassifier, ModelError, add_lora, peft_part, peft_task
+from dpsb.models import MeanPooledClassifier, ModelError, add_lora, in_head, peft_part, peft_task
 
 INITS_THAT_MOVE_THE_BASE = ("pissa", "olora")
 
@@ -130,13 +130,14 @@ def _add_parts(base: nn.Module, name: str, task: str) -> nn.Module:
 
 def _parts(base: nn.Module, name: str) -> Iterator[nn.Parameter]:
     for path, module in base.named_modules():
-        parts = set(path.split("."))
         if type(module) not in GradSampleHooks.GRAD_SAMPLERS or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             continue
-        if isinstance(base, MeanPooledClassifier) and "pooler" in parts:  # not used when the tokens are averaged
+        if isinstance(base, MeanPooledClassifier) and "pooler" in path.split(
+            "."
+        ):  # not used when the tokens are averaged
             continue
         for part, parameter in module.named_parameters(recurse=False):
-            if parts & set(HEAD_NAMES) or name == "full" or (name == "bitfit" and part == "bias"):
+            if in_head(path) or name == "full" or (name == "bitfit" and part == "bias"):
                 yield parameter
 
 

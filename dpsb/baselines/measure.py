@@ -16,7 +16,7 @@ from dpsb.adapter import Adapter
 from dpsb.capture import per_example_gradients
 from dpsb.losses import LossFn, check_losses
 from dpsb.mechanism import Mechanism
-from dpsb.models import HEAD_NAMES
+from dpsb.models import in_head
 from dpsb.randomness import Randomness
 from dpsb_accounting.shapes import Layer
 
@@ -191,5 +191,5 @@ def _trained_weights(adapter: Adapter) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in adapter.direct
-        if isinstance(module, nn.Linear) and module.weight.requires_grad and not set(name.split(".")) & set(HEAD_NAMES)
+        if isinstance(module, nn.Linear) and module.weight.requires_grad and not in_head(name)
     }

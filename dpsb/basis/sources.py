@@ -24,7 +24,7 @@ from dpsb.data import (
     tokenize_classification,
 )
 from dpsb.losses import LossFn
-from dpsb.models import HEAD_NAMES
+from dpsb.models import in_head
 from dpsb.probe import Collate, Example
 
 EXAMPLES = 512
@@ -117,11 +117,7 @@ def own_head(model: nn.Module, num_labels: int, std: float) -> Iterator[None]:
     handles = []
     if num_labels:
         generator = public_generator()
-        found = [
-            module
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and set(name.split(".")) & set(HEAD_NAMES)
-        ]
+        found = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and in_head(name)]
         for module in found[-1:] + [m for m in found[:-1] if m.out_features == found[-1].out_features]:
             weight = (torch.randn(num_labels, module.in_features, generator=generator) * std).to(module.weight)
             handles.append(module.register_forward_hook(_answer_with(weight)))

@@ -12,6 +12,7 @@ from typing import Any
 from dpsb.checkpoint import flush
 from dpsb.federated.messages import Receipt
 from dpsb.federated.spec import PrivacyModel, RoundSpec, SiloPolicy, SpecRefused
+from dpsb.plan import differing
 from dpsb_accounting import Gaussian, Ledger, LedgerError, Phase, Plan, PoissonGaussian
 from dpsb_accounting import epsilon as epsilon_of
 from dpsb_accounting.engines import ResourceLimit
@@ -164,8 +165,7 @@ def open_ledger(folder: Path, policy: SiloPolicy, plan: Plan, run_id: str, recei
                 raise LedgerError("The silo's ledger of this run is another one than the coordinator has seen.")
             ledger.check_not_behind(receipt.length, receipt.head)
         if ledger.plan != plan:
-            mine, asked = ledger.plan.to_json(), plan.to_json()
-            odd = ", ".join(sorted(key for key in asked if asked[key] != mine.get(key)))
+            odd = ", ".join(differing(ledger.plan, plan))
             raise SpecRefused(f"The round differs from the plan that the silo's ledger holds for this run in {odd}.")
     except BaseException:
         ledger.close()

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from dpsb.adapter import Adapter, attach
-from dpsb.artifacts import CORE_NAME
-from dpsb.baselines.save import save_weights
+from dpsb.artifacts import write_adapter
 from dpsb.basis.stage import Setup, plan_basis
 from dpsb.checkpoint import replacing
 from dpsb.config import RunConfig
@@ -128,11 +126,7 @@ def finish(out: Path, built: Built, config: FederateConfig, federation: Federati
     for stale in out.glob(f"{ADAPTER}.new"):
         shutil.rmtree(stale)
     with replacing(out / ADAPTER) as folder:
-        save_weights(adapter, folder, out / START_NAME)
-        built.tokenizer.save_pretrained(folder)
-        tensors = {name: value.cpu() for name, value in adapter.state().items()}
-        tensors |= {f"{name}.B": f.B.detach().cpu().contiguous() for name, f in adapter.factors().items()}
-        save_file(tensors, folder / CORE_NAME, metadata={"format": "dpsb-core/1", "run_id": federation.state.run_id})
+        write_adapter(folder, adapter, federation.state.run_id, built.tokenizer, out / START_NAME)
         (folder / "README.md").write_text(federation_card(config, federation))
     rows, metrics = next(iter(built.prepared.values())).held_out, {}
     if rows is not None:

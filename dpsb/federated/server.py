@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from dpsb.checkpoint import replacing
 from dpsb.federated.messages import Receipt
 from dpsb.federated.terms import Terms
-from dpsb.models import HEAD_NAMES
+from dpsb.models import in_head
 
 SERVER = "server"
 _SCHEMA = "dpsb-federation/1"
@@ -167,7 +167,7 @@ def server_step(
         g = gradient[name].to(torch.float64)
         rate = terms.server_learning_rate
         if own_rates:
-            rate = terms.head_learning_rate if set(name.split(".")) & set(HEAD_NAMES) else terms.learning_rate
+            rate = terms.head_learning_rate if in_head(name) else terms.learning_rate
         rate *= terms.factor(state.round)
         if terms.server_optimizer == "sgd":
             first = terms.momentum * state.moments.get(f"first/{name}", torch.zeros_like(g)) + g

@@ -22,7 +22,7 @@ from dpsb.federated.spec import POLICY_NAME, FederatedError, SiloPolicy
 from dpsb.federated.split import split_table
 from dpsb.federated.terms import Terms
 from dpsb.frozen_prefix import remember_frozen_prefix
-from dpsb.randomness import Randomness, SeededRandomness, SystemRandomness
+from dpsb.run import randomness_of
 from dpsb_accounting.files import write_whole
 
 ENGINES = ("local", "flower")
@@ -79,7 +79,7 @@ def simulate(config: FederateConfig, *, engine: str = "local", callbacks: Callba
     callbacks.on_status("calibrating the silos' noise")
     terms, policies = terms_of(config, {name: len(examples) for name, examples in data.items()})
     callbacks.on_terms(terms, policies)
-    randomness = _randomness(config)
+    randomness = randomness_of(config.run)
     silos = {}
     for name, policy in policies.items():
         folder = out / SILOS / name
@@ -127,8 +127,3 @@ def _by_flower(coordinator: Coordinator, silos: Mapping[str, Silo], callbacks: C
 
     coordinator.begin()
     simulate_rounds(coordinator.out, silos, on_reply=callbacks.on_reply, on_status=callbacks.on_status)
-
-
-def _randomness(config: FederateConfig) -> Randomness:
-    seed = config.run.insecure_seed
-    return SystemRandomness() if seed is None else SeededRandomness(seed)

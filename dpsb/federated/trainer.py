@@ -17,7 +17,7 @@ from dpsb.federated.messages import SUM, basis_digest
 from dpsb.federated.spec import PrivacyModel, RoundSpec
 from dpsb.losses import LossFn
 from dpsb.mechanism import Mechanism, clip_and_sum
-from dpsb.models import HEAD_NAMES
+from dpsb.models import in_head
 from dpsb.probe import Collate, Example, without_dropout
 from dpsb.randomness import Randomness
 from dpsb.sampling import length_buckets, poisson_draw
@@ -192,7 +192,7 @@ def local_optimizer(adapter: Adapter, spec: RoundSpec) -> torch.optim.Optimizer:
     """The optimizer of one round's local steps, its state new: post-processing of released gradients."""
     groups: dict[float, list[torch.nn.Parameter]] = {}
     for name, parameter in adapter.named_parameters():
-        rate = spec.head_learning_rate if set(name.split(".")) & set(HEAD_NAMES) else spec.learning_rate
+        rate = spec.head_learning_rate if in_head(name) else spec.learning_rate
         groups.setdefault(rate, []).append(parameter)
     parameters: Any = [{"params": members, "lr": rate} for rate, members in groups.items()]
     if spec.optimizer == "sgd":

@@ -38,7 +38,6 @@ _PATIENCE = 600.0
 def serve(
     silo: Silo,
     *,
-    turn: threading.Lock | None = None,
     on_ready: Callable[[], None] = lambda: None,
     on_reply: Callable[[Reply], None] = lambda _reply: None,
     stop: threading.Event | None = None,
@@ -52,7 +51,6 @@ def serve(
 
     Args:
       silo: With its folder.
-      turn: Held while a round is done: one for all silos that share a model.
       on_ready: Called when requests can come.
       on_reply: Told each reply, before it is sent.
       stop: Looked at between requests.
@@ -74,7 +72,7 @@ def serve(
             path.unlink()  # left by a worker that was killed
         else:
             raise WorkerError(f"A worker answers at {path} already.")
-    turn, stop = turn or threading.Lock(), stop or threading.Event()
+    stop = stop or threading.Event()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         _open_to(group, path, stat.S_IRUSR | stat.S_IWUSR, stat.S_IRGRP | stat.S_IWGRP)
@@ -90,14 +88,14 @@ def serve(
                 with connection:
                     connection.settimeout(_PATIENCE)
                     try:
-                        _answer(connection, silo, turn, on_reply)
+                        _answer(connection, silo, on_reply)
                     except (OSError, WireError, ChannelError):
                         continue  # the other side is gone, or speaks another language; nothing was charged for that
         finally:
             path.unlink(missing_ok=True)
 
 
-def _answer(connection: socket.socket, silo: Silo, turn: threading.Lock, on_reply: Callable[[Reply], None]) -> None:
+def _answer(connection: socket.socket, silo: Silo, on_reply: Callable[[Reply], None]) -> None:
     largest = sum(tensor.numel() * tensor.element_size() for tensor in silo.start.values()) + _SLACK
     kind, content = receive(connection, largest)
     if kind == NAME:
@@ -108,9 +106,8 @@ def _answer(connection: socket.socket, silo: Silo, turn: threading.Lock, on_repl
         message = unpack(content, silo.start)
         if not isinstance(message, RoundMessage):
             raise WireError("The request is no round.")
-        with turn:
-            reply = silo.answer(message)
-            on_reply(reply)
+        reply = silo.answer(message)
+        on_reply(reply)
         send(connection, ROUND, pack(reply))
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from dpsb.adapter import Basis, lora_layers
 from dpsb.basis.data_free import DATA_FREE
 from dpsb.layers import CoreUp
-from dpsb.models import HEAD_NAMES, add_lora
+from dpsb.models import add_lora, in_head
 from dpsb.trainer.arguments import PrivacyArguments
 from dpsb.trainer.refusals import TrainerArgumentError
 
@@ -95,7 +95,7 @@ def is_trained(model: nn.Module) -> bool:
 
 
 def _has_head(model: nn.Module) -> bool:
-    return any(set(name.split(".")) & set(HEAD_NAMES) for name, _ in model.named_modules())
+    return any(in_head(name) for name, _ in model.named_modules())
 
 
 def basis_of(model: nn.Module, privacy: PrivacyArguments, given: Basis | None) -> Basis:

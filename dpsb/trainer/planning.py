@@ -8,7 +8,7 @@ from typing import Any
 
 from dpsb.adapter import Adapter
 from dpsb.models import target_shapes
-from dpsb.plan import make_plan
+from dpsb.plan import differing, make_plan
 from dpsb.sampling import length_buckets
 from dpsb.trainer.arguments import PrivacyArguments
 from dpsb.trainer.examples import Form
@@ -57,11 +57,8 @@ def plan_of(
         details=_details(args, adapter, form, start_sha256),
     )
     if existing is not None and plan != existing:
-        mine, theirs = plan.to_json(), existing.to_json()
-        odd = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
-        raise TrainerRunError(
-            f"The arguments differ from the run's plan in {', '.join(odd)}; a plan cannot change on resume."
-        )
+        odd = ", ".join(differing(plan, existing))
+        raise TrainerRunError(f"The arguments differ from the run's plan in {odd}; a plan cannot change on resume.")
     return plan
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from dpsb.data import DataError
+from dpsb.reasons import kind_and_place
 
 _SPEAKERS = ("trl.trainer.sft_trainer", "trl.data_utils", "transformers.tokenization_utils_base")
 
@@ -60,8 +59,7 @@ def data_withheld() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("DPSB_TRACEBACK"):
             raise
-        last = traceback.extract_tb(error.__traceback__)[-1]
         raise DataError(
-            f"The data set cannot be tokenized ({type(error).__name__} at {Path(last.filename).name}:{last.lineno}). "
+            f"The data set cannot be tokenized ({kind_and_place(error)}). "
             "The message is withheld, because it may quote data; DPSB_TRACEBACK=1 shows it. Nothing was charged."
         ) from None

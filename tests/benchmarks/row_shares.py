@@ -22,7 +22,7 @@ from dpsb.basis.sources import batches_of
 from dpsb.capture import adapter_train_mode, per_example_gradients
 from dpsb.data import Collator, Columns, read_table, tokenize_classification
 from dpsb.losses import classification_loss
-from dpsb.models import HEAD_NAMES, add_lora, load_base
+from dpsb.models import HEAD_NAMES, add_lora, in_head, load_base
 
 
 def main() -> None:
@@ -44,12 +44,7 @@ def main() -> None:
         adapter = attach(model, basis, allow=HEAD_NAMES)
         model.train()
         adapter_train_mode(adapter)
-        heads = torch.cat(
-            [
-                torch.full((p.numel(),), not set(HEAD_NAMES).isdisjoint(n.split(".")))
-                for n, p in adapter.named_parameters()
-            ]
-        )
+        heads = torch.cat([torch.full((p.numel(),), in_head(n)) for n, p in adapter.named_parameters()])
         head, whole = [], []
         for batch in batches_of(second, collate, options.max_length, 2048):
             with per_example_gradients(adapter, len(batch["labels"])) as captured:

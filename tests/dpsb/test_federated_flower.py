@@ -35,9 +35,8 @@ def federation(tiny, tmp_path):
 
 def simulate(federation, silos, patience=60):
     with ExitStack() as stack:
-        turn = threading.Lock()
         for silo in silos:
-            stack.enter_context(at_work(silo, turn=turn))
+            stack.enter_context(at_work(silo))
         return subprocess.run(
             [*PROGRAM, str(federation.out), "token", str(patience)],
             capture_output=True,
@@ -115,9 +114,8 @@ def test_a_deployment_on_loopback(federation, tmp_path):
     make_certificates(out / TLS, ["localhost", "127.0.0.1"], days=2)
     silos = federation.silos()
     with ExitStack() as stack:
-        turn = threading.Lock()
         for name, silo in silos.items():
-            stack.enter_context(at_work(silo, turn=turn))
+            stack.enter_context(at_work(silo))
             (out / NODES).mkdir(exist_ok=True)
             (out / NODES / f"{name}.pub").write_bytes(make_node_key(silo.folder))
             shutil.copy(out / TLS / "ca.pem", silo.folder / "ca.pem")

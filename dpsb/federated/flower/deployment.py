@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dpsb.federated.channel import WorkerError
 from dpsb.federated.flower.app import write_app
-from dpsb.federated.flower.keys import CA, CERTIFICATE, KEY, NODE_KEY, make_certificates
+from dpsb.federated.flower.keys import CA, CA_KEY, CERTIFICATE, KEY, NODE_KEY, make_certificates
 from dpsb.federated.flower.processes import checked, environment, program, running, supervised
 from dpsb.federated.flower.server_app import ended
 from dpsb.federated.server import ServerError, load_state
@@ -42,14 +42,7 @@ def superlink(out: Path, host: str, port: int) -> Iterator[Path]:
     )
     command = [
         *(program("flower-superlink"), "--host", host, "--port", str(port), "--isolation", "subprocess"),
-        *(
-            "--ssl-ca-certfile",
-            str(tls / CA),
-            "--ssl-certfile",
-            str(tls / CERTIFICATE),
-            "--ssl-keyfile",
-            str(tls / KEY),
-        ),
+        *_certificates(tls),
         *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
         *("--database", str((flower / "superlink.db").resolve())),
     ]
@@ -115,22 +108,21 @@ def supernode(
     flower, tls = folder / FLOWER, folder / FLOWER / TLS
     flower.mkdir(mode=0o700, parents=True, exist_ok=True)
     make_certificates(tls, LOOPBACK, days=3650)
-    (tls / "ca.key").unlink(missing_ok=True)
+    (tls / CA_KEY).unlink(missing_ok=True)
     command = [
         *(program("flower-supernode"), "--superlink", server, "--root-certificates", str(folder / CA)),
         *("--auth-supernode-private-key", str(folder / NODE_KEY)),
         *("--node-config", f'silo-folder="{silo_folder.resolve()}"', "--isolation", "subprocess"),
         *("--host", "127.0.0.1", "--port", str(port)),
-        *(
-            "--ssl-ca-certfile",
-            str(tls / CA),
-            "--ssl-certfile",
-            str(tls / CERTIFICATE),
-            "--ssl-keyfile",
-            str(tls / KEY),
-        ),
+        *_certificates(tls),
     ]
     supervised(command, environment(flower), flower / "supernode.log", stop=stop, on_restart=on_restart)
+
+
+def _certificates(tls: Path) -> list[str]:
+    """The options with which a program serves over TLS."""
+    files = (("ca-certfile", CA), ("certfile", CERTIFICATE), ("keyfile", KEY))
+    return [part for option, name in files for part in (f"--ssl-{option}", str(tls / name))]
 
 
 def _wait_for(flower: Path, alive: Callable[[], bool]) -> None:

@@ -51,18 +51,18 @@ def simulate_rounds(
 
 @contextmanager
 def workers(silos: Mapping[str, Silo], on_reply: Callable[[Reply], None] = lambda _reply: None) -> Iterator[None]:
-    """The silos' workers, a thread each; one round at a time, because they share a model.
+    """The silos' workers, a thread each; one round at a time where they share a model.
 
     Raises:
       WorkerError: If one cannot start.
     """
-    turn, stop = threading.Lock(), threading.Event()
+    stop = threading.Event()
     failed: list[BaseException] = []
     threads = []
 
     def work(silo: Silo, ready: threading.Event) -> None:
         try:
-            serve(silo, turn=turn, on_ready=ready.set, stop=stop, on_reply=on_reply)
+            serve(silo, on_ready=ready.set, stop=stop, on_reply=on_reply)
         except BaseException as error:  # noqa: BLE001 - told below
             failed.append(error)
             ready.set()

@@ -19,6 +19,7 @@ from dpsb.federated.config import FederateConfig, config_from_json
 from dpsb.federated.coordinator import Coordinator
 from dpsb.federated.flower.deployment import LOOPBACK, NODES, TLS, register, run_rounds, superlink, supernode
 from dpsb.federated.flower.keys import CA, make_certificates, make_node_key
+from dpsb.federated.local import LocalTransport
 from dpsb.federated.messages import Reply
 from dpsb.federated.report import REPORT_NAME, Federation, federation_report
 from dpsb.federated.server import ServerError
@@ -46,13 +47,6 @@ port = {port}  # of the SuperNode's own interface, on loopback only
 """
 
 Status = Callable[[str], None]
-
-
-class _Idle:
-    """The transport of a coordinator that only begins a run."""
-
-    def send(self, _messages: Sequence[Any]) -> list[Reply]:
-        return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +101,7 @@ def initialize(config: FederateConfig, hosts: Sequence[str], port: int, on_statu
     built = build_without_data(config, out, on_status)
     on_status("calibrating the silos' noise")
     terms, policies = terms_of(config, sizes)
-    Coordinator(out, terms, built.trainer.start, built.trainer.basis_sha256, _Idle()).begin()
+    Coordinator(out, terms, built.trainer.start, built.trainer.basis_sha256, LocalTransport({})).begin()
     make_certificates(out / TLS, list(dict.fromkeys((*hosts, *LOOPBACK))), _DAYS)  # the server asks its own SuperLink
     (out / NODES).mkdir()
     for number, (name, policy) in enumerate(policies.items()):

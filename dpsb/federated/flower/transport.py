@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from dpsb.federated.channel import WorkerError
 from dpsb.federated.flower.client_app import RECORD, content_of
 from dpsb.federated.messages import Refusal, Reply, RoundMessage, Update
-from dpsb.federated.wire import WireError, framing_bytes, pack, unpack
+from dpsb.federated.wire import WireError, pack, unpack
 
 _PAUSE = 1.0
 
@@ -35,7 +35,6 @@ class FlowerTransport:
     ) -> None:
         self._grid, self._silos, self._timeout, self._on_reply = grid, tuple(silos), timeout, on_reply
         self._nodes: dict[str, int] = {}
-        self.framing_up, self.framing_down = 0, 0
 
     def find(self, patience: float) -> tuple[str, ...]:
         """Asks the nodes for their silos' names until all are there, or ``patience`` seconds are over.
@@ -67,7 +66,6 @@ class FlowerTransport:
             self.find(0.0)
         packed = {message.silo: pack(message) for message in messages if message.silo in self._nodes}
         likes = {message.silo: message.theta for message in messages}
-        self.framing_down += sum(framing_bytes(content) for content in packed.values())
         contents: dict[int, Mapping[str, str | bytes]] = {
             self._nodes[silo]: {"ask": "round", "content": content} for silo, content in packed.items()
         }
@@ -78,7 +76,6 @@ class FlowerTransport:
             except WireError:
                 continue  # as good as lost
             if isinstance(reply, (Update, Refusal)) and reply.silo == owners[node]:
-                self.framing_up += framing_bytes(content)
                 self._on_reply(reply)
                 yield reply
 
