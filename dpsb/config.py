@@ -48,6 +48,8 @@ class RunConfig:
       auto_clip: AUTO-S instead of flat clipping.
       adaptive_clip: Let C follow this quantile of the rows' norms, privately: each step also releases a noisy count,
         which the plan's event accounts for. C is then where it starts.
+      head_share: Share of C squared that is the classification head's own: head and adapter are then clipped apart, so
+        that neither crowds out the other. By default a row is clipped as a whole.
       unit_column: Protect people, not examples: the column that says whose an example is. N then counts people.
       examples_per_unit: With ``unit_column``: at most so many examples of a person are read in a step.
       method: ``"sb"`` (this package's R-only), or a baseline: see ``dpsb.baselines.methods``.
@@ -109,6 +111,7 @@ class RunConfig:
     l2_clip_norm: float = 1.0
     auto_clip: bool = False
     adaptive_clip: float | None = None
+    head_share: float | None = None
     unit_column: str | None = None
     examples_per_unit: int = 4
     method: str = "sb"
@@ -166,6 +169,7 @@ class RunConfig:
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"Expected {name}={getattr(self, name)!r} to be one of {', '.join(allowed)}.")
         self._check_numbers()
+        self._check_head_share()
         if self.targets.startswith("re:"):
             try:
                 re.compile(self.targets.removeprefix("re:"))
@@ -209,6 +213,17 @@ class RunConfig:
             raise ConfigError(
                 f"adaptive_clip={self.adaptive_clip!r} goes neither with auto_clip (one rule for C) nor with the "
                 "optimizer 'adam-corrected' (which needs noise that stays the same)."
+            )
+
+    def _check_head_share(self) -> None:
+        if self.head_share is None:
+            return
+        if not 0 < self.head_share < 1:
+            raise ConfigError(f"Expected head_share={self.head_share!r} between 0 and 1.")
+        if self.task != "classification" or self.method == "head-only" or self.adaptive_clip is not None:
+            raise ConfigError(
+                f"head_share={self.head_share!r} is for a classification head that is trained beside an adapter, "
+                "without adaptive_clip."
             )
 
     def _check_method(self) -> None:

@@ -7,9 +7,9 @@ ledger *before* their data is drawn (``dpsb.train``), so nothing here needs to k
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,7 @@ _GRID_BITS = 20
 _SMALLEST_NOISE = 1e-100
 _CHUNK_NUMBERS = 1 << 23
 _LARGEST_CLIP_NORM = 1e12
+_ROUNDING = 2.0**-50
 
 
 def clip_and_sum(rows: torch.Tensor, l2_clip_norm: float, clipping: str = "flat") -> torch.Tensor:
@@ -162,6 +163,48 @@ def centred_count(rows: torch.Tensor, l2_clip_norm: float) -> torch.Tensor:
     return total
 
 
+class ClipPart(NamedTuple):
+    """Neighbouring numbers of a row that are clipped together: how many, and what share of C squared is theirs."""
+
+    size: int
+    share: float
+
+
+def clip_and_sum_parts(
+    rows: torch.Tensor, l2_clip_norm: float, clipping: str, parts: Sequence[ClipPart]
+) -> torch.Tensor:
+    r"""As :func:`clip_and_sum`, each part of a row in a ball of its own.
+
+    Part k of a row is clipped to :math:`C\sqrt{s_k}`. With :math:`\sum_k s_k \le 1` the whole row then lies in the
+    ball of radius C, whatever its parts are, so sensitivity and noise are those of :func:`clip_and_sum`.
+
+    Args:
+      rows: Shape ``(n, d)``. Sensitive.
+      l2_clip_norm: C. Public.
+      clipping: ``"flat"`` or ``"automatic"``, within each part. Public.
+      parts: Sizes that sum to d and shares. Public.
+
+    Returns:
+      The sum, shape ``(d,)``, float64. Still sensitive. A row with a NaN or an infinity anywhere contributes zero.
+
+    Raises:
+      ValueError: If the sizes do not sum to d.
+
+    References:
+      McMahan et al. (2018), arXiv:1710.06963, Section 2.3 (per-layer clipping).
+    """
+    if sum(part.size for part in parts) != rows.shape[1]:
+        raise ValueError(f"Expected the sizes of the clipped parts {list(parts)} to sum to {rows.shape[1]}.")
+    rows = torch.where(torch.isfinite(rows).all(dim=1, keepdim=True), rows, 0.0)
+    split = rows.split([part.size for part in parts], dim=1)
+    return torch.cat(
+        [
+            clip_and_sum(piece, l2_clip_norm * math.sqrt(part.share), clipping)
+            for piece, part in zip(split, parts, strict=True)
+        ]
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mechanism:
     """Gaussian mechanism on a clipped sum, as the plan fixes it.
@@ -173,6 +216,7 @@ class Mechanism:
       adaptive: For ``"adaptive"``: flat clipping at a C that moves; the vectors then have a count at their end.
       row_scale: Public positive constants, shape ``(d,)``: every row is multiplied by them *before* it is clipped, so
         what is released is a noisy sum of scaled rows, with the sensitivity and noise that it has without.
+      parts: Numbers of a row that are clipped apart; none: the whole row at once.
     """
 
     l2_clip_norm: float
@@ -180,12 +224,22 @@ class Mechanism:
     clipping: str
     adaptive: AdaptiveClip | None = None
     row_scale: torch.Tensor | None = None
+    parts: tuple[ClipPart, ...] = ()
 
     def __post_init__(self) -> None:
         if self.row_scale is not None and not bool((torch.isfinite(self.row_scale) & (self.row_scale > 0)).all()):
             raise ValueError("Expected every number of row_scale to be positive and finite.")
         if (self.adaptive is not None) != (self.clipping == "adaptive"):
             raise ValueError(f"Expected adaptive={self.adaptive!r} to be given exactly for clipping 'adaptive'.")
+        if self.parts and (
+            self.clipping not in ("flat", "automatic")
+            or not all(part.size > 0 and part.share > 0 for part in self.parts)
+            or not math.fsum(part.share for part in self.parts) <= 1 + _ROUNDING
+        ):
+            raise ValueError(
+                f"Expected parts={list(self.parts)} to have positive sizes and positive shares that sum to at most 1, "
+                f"and clipping={self.clipping!r} to be 'flat' or 'automatic' beside them."
+            )
         if self.clipping != "none" and not _SMALLEST_NOISE < self.noise_std < 1 / _SMALLEST_NOISE:
             raise ValueError(
                 f"Expected noise_multiplier={self.noise_multiplier!r} times l2_clip_norm={self.l2_clip_norm!r} to be "
@@ -202,6 +256,7 @@ class Mechanism:
             noise_multiplier=adaptive.gradient_noise_multiplier(noise_multiplier) if adaptive else noise_multiplier,
             clipping=plan.clipping,
             adaptive=adaptive,
+            parts=_parts_of(plan),
         )
 
     @property
@@ -220,6 +275,8 @@ class Mechanism:
         """
         if self.row_scale is not None:
             rows = rows.to(torch.float64) * self.row_scale
+        if self.parts:
+            return clip_and_sum_parts(rows, self.l2_clip_norm, self.clipping, self.parts)
         if self.adaptive is None:
             return clip_and_sum(rows, self.l2_clip_norm, self.clipping)
         total = clip_and_sum(rows, self.l2_clip_norm, "flat")
@@ -277,3 +334,13 @@ class Mechanism:
         noisy = total + self.noise_std * randomness.normal(total.numel()).to(total.device)
         grid = 2.0 ** (math.floor(math.log2(self.noise_std)) - _GRID_BITS)
         return torch.round(noisy / grid) * grid
+
+
+def _parts_of(plan: Plan) -> tuple[ClipPart, ...]:
+    facts: Any = plan.details.get("clip_parts", ())
+    try:
+        return tuple(ClipPart(int(fact["size"]), float(fact["share"])) for fact in facts)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"Expected the plan's details to hold clip_parts with size and share each, got {facts!r}."
+        ) from None

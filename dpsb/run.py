@@ -28,6 +28,7 @@ from dpsb.data import (
 )
 from dpsb.evaluate import evaluate
 from dpsb.frozen_prefix import remember_frozen_prefix
+from dpsb.head_share import clip_parts
 from dpsb.losses import LossFn
 from dpsb.models import (
     HEAD_NAMES,
@@ -137,7 +138,7 @@ def fine_tune(
         adapter = attach_again(model, start, existing)
     callbacks.on_status("making the plan")
     provenance = adapter.provenance if planned is None else planned.provenance
-    plan = _plan(config, model, prepared, provenance, planned.phases if planned else (), start, existing)
+    plan = _plan(config, adapter, prepared, provenance, planned.phases if planned else (), start, existing)
     callbacks.on_plan(plan)
     synthetic, randomness = synthetic_of(config, base, tokenizer, prepared), randomness_of(config)
     remembered = remember_frozen_prefix(model) if config.remember_frozen_blocks else nullcontext()
@@ -255,7 +256,7 @@ def _delta(config: RunConfig, prepared: Prepared) -> float:
 
 def _plan(
     config: RunConfig,
-    model: Any,
+    adapter: Adapter,
     prepared: Prepared,
     provenance: Provenance,
     before: tuple[Phase, ...],
@@ -279,7 +280,7 @@ def _plan(
         basis=provenance.to_json(),
         released_before=before if existing is None else existing.phases[: existing.phases.index(existing.train)],
         noise_multiplier=existing.noise_multiplier if existing is not None and existing.is_private else None,
-        details=run_details(config, model, prepared, start),
+        details={**run_details(config, adapter.model, prepared, start), **_clip_parts(config, adapter)},
     )
     share = existing.details.get("basis_budget") if existing is not None else realised_share(plan)
     if share is not None:
@@ -288,6 +289,13 @@ def _plan(
         odd = ", ".join(differing(plan, existing))
         raise RunError(f"The settings differ from the run's plan in {odd}; a plan cannot change on resume.")
     return plan
+
+
+def _clip_parts(config: RunConfig, adapter: Adapter) -> dict[str, Any]:
+    """How rows are divided where head and adapter are clipped apart; nothing for a run without clipping."""
+    if config.head_share is None or math.isinf(config.epsilon):
+        return {}
+    return {"clip_parts": clip_parts(adapter, config.head_share)}
 
 
 def run_details(config: RunConfig, model: Any, prepared: Prepared, start: bytes) -> dict[str, Any]:

@@ -175,6 +175,13 @@ def train(
             help="Public file with rows of the run's labels: the head starts as a logistic regression on them.",
         ),
     ] = None,
+    head_share: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel="Privacy",
+            help="Clip the classification head and the adapter apart: the head's share of the squared clip norm.",
+        ),
+    ] = None,
     precondition: Annotated[
         str | None,
         typer.Option(

@@ -25,6 +25,7 @@ class PrivacyArguments:
       l2_clip_norm: C, to which the gradient of each example is clipped.
       auto_clip: AUTO-S instead of flat clipping.
       adaptive_clip: Let C follow this quantile of the norms, privately.
+      head_share: Share of C squared that is the classification head's own (``dpsb.head_share``).
       neighboring: As for :func:`dpsb.make_plan`; by default the strongest relation that holds.
       basis: ``"weight"``, ``"random"``, ``"complementary"`` or ``"hadamard"``. One from public data is an argument of
         the Trainer (``basis=``); those that read private data are for ``dpsb train``.
@@ -50,6 +51,7 @@ class PrivacyArguments:
     l2_clip_norm: float = 1.0
     auto_clip: bool = False
     adaptive_clip: float | None = None
+    head_share: float | None = None
     neighboring: str | None = None
     basis: str = "weight"
     rank: int | None = None
@@ -77,6 +79,11 @@ class PrivacyArguments:
         if self.adaptive_clip is not None and (self.auto_clip or not 0 < self.adaptive_clip < 1):
             raise ValueError(
                 f"Expected adaptive_clip={self.adaptive_clip!r} between 0 and 1, and auto_clip={self.auto_clip!r} to "
+                "be left out beside it."
+            )
+        if self.head_share is not None and (self.adaptive_clip is not None or not 0 < self.head_share < 1):
+            raise ValueError(
+                f"Expected head_share={self.head_share!r} between 0 and 1, and adaptive_clip={self.adaptive_clip!r} to "
                 "be left out beside it."
             )
         if self.basis not in DATA_FREE_BASES:

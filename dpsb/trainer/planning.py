@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsb.adapter import Adapter
+from dpsb.head_share import clip_parts
 from dpsb.models import target_shapes
 from dpsb.plan import differing, make_plan
 from dpsb.sampling import length_buckets
@@ -40,6 +41,7 @@ def plan_of(
       TrainerRunError: If ``existing`` is another plan; the message names what differs.
     """
     stepwise = args.max_steps > 0
+    parts = {} if privacy.head_share is None else {"clip_parts": clip_parts(adapter, privacy.head_share)}
     plan = make_plan(
         epsilon=privacy.epsilon,
         delta=privacy.delta,
@@ -54,7 +56,7 @@ def plan_of(
         adaptive_quantile=privacy.adaptive_clip or 0.5,
         basis=adapter.provenance.to_json(),
         noise_multiplier=None if existing is None else existing.noise_multiplier,
-        details=_details(args, adapter, form, start_sha256),
+        details={**_details(args, adapter, form, start_sha256), **parts},
     )
     if existing is not None and plan != existing:
         odd = ", ".join(differing(plan, existing))

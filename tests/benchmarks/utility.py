@@ -9,6 +9,7 @@ Start it again to go on: finished runs are kept, and an arm or a data set can be
 Writes `utility.csv` (a row for every run) and `utility.md` (mean and standard deviation) into --out. Reads NAME.parquet
 from --data-dir, with the columns text or text_a and text_b, label and split.
 
+With --head-share every row's head and adapter are clipped apart, in all arms that have both.
 Arms with a public set use 512 further rows of the same task ("near") or rows of another task ("far").
 """
 
@@ -115,13 +116,16 @@ def sweep(
     command = [
         *(sys.executable, "-m", "dpsb.cli", "curve", "--out", str(out), "--model", "minilm"),
         *("--data", str(parts["private"]), "--eval-data", str(parts["test"]), "--labels", ",".join(labels)),
-        *("--validation-data", str(parts["validation"]), "--methods", arm, "--epsilons", epsilon),
+        *("--methods", arm, "--epsilons", epsilon),
         *("--learning-rates", rates, "--repeats", str(options.repeats), "--delta", "1e-5"),
         *("--steps", str(options.steps), "--expected-batch-size", str(options.batch), "--auto-clip"),
         *("--max-length", str(task.max_length), "--targets", TARGETS[options.targets], "--rank", str(options.rank)),
         *("--token-budget", "2048", "--processes", str(options.processes), "--allow-non-private-basis", "--json"),
     ]
+    if "|" in rates:
+        command += ["--validation-data", str(parts["validation"])]
     if arm != HEAD:
+        command += ["--head-share", options.head_share] if options.head_share else []
         command += ["--head-lr", repr(chosen_rate(options.out, task.name, HEAD))]
         command += ["--remember-frozen-blocks"] if options.targets != "all" else []
     if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
@@ -187,6 +191,7 @@ def main() -> None:
     parser.add_argument(
         "--tuned-at", choices=EPSILONS, default="3", help="epsilon at which rates are chosen; default 3"
     )
+    parser.add_argument("--head-share", help="clip head and adapter apart; by default a row is clipped as a whole")
     parser.add_argument("--only-tuned", action="store_true", help="the epsilon of --tuned-at only")
     for name, value in (("repeats", 3), ("steps", 40), ("batch", 256), ("rank", 16), ("processes", 2)):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
