@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,16 @@ from dpsb_accounting import Ledger, Plan
 _NUMBERS_IN_FLIGHT = 1 << 22
 
 
+class Sharing(Protocol):
+    """Other processes that take a part of each step, seen from the one that leads (:mod:`dpsb.distributed`)."""
+
+    def clipped_sum(self, number: int, mechanism: Mechanism, draw: np.ndarray) -> torch.Tensor:
+        """The clipped sum over rows of the data set, made together. Sensitive in, sensitive out."""
+
+    def forward_passes(self, count: int) -> None:
+        """Tells the others that the probe batch is about to pass through the model so many times."""
+
+
 def charged_sum(
     adapter: Adapter,
     dataset: Sequence[Any],
@@ -34,6 +44,7 @@ def charged_sum(
     randomness: Randomness,
     *,
     others: int = 0,
+    team: Sharing | None = None,
 ) -> tuple[int, torch.Tensor, np.ndarray]:
     """Charges a step of the ledger's plan, then draws it and sums its clipped rows: all that comes before the noise.
 
@@ -53,6 +64,8 @@ def charged_sum(
         draw = poisson_draw(num_rows + others, plan.sampling_prob, randomness)
         drawn: Any = [dataset[int(i)] for i in draw if i < num_rows]
         planted = draw[len(drawn) :] - num_rows
+        if team is not None:
+            return number, team.clipped_sum(number, mechanism, draw[: len(drawn)]), planted
         if most is not None:
             drawn = [[unit[j] for j in choose(len(unit), most, randomness)] for unit in drawn]
         summed = clipped_sum if most is None else clipped_sum_of_units
@@ -85,7 +98,7 @@ def clipped_sum(
     total = mechanism.zeros(adapter.dimension, _device(adapter))
     lengths = padded_lengths(examples, buckets)
     for positions, length in microbatches(np.arange(len(examples)), lengths, token_budget):
-        total += _reduced(
+        total += reduced(
             adapter, loss_fn, collate, examples, positions, length, lambda rows, _: mechanism.clip_and_sum(rows)
         )
     return total
@@ -116,7 +129,7 @@ def clipped_sum_of_units(
         for positions, length in microbatches(
             np.arange(len(examples)), padded_lengths(examples, buckets), token_budget
         ):
-            means += _reduced(adapter, loss_fn, collate, examples, positions, length, add)
+            means += reduced(adapter, loss_fn, collate, examples, positions, length, add)
         means /= torch.bincount(owners, minlength=len(group)).clamp(min=1).to(total.device)[:, None]
         total += mechanism.clip_and_sum(means)
     return total
@@ -127,7 +140,7 @@ def _summed_by_unit(owners: torch.Tensor, num_units: int, rows: torch.Tensor, po
     return sums.index_add_(0, owners[torch.from_numpy(positions).to(owners.device)], rows.to(torch.float64))
 
 
-def _reduced(
+def reduced(
     adapter: Adapter,
     loss_fn: LossFn,
     collate: Collate,
@@ -135,8 +148,13 @@ def _reduced(
     positions: np.ndarray,
     padded_length: int,
     reduce: Callable[[torch.Tensor, np.ndarray], torch.Tensor],
+    *,
+    halve: bool = True,
 ) -> torch.Tensor:
-    """``reduce(rows, positions)`` of one microbatch; halves it, and adds both, while memory runs out."""
+    """``reduce(rows, positions)`` of one microbatch; halves it, and adds both, while memory runs out.
+
+    Without ``halve`` running out is an error at once, as where other processes count on this one's passes.
+    """
     try:
         with per_example_gradients(adapter, len(positions)) as rows:
             batch = collate([examples[int(i)] for i in positions], padded_length)
@@ -145,14 +163,16 @@ def _reduced(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        if not halve:
+            raise
         if len(positions) == 1:
             raise StepMemoryError(
                 "Out of memory on a single example. The step is charged. Lower max_length, or resume on a machine "
                 "with more memory."
             ) from None
     half = len(positions) // 2
-    first = _reduced(adapter, loss_fn, collate, examples, positions[:half], padded_length, reduce)
-    return first + _reduced(adapter, loss_fn, collate, examples, positions[half:], padded_length, reduce)
+    first = reduced(adapter, loss_fn, collate, examples, positions[:half], padded_length, reduce)
+    return first + reduced(adapter, loss_fn, collate, examples, positions[half:], padded_length, reduce)
 
 
 def _device(adapter: Adapter) -> torch.device:

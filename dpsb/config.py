@@ -90,6 +90,7 @@ class RunConfig:
       token_budget: Tokens per microbatch: memory and speed only.
       remember_frozen_blocks: Run the blocks below the lowest trained one once per example and keep what they return in
         memory: speed and memory only.
+      shard_base: Under torchrun: cut the frozen weights over the processes (FSDP2) instead of a copy on each of them.
       checkpoint_every: Steps between checkpoints.
       allow_dropout: Leave the model's dropout on.
       part_of_sweep: The run is one of several on the same data (``dpsb curve``); its report says so.
@@ -148,6 +149,7 @@ class RunConfig:
     tokens_per_example: int | None = None
     token_budget: int = 4096
     remember_frozen_blocks: bool = False
+    shard_base: bool = False
     checkpoint_every: int = 25
     allow_dropout: bool = False
     part_of_sweep: bool = False
@@ -235,6 +237,8 @@ class RunConfig:
             raise ConfigError(f"method={self.method!r} has no basis to choose, got basis={self.basis!r}.")
         if self.remember_frozen_blocks and self.allow_dropout:
             raise ConfigError("remember_frozen_blocks does not go with allow_dropout: it would remember a mask too.")
+        if self.shard_base and self.remember_frozen_blocks:
+            raise ConfigError("shard_base does not go with remember_frozen_blocks: every pass must be everybody's.")
         if method.kind == "model" and self.dtype != "float32":
             raise ConfigError(
                 f"method={self.method!r} trains the model's own tensors, so dtype={self.dtype!r} must be float32."

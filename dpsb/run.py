@@ -10,11 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dpsb.adapter import Adapter, Provenance, attach, lora_layers
 from dpsb.artifacts import save_run
-from dpsb.baselines.build import adapt, add_method, lora_xs
+from dpsb.baselines.build import adapt, lora_xs
 from dpsb.baselines.methods import method_named
 from dpsb.basis.budget import realised_share
 from dpsb.basis.release import PrivateExamples
@@ -24,29 +22,26 @@ from dpsb.checkpoint import remove_checkpoint
 from dpsb.config import ConfigError, RunConfig
 from dpsb.data import (
     Collator,
-    read_table,
 )
-from dpsb.evaluate import evaluate
+from dpsb.distributed.assist import lead
+from dpsb.distributed.team import Team
 from dpsb.frozen_prefix import remember_frozen_prefix
 from dpsb.head_share import clip_parts
+from dpsb.inputs import read_inputs
 from dpsb.losses import LossFn
 from dpsb.models import (
     HEAD_NAMES,
     MeanPooledClassifier,
-    add_lora,
-    load_base,
     target_shapes,
 )
 from dpsb.optimizers import make_optimizer
 from dpsb.plan import differing, make_plan, relation_for
-from dpsb.precondition import public_row_scale
-from dpsb.prepare import Prepared, input_shape, labels_of, loss_of, losses_by_example, prepare, synthetic_of, targets_of
+from dpsb.prepare import Prepared, input_shape, losses_by_example
 from dpsb.randomness import Randomness, SeededRandomness, SystemRandomness
 from dpsb.sampling import length_buckets
 from dpsb.selftest.start import check_before_run
 from dpsb.start import START_NAME, attach_again, cut_off, digest, read_start, start_of
 from dpsb.train import Knobs, Progress, fit
-from dpsb.warm_start import warm_start
 from dpsb_accounting import Ledger, LedgerError, Phase, Plan, Report, make_report
 from dpsb_accounting.files import write_whole
 
@@ -89,6 +84,7 @@ def fine_tune(
     resume: bool = False,
     callbacks: Callbacks = Callbacks(),
     audit: CanaryAudit | None = None,
+    team: Team | None = None,
 ) -> Run:
     """Runs or resumes a private fine-tune and writes its folder.
 
@@ -100,6 +96,7 @@ def fine_tune(
       resume: Continue the run in ``config.out``; T minus the charged steps are left.
       callbacks: Where progress goes.
       audit: Canaries to put in. The run is then there to be audited: it is tainted and cannot be resumed.
+      team: Processes that share the work; this one leads, the others call :func:`dpsb.distributed.assist.assist`.
 
     Returns:
       :class:`Run`.
@@ -111,17 +108,9 @@ def fine_tune(
     out = Path(config.out)
     _check_folder(out, resume)
     callbacks.on_status("reading data and model")
-    dtype = getattr(torch, config.dtype)
-    table = read_table(config.data)
-    labels, origin = labels_of(config, table)
-    base, tokenizer = load_base(
-        config.model, config.task, labels, dtype=dtype, pooling=config.pooling, head_init_std=config.head_init_std
-    )
-    prepared = prepare(config, table, base, tokenizer, labels, origin)
-    method = method_named(config.method)
-    collate = Collator(tokenizer.pad_token_id, "cuda" if torch.cuda.is_available() else "cpu")
-    model = _adapted(config, base.to(collate.device), prepared, collate, resume)
-    loss_fn = loss_of(config)
+    inputs = read_inputs(config, warm=not resume)
+    base, tokenizer, prepared, model = inputs.base, inputs.tokenizer, inputs.prepared, inputs.model
+    collate, loss_fn, method = inputs.collate, inputs.loss_fn, method_named(config.method)
 
     existing = Ledger.read(out / LEDGER_NAME).plan if resume else None
     planned: Planned | None = None
@@ -140,7 +129,7 @@ def fine_tune(
     provenance = adapter.provenance if planned is None else planned.provenance
     plan = _plan(config, adapter, prepared, provenance, planned.phases if planned else (), start, existing)
     callbacks.on_plan(plan)
-    synthetic, randomness = synthetic_of(config, base, tokenizer, prepared), randomness_of(config)
+    synthetic, randomness = inputs.synthetic(), randomness_of(config)
     remembered = remember_frozen_prefix(model) if config.remember_frozen_blocks else nullcontext()
     with remembered, _open_ledger(config, resume, out, plan, start) as ledger:
         if plan.basis["access"] == "released":
@@ -169,6 +158,8 @@ def fine_tune(
         callbacks.on_status("checking the model on synthetic examples")
         if plan.is_private:
             check_before_run(adapter, loss_fn, collate, synthetic, prepared.max_length, config.token_budget)
+        scale = inputs.row_scale(adapter)
+        leader = None if team is None else lead(team, config, plan, adapter, inputs, synthetic, scale)
         fit(
             adapter,
             units,
@@ -182,44 +173,24 @@ def fine_tune(
             knobs=Knobs(token_budget=config.token_budget, checkpoint_every=config.checkpoint_every),
             randomness=randomness,
             allow_dropout=config.allow_dropout,
-            row_scale=_row_scale(config, adapter, prepared, collate, loss_fn),
+            row_scale=scale,
             canaries=None if audit is None else audit.rows,
+            team=leader,
             on_step=callbacks.on_step,
         )
+        if leader is not None:
+            leader.stop()
         if audit is not None:
             audit.finish(losses, prepared.members, prepared.held_out)
         held_out: dict[str, float] = {}
         if prepared.held_out is not None:
             callbacks.on_status("evaluating on held-out data")
-            held_out = evaluate(
-                model, prepared.held_out, config.task, collate, prepared.max_length, config.token_budget
-            )
+            held_out = inputs.metrics()
         metrics = {name: value if math.isfinite(value) else str(value) for name, value in held_out.items()}  # JSON
         report = make_report(ledger, held_out=metrics or None)
         files = save_run(out, adapter, report, ledger, tokenizer)
         _remove_resumable(out)
     return Run(out, report, held_out, files)
-
-
-def _adapted(config: RunConfig, base: Any, prepared: Prepared, collate: Collator, resume: bool) -> Any:
-    """The base model with what its method trains; its head warm, if it is to be, unless the run's start is on disk."""
-    if prepared.warm_start and not resume:
-        warm_start(base, prepared.warm_start, collate, prepared.max_length, config.token_budget)
-    method, targets = method_named(config.method), targets_of(config.targets)
-    if method.kind == "cores":
-        model: Any = add_lora(base, config.task, config.rank, targets)
-    else:
-        model = add_method(base, method, config.task, config.rank, targets)
-    return model.to(collate.device)
-
-
-def _row_scale(
-    config: RunConfig, adapter: Adapter, prepared: Prepared, collate: Collator, loss_fn: LossFn
-) -> torch.Tensor | None:
-    if not prepared.precondition:
-        return None
-    budget = config.token_budget
-    return public_row_scale(adapter, loss_fn, prepared.precondition, collate, prepared.max_length, budget)
 
 
 def _remove_resumable(out: Path) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from dpsb.adapter import Adapter, set_gradient
 from dpsb.capture import adapter_train_mode
 from dpsb.checkpoint import load_checkpoint, save_checkpoint, saved_clip_norm
-from dpsb.clipped_sums import charged_sum, examples_per_unit
+from dpsb.clipped_sums import Sharing, charged_sum, examples_per_unit
 from dpsb.frozen_prefix import whole_model
 from dpsb.losses import LossFn
 from dpsb.mechanism import Mechanism
@@ -84,6 +84,7 @@ def fit(
     allow_dropout: bool = False,
     row_scale: torch.Tensor | None = None,
     canaries: Canaries | None = None,
+    team: Sharing | None = None,
     on_step: Callable[[Progress], None] = lambda _progress: None,
 ) -> None:
     r"""Trains theta under the ledger's plan; every step is on disk before its data is drawn.
@@ -116,6 +117,7 @@ def fit(
         gets the gradient in that scale (``dpsb.precondition``).
       canaries: Rows that stand for no example, to audit the mechanism (``dpsb.canaries``). They are drawn, clipped and
         summed like any others, and taint the run.
+      team: Other processes that take a part of each step (:mod:`dpsb.distributed`).
       on_step: Called after every step with public numbers.
 
     Raises:
@@ -146,6 +148,7 @@ def fit(
         allow_dropout=allow_dropout,
         row_scale=row_scale,
         canaries=canaries,
+        team=team,
         base_rates=base_rates,
         moved_clip_norm=moved,
     )
@@ -173,6 +176,7 @@ def private_steps(
     allow_dropout: bool = False,
     row_scale: torch.Tensor | None = None,
     canaries: Canaries | None = None,
+    team: Sharing | None = None,
     base_rates: Sequence[float] | None = None,
     moved_clip_norm: float | None = None,
 ) -> Generator[tuple[Progress, float | None], None, None]:
@@ -183,7 +187,7 @@ def private_steps(
 
     Args:
       adapter, dataset, ledger, optimizer, loss_fn, collate, synthetic, max_length, schedule: As for :func:`fit`.
-      token_budget, randomness, allow_dropout, row_scale, canaries: As for :func:`fit`.
+      token_budget, randomness, allow_dropout, row_scale, canaries, team: As for :func:`fit`.
       base_rates: Learning rate of every parameter group, which ``schedule`` multiplies; by default the present ones.
       moved_clip_norm: Where an adaptive C stood when the run was interrupted.
 
@@ -199,7 +203,8 @@ def private_steps(
         mechanism = replace(mechanism, l2_clip_norm=moved_clip_norm or mechanism.l2_clip_norm)
     randomness = randomness or SystemRandomness()
     buckets = length_buckets(max_length)
-    examples_per_unit(plan)  # refuses a plan whose unit cannot be trained
+    if examples_per_unit(plan) is not None and team is not None:
+        raise ValueError("Expected a plan whose unit is 'example' where several processes share its steps.")
     if unpaid := [phase.name for phase in plan.phases if phase.name != "train" and ledger.remaining(phase.name)]:
         raise ValueError(f"The plan pays for {', '.join(unpaid)} first, which the ledger does not fully hold yet.")
     if row_scale is not None and canaries is not None:
@@ -218,7 +223,7 @@ def private_steps(
             checked = False
             for _ in range(ledger.remaining("train")):
                 adapter.model.train()  # the caller may have evaluated it
-                with _secret_dropout(randomness) if allow_dropout else nullcontext():
+                with secret_dropout(randomness) if allow_dropout else nullcontext():
                     number, total, planted = charged_sum(
                         adapter,
                         dataset,
@@ -230,6 +235,7 @@ def private_steps(
                         token_budget,
                         randomness,
                         others=len(canaries or ()),
+                        team=team,
                     )
                 if canaries is None:
                     released = mechanism.release(total, randomness)
@@ -243,6 +249,8 @@ def private_steps(
                 set_gradient(adapter, released / plan.expected_batch_size)
                 _step(optimizer, adapter, rates, factor)
                 if before:
+                    if team is not None:
+                        team.forward_passes(2)
                     check_step_moves_model(adapter, before, loss_fn, probe_batch)
                     checked = True
                 yield Progress(number + 1, plan.steps), mechanism.moving_clip_norm
@@ -264,7 +272,7 @@ def check_start(adapter: Adapter, plan: Plan, optimizer: torch.optim.Optimizer) 
 
 
 @contextmanager
-def _secret_dropout(randomness: Randomness) -> Iterator[None]:
+def secret_dropout(randomness: Randomness) -> Iterator[None]:
     """Dropout masks from the operating system too: with a known global seed they would tie an example to its place.
 
     Around each step, never across two: in between, the caller may seed torch or keep its random state.

@@ -73,18 +73,30 @@ def report(
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    merged: Annotated[Path, typer.Option("--merged", help="Where to write the whole model, adapter merged in.")],
+    merged: Annotated[
+        Path | None, typer.Option("--merged", help="Where to write the whole model, adapter merged in.")
+    ] = None,
+    vllm: Annotated[
+        Path | None, typer.Option("--vllm", help="Where to write an adapter that vLLM serves; says why if it cannot.")
+    ] = None,
 ) -> None:
-    """Writes the base model with the adapter merged into its weights, as an ordinary Hugging Face model.
+    """Writes a finished run in the form another tool takes: the whole model, or an adapter by vLLM's rules.
 
     Example: [bold]dpsb export run --merged whole-model[/bold]
     """
 
     def run() -> None:
         from dpsb.export import export_merged
+        from dpsb.serving.vllm import export_for_vllm
 
-        export_merged(folder, merged)
-        typer.echo(f"wrote {merged}")
+        if merged is None and vllm is None:
+            raise ValueError("Give --merged FOLDER or --vllm FOLDER.")
+        if merged is not None:
+            export_merged(folder, merged)
+            typer.echo(f"wrote {merged}")
+        if vllm is not None:
+            rank = export_for_vllm(folder, vllm)
+            typer.echo(f"wrote {vllm}; start the server with --enable-lora --max-lora-rank {rank} or more")
 
     guarded(run)
 

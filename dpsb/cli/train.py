@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dpsb.cli._shared import Json, app, guarded, train_and_print
+
+if TYPE_CHECKING:
+    from dpsb.distributed.team import Team
 
 
 @app.command()
@@ -240,6 +243,14 @@ def train(
         str | None,
         typer.Option(rich_help_panel="Machine", help="float32 (default) or bfloat16, frozen weights."),
     ] = None,
+    shard_base: Annotated[
+        bool | None,
+        typer.Option(
+            "--shard-base",
+            rich_help_panel="Machine",
+            help="Under torchrun: cut the frozen weights over the processes instead of a copy on each.",
+        ),
+    ] = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(rich_help_panel="Machine", help="Steps between checkpoints. \\[default: 25]")
     ] = None,
@@ -268,6 +279,20 @@ def train(
     given |= {k: v for k, v in (("learning_rate", lr), ("head_learning_rate", head_lr)) if v is not None}
 
     def run() -> None:
+        from dpsb.distributed.team import started_by_torchrun, team
+
+        if not started_by_torchrun():
+            lead(None)
+            return
+        with team() as processes:
+            if processes.leads:
+                lead(processes)
+            else:
+                from dpsb.distributed.assist import assist
+
+                assist(processes)
+
+    def lead(team: Team | None) -> None:
         from dpsb.config import make_config, read_config
         from dpsb.run import fine_tune, resumed_config
 
@@ -276,6 +301,6 @@ def train(
             chosen = resumed_config(str(settings.get("out", "")), {k: v for k, v in settings.items() if k != "out"})
         else:
             chosen = make_config(settings)
-        train_and_print(lambda callbacks: fine_tune(chosen, resume=resume, callbacks=callbacks), as_json)
+        train_and_print(lambda callbacks: fine_tune(chosen, resume=resume, callbacks=callbacks, team=team), as_json)
 
     guarded(run)
