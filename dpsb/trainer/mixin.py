@@ -35,7 +35,7 @@ from dpsb.start import attach_again, digest, read_start, start_of
 from dpsb.train import private_steps, training_mode
 from dpsb.trainer import files, refusals, together
 from dpsb.trainer.arguments import PrivacyArguments
-from dpsb.trainer.building import basis_of, by_name, check_evaluation, give_adapter, in_full_precision, is_trained
+from dpsb.trainer.building import basis_of, by_name, check_evaluation, give_adapter, is_trained, with_own_arithmetic
 from dpsb.trainer.examples import Form, TokenExamples, form_of
 from dpsb.trainer.guard import check_no_listeners, check_reload, check_unchanged, fingerprint
 from dpsb.trainer.planning import plan_of
@@ -95,7 +95,7 @@ class DPTrainerMixin(Surroundings):
         refusals.check(type(self), given)
         self._never_evaluated = (given.get("train_dataset"),)
         check_evaluation(self._never_evaluated, given.get("eval_dataset"))
-        given["args"] = in_full_precision(given["args"])
+        given["args"] = with_own_arithmetic(given["args"])
         self.privacy = privacy
         self.randomness = SystemRandomness()
         give_adapter(given, privacy, "peft_config" in inspect.signature(super().__init__).parameters)
