@@ -1,6 +1,6 @@
 """Per-example losses: functions from (model, batch) to one number per example, each of that example alone.
 
-Any function of that kind can be given to ``dpsb.fit``. These two are what the command line uses.
+Any function of that kind can be given to ``dpsb.fit``. The command line uses the first two.
 """
 
 from __future__ import annotations
@@ -69,6 +69,32 @@ def causal_lm_loss(
     token_losses = _token_losses(model, inputs, labels)
     if tokens_per_example is not None:
         return token_losses.sum(dim=1) / tokens_per_example
+    return token_losses.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)
+
+
+def seq2seq_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    r"""Cross-entropy of each example's target tokens under an encoder-decoder, averaged over *its own* tokens.
+
+    :math:`\ell_i = \frac{1}{m_i}\sum_{t} -\log p(y_{it}\mid y_{i,<t}, x_i)` over the :math:`m_i` labels that are not
+    ``IGNORED``. The decoder reads the labels shifted by one, as the model's own class makes them.
+
+    Guarantees:
+      * Entry i depends on example i alone; an example without labels has loss and gradient zero. What pads a target
+        stands behind it, where a causal decoder does not look.
+
+    Args:
+      model: An encoder-decoder of transformers (T5, BART), PEFT-wrapped or not.
+      batch: ``input_ids`` and ``attention_mask``, each ``(n, t)``, and ``labels`` of shape ``(n, u)``. Sensitive.
+
+    Returns:
+      Losses, shape ``(n,)``, fp32. Sensitive.
+    """
+    wrapped: Any = model
+    inner = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    labels = batch["labels"]
+    shifted = inner.prepare_decoder_input_ids_from_labels(labels=labels)
+    token_losses = _scored(nn.Identity(), model(**inputs, decoder_input_ids=shifted, use_cache=False).logits, labels)
     return token_losses.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)
 
 
