@@ -26,6 +26,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from dpsb.layers import CORE_DTYPE, CoreUp, FrozenDown, fuse, unfuse
+from dpsb.quantized import check_quantization, keep_gradients_exact
 
 _SCALED_BASES = ("lora_xs",)  # kinds whose A is not orthonormal: rows, clipping and noise then live in a skewed space
 _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -250,9 +251,10 @@ def attach(
       adapter_name: PEFT's name of the adapter.
 
     Raises:
-      ValueError: If a target is not plain linear LoRA, if the factors do not fit, or if a trainable tensor is left
-        over that is neither a core nor allowed.
+      ValueError: If a target is not plain linear LoRA, if the factors do not fit, if a trainable tensor is left over
+        that is neither a core nor allowed, or if the model quantizes activations (:mod:`dpsb.quantized`).
     """
+    check_quantization(model)
     layers, factors = lora_layers(model, adapter_name), basis.factors
     missing = sorted(set(layers) - set(factors))
     if missing:
@@ -282,6 +284,7 @@ def attach(
         layer.lora_B[adapter_name] = up
         fuse(layer)
         cores.append(Core(name, layer, up))
+    keep_gradients_exact(model)
     return Adapter(model, adapter_name, tuple(cores), heads, basis.provenance)
 
 
