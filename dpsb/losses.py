@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dpsb.layers import is_plain
+
 IGNORED = -100
 """Label of what is not part of the loss: a padding or prompt token, or a whole example with an undeclared label."""
 
@@ -109,7 +111,7 @@ def _token_losses(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor
         return _scored(nn.Identity(), model(**inputs).logits, labels)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     tokens = max(1, _CHUNK_LOGITS // (hidden.shape[0] * head.weight.shape[0]))
-    plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter  # quantized weights are subclasses of it
+    plain = type(head) is nn.Linear and is_plain(head.weight)
     if plain and not any(parameter.requires_grad for parameter in head.parameters()):
         return cast(torch.Tensor, _FrozenHeadLosses.apply(hidden, head, labels, tokens))
     score = partial(_scored, head)
