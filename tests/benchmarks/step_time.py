@@ -8,7 +8,7 @@ private       one step of ``dpsb.fit``: ledger line with fsync, Poisson draw, co
 nonprivate_r  the same adapter and loss, plain autograd, mean over the batch.
 peft_lora     PEFT LoRA (A and B, and the classifier's head), the model's own loss, as a user of PEFT writes it.
 opacus_lora   the same LoRA under Opacus' PrivacyEngine in hooks mode.
-opacus_ghost  the same in ghost mode, two backward passes; for smollm2 only, which takes minutes and runs when asked for.
+opacus_ghost  the same in ghost mode, two backward passes; for smollm2 only, which takes minutes and runs when named.
 
 After a warm-up the arms are interleaved. A ratio is the median over rounds of the ratio within the round.
 """
