@@ -123,7 +123,7 @@ def llama(dtype: torch.dtype, hidden: int = 512, layers: int = 8, intermediate: 
 
 MINILM = Workload("minilm", "classification", 32, 64, _minilm)
 LLAMA = Workload("llama", "causal-lm", 8, 128, llama)
-SMOLLM2 = Workload("smollm2", "causal-lm", 2, 512, smollm2)
+SMOLLM2 = Workload("smollm2", "causal-lm", 1, 512, smollm2)
 SMALL_LLAMA = Workload("small-llama", "causal-lm", 4, 128, lambda dtype: llama(dtype, 256, 4, 704))
 WORKLOADS = {workload.name: workload for workload in (MINILM, LLAMA)}
 

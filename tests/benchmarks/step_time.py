@@ -16,6 +16,7 @@ After a warm-up the arms are interleaved. A ratio is the median over rounds of t
 from __future__ import annotations
 
 import random
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,11 @@ def time_rounds(workload: Workload, repetitions: int) -> list[common.Round]:
         for name in order.sample(list(others), len(others)):
             times[name] = common.timed(others[name])
         rounds.append(times)
+        if workload is common.SMOLLM2:  # rounds of minutes
+            seconds = {name: f"{took.wall:.1f} ({took.cpu:.1f})" for name, took in times.items()}
+            print(
+                f"round {len(rounds)} of {steps}, seconds (of processor time): {seconds}", file=sys.stderr, flush=True
+            )
         watch = common.Stopwatch()
 
     warm_up, longest_probed = WARM_UP, workload.tokens
