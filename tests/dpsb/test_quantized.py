@@ -103,6 +103,7 @@ def worst(tiny, rows, others):
 
 @pytest.mark.parametrize("scheme", WEIGHT_ONLY)
 def test_rows_are_those_of_the_dequantized_model(tiny, scheme):
+    """opacus#718: a quantized base model was asked for."""
     adapter = tiny.adapter(quantized_base(tiny, scheme), basis=bases.weight_svd)
     batch, half = tiny.batch("llama", lengths=LENGTHS), scheme == "nf4-bf16"
     twin = dequantized(tiny, adapter, torch.bfloat16 if half else torch.float32)
