@@ -30,6 +30,7 @@ from dpsb.probe import (
     probe,
     without_dropout,
 )
+from dpsb.quantized import check_quantization
 from dpsb.randomness import Randomness, SystemRandomness
 from dpsb.sampling import bucket_of, length_buckets, own_length
 from dpsb.withheld import StepError as StepError
@@ -293,6 +294,7 @@ def probe_every_bucket(
     token_budget: int,
 ) -> Batch:
     """Probes in small batches first, then in full microbatches of the longest; returns a small batch."""
+    check_quantization(adapter.model)  # again: somebody may have quantized the model after attach()
     by_length: dict[int, list[Example]] = {}
     for example in synthetic:
         by_length.setdefault(bucket_of(own_length(example), buckets), []).append(example)

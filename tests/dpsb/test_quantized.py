@@ -243,6 +243,16 @@ def test_refused_by_name(module, said):
         check_quantization(nn.Sequential(nn.Sequential(nn.Linear(2, 2), module)))
 
 
+def test_quantized_after_the_adapter_was_attached(tiny, tmp_path):
+    adapter = tiny.adapter(tiny.base("llama", **WIDE))
+    adapter.model.late = stand_in("bitsandbytes.nn.modules", "Linear8bitLt", state=SimpleNamespace(threshold=6.0))
+    with workbench.new_ledger(tmp_path) as ledger:
+        given, named = arguments(adapter, ledger)
+        with pytest.raises(ValueError, match=r"^late is quantized by LLM\.int8"):
+            fit(*given, **named)
+        assert ledger.charged("train") == 0
+
+
 def test_what_is_not_quantized_passes(tiny):
     check_quantization(tiny.base("bert"))
     check_quantization(
