@@ -49,6 +49,25 @@ def test_a_plain_loop(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen"])
+def test_a_chat_model_on_one_gpu(tmp_path, family):
+    """examples/one_gpu.py with its tiny model of the same class: bf16, checkpointing, plain LoRA files.
+
+    opacus#827, PR #830: no tutorial for private LoRA on a causal language model.
+    """
+    command = [sys.executable, ROOT / "examples" / "one_gpu.py", "--out", tmp_path, "--family", family, "--steps", "2"]
+    quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), env=os.environ | quiet, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "answer:" in done.stdout
+    assert "-differentially private for each single example" in done.stdout
+    claims(tmp_path / "run")
+    settings = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert settings["peft_type"] == "LORA"
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["model_type"].startswith(family)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "model", "data", "options"),
     [
