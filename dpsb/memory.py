@@ -24,7 +24,7 @@ from dpsb.adapter import Adapter, Factors, Provenance, lora_layers, put_core, tr
 from dpsb.capture import adapter_train_mode, per_example_gradients
 from dpsb.losses import causal_lm_loss, classification_loss
 from dpsb.mechanism import clip_and_sum
-from dpsb.models import HEAD_NAMES, ModelError, add_lora, empty_base, peft_part
+from dpsb.models import HEAD_NAMES, ModelError, add_lora, block_lists, empty_base, peft_part
 from dpsb.probe import without_dropout
 
 TOKEN_BUDGETS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -40,6 +40,8 @@ class MemoryPlan:
       parameters: Number of the base model's parameters.
       dimension: d, the length of theta.
       base_bytes: The frozen weights.
+      blocks_bytes: Those of them that lie in the model's blocks.
+      largest_block_bytes: The largest block.
       adapter_bytes: A, B and theta.
       optimizer_bytes: Gradient, moments and the float64 sum, a vector of length d each.
       max_length: Tokens of every example; all are taken to be that long.
@@ -50,6 +52,8 @@ class MemoryPlan:
     parameters: int
     dimension: int
     base_bytes: int
+    blocks_bytes: int
+    largest_block_bytes: int
     adapter_bytes: int
     optimizer_bytes: int
     max_length: int
@@ -100,6 +104,7 @@ def memory_plan(
         base = empty_base(model, task, _NUM_LABELS, dtype)
         counted = sum(parameter.numel() for parameter in base.parameters())
         base_bytes = _bytes(base)
+        blocks = [_bytes(block) for blocks in block_lists(base) for block in blocks]
         adapted = add_lora(base, task, rank, targets)
         layers = lora_layers(adapted)
         cores = tuple(put_core(name, layer, _empty_factors(layer)) for name, layer in layers.items())
@@ -121,6 +126,8 @@ def memory_plan(
         parameters=counted,
         dimension=dimension,
         base_bytes=base_bytes,
+        blocks_bytes=sum(blocks),
+        largest_block_bytes=max(blocks, default=0),
         adapter_bytes=_bytes(adapted) - base_bytes,
         optimizer_bytes=optimizer_bytes,
         max_length=max_length,

@@ -251,6 +251,16 @@ def peft_part(model: nn.Module) -> PeftModel:
     return model.encoder if isinstance(model, MeanPooledClassifier) else model
 
 
+def block_lists(model: nn.Module) -> list[nn.ModuleList]:
+    """The outermost lists of a transformer's blocks."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and not inside:
+            found.append((name, module))
+    return [module for _, module in found]
+
+
 def target_shapes(model: nn.Module) -> list[dict[str, int]] | None:
     """The shapes of the weights that the adapter is added to, each with how often it occurs. Public.
 
