@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 from dpsb.federated.config import FederateConfig
+from dpsb.federated.secure.whole_numbers import clip_steps_for
 from dpsb.federated.spec import FederatedError, PrivacyModel, SiloPolicy
 from dpsb.federated.terms import SiloTerms, Terms
 from dpsb.plan import noise_multiplier_for, relation_for
+from dpsb_accounting import PoissonSkellam, ResourceLimit
+from dpsb_accounting import epsilon as epsilon_of
 
+_CLOSE = 1.001  # calibrated noise of whole numbers is within that factor of the least
+_MOST_NOISE = 1e4
 _FAR = 1e9  # a sum of many clipped rows, with noise, is longer than any update of theta
 
 
-def terms_of(config: FederateConfig, sizes: Mapping[str, int]) -> tuple[Terms, dict[str, SiloPolicy]]:
+def terms_of(config: FederateConfig, sizes: Mapping[str, int], dimension: int) -> tuple[Terms, dict[str, SiloPolicy]]:
     """What each silo is asked, with noise calibrated to its own budget; and its policy.
 
     Args:
       config: Settings.
       sizes: The silos' true numbers of examples; public where no N is declared, else not used.
+      dimension: Of theta.
 
     Raises:
       FederatedError: If a batch is larger than its silo.
@@ -30,6 +37,25 @@ def terms_of(config: FederateConfig, sizes: Mapping[str, int]) -> tuple[Terms, d
     sizes = {name: config.silos[name].num_examples or sizes[name] for name in config.silos}
     delta, relation = _delta(config, sizes, model), _relation(config, model)
     asked = {name: _asked(config, name, size, delta, relation, model) for name, size in sizes.items()}
+    clip_steps = 0
+    if federation.noise == "skellam":
+        clip_steps = _clip_steps(asked, dimension)
+        steps = federation.rounds + federation.spare_rounds
+        asked = {
+            name: replace(
+                each,
+                noise_multiplier=whole_noise_multiplier(
+                    each,
+                    target_epsilon=config.epsilon(name),
+                    delta=delta,
+                    steps=steps,
+                    neighboring=relation,
+                    clip_steps=clip_steps,
+                    dimension=dimension,
+                ),
+            )
+            for name, each in asked.items()
+        }
     if model is not PrivacyModel.SILO_LOCAL:  # one noise for all: the largest that any silo needs
         noise = max(terms.noise_multiplier for terms in asked.values())
         asked = {name: replace(terms, noise_multiplier=noise) for name, terms in asked.items()}
@@ -49,6 +75,7 @@ def terms_of(config: FederateConfig, sizes: Mapping[str, int]) -> tuple[Terms, d
         min_silos=config.min_silos,
         dropouts=federation.dropouts,
         colluders=federation.colluders,
+        clip_steps=clip_steps,
         max_update_norm=1000.0 if model is PrivacyModel.SILO_LOCAL else _FAR,
     )
     policies = {
@@ -103,8 +130,63 @@ def _asked(config: FederateConfig, name: str, size: int, delta: float, relation:
     return SiloTerms(sampling_prob=batch / size, noise_multiplier=noise, expected_batch_size=batch)
 
 
+def _clip_steps(asked: Mapping[str, SiloTerms], dimension: int) -> int:
+    """One grid for all silos; it has room for four times the noise that would do if it were Gaussian."""
+    batch = sum(each.expected_batch_size for each in asked.values())
+    return clip_steps_for(dimension, batch, 4 * max(each.noise_multiplier for each in asked.values()))
+
+
+def whole_noise_multiplier(
+    asked: SiloTerms,
+    *,
+    target_epsilon: float,
+    delta: float,
+    steps: int,
+    neighboring: str,
+    clip_steps: int,
+    dimension: int,
+) -> float:
+    """The noise with which Skellam noise in whole numbers keeps to a budget, by its own bound; at most 0.1 % too much.
+
+    Args:
+      asked: With the sampling probability, and the noise that would do if it were Gaussian: the search begins there.
+      target_epsilon: The budget.
+      delta: Of the budget.
+      steps: How many releases there are.
+      neighboring: Relation.
+      clip_steps: How many whole numbers C is long.
+      dimension: Of theta.
+
+    Raises:
+      FederatedError: If no noise keeps to it.
+    """
+
+    def upper(noise: float) -> float:
+        event = PoissonSkellam(
+            noise_multiplier=noise, sampling_prob=asked.sampling_prob, clip_steps=clip_steps, dimension=dimension
+        )
+        try:
+            return epsilon_of([(event, steps)], delta, neighboring).upper
+        except ResourceLimit:
+            return math.inf
+
+    low = high = asked.noise_multiplier
+    while upper(high) > target_epsilon:
+        low, high = high, 1.25 * high
+        if high > _MOST_NOISE:
+            raise FederatedError(f"No Skellam noise keeps to epsilon={target_epsilon!r} over {steps} rounds.")
+    while high > low * _CLOSE:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if upper(middle) <= target_epsilon else (middle, high)
+    return high
+
+
 def policy_text(policy: SiloPolicy) -> str:
     """A policy as the TOML file that :func:`dpsb.federated.spec.read_policy` reads."""
     lines = ["# What this silo allows at most; see docs/federated.md. A server can only ask for less."]
-    lines += [f"{name} = {json.dumps(value)}" for name, value in policy.to_json().items()]
+    content = policy.to_json()
+    peers = content.pop("peers", {})
+    lines += [f"{name} = {json.dumps(value)}" for name, value in content.items()]
+    if peers:
+        lines += ["", "[peers]", *(f"{name} = {json.dumps(key)}" for name, key in peers.items())]
     return "\n".join(lines) + "\n"

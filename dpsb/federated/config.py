@@ -16,6 +16,7 @@ from dpsb.federated.spec import (
     SILO_NAME,
     FederatedError,
     PrivacyModel,
+    check_choice,
     check_match,
     check_positive,
     check_whole,
@@ -23,6 +24,8 @@ from dpsb.federated.spec import (
     model_named,
 )
 from dpsb.federated.terms import SERVER_OPTIMIZERS
+
+NOISES = ("gaussian", "skellam")
 
 EMBEDDED_DATA = "mail"
 """In a federation's settings: the embedded mail, ``data = "mail"`` for training and ``eval_data = "mail"`` for test."""
@@ -87,6 +90,8 @@ class FederationSettings:
       spare_rounds: Rounds' worth of steps that each silo pays for besides, for what crashes waste.
       dropouts: ``secagg``: how many silos may be missing in a sum that is opened.
       colluders: ``secagg``: how many silos may help the server, at least 1.
+      noise: ``secagg``: ``"gaussian"``, and whoever adds up is trusted; or ``"skellam"``: in whole numbers, through a
+        secure sum. Experimental.
     """
 
     rounds: int = 8
@@ -101,8 +106,12 @@ class FederationSettings:
     spare_rounds: int = 0
     dropouts: int = 0
     colluders: int = 1
+    noise: str = "gaussian"
 
     def __post_init__(self) -> None:
+        check_choice(NOISES, noise=self.noise)
+        if self.noise != "gaussian" and self.model != PrivacyModel.SECAGG.value:
+            raise FederatedError(f"noise={self.noise!r} is of model secagg, not of {self.model}.")
         check_whole(1, rounds=self.rounds, local_steps=self.local_steps)
         check_whole(0, split_seed=self.split_seed, spare_rounds=self.spare_rounds, dropouts=self.dropouts)
         check_whole(1, colluders=self.colluders)

@@ -13,6 +13,9 @@ from dpsb.federated.aggregate import fed_sb
 from dpsb.federated.budget import alone
 from dpsb.federated.judge import Verdict, judge
 from dpsb.federated.messages import SUM, RoundMessage, Transport, Update, bytes_of
+from dpsb.federated.secure.masks import SecureSumError
+from dpsb.federated.secure.opening import SecureSum
+from dpsb.federated.secure.whole_numbers import to_real
 from dpsb.federated.server import RoundRecord, ServerError, ServerState, load_state, save_state, server_step
 from dpsb.federated.spec import PrivacyModel
 from dpsb.federated.terms import Terms, differing
@@ -112,7 +115,7 @@ class Coordinator:
         return self._randomness.tainted and self._terms.model is not PrivacyModel.SILO_LOCAL
 
     def _round(self, state: ServerState) -> ServerState:
-        verdict, sent = self._collect(state)
+        verdict, sent, secure = self._collect(state)
         if verdict.left:
             state = replace(state, left={**state.left, **verdict.left})
         updates = {name: verdict.updates[name] for name in sorted(verdict.updates)}
@@ -125,15 +128,18 @@ class Coordinator:
                 f"Round {state.round} has {len(updates)} usable replies, min_silos is {state.terms.min_silos} "
                 f"({reasons or 'no silo is left'}). What was charged stays charged; resume to ask again."
             )
-        if state.terms.model is PrivacyModel.SECAGG:
+        opened = None
+        if secure is not None:
+            opened = _unmasked(state, updates, secure)
+        elif state.terms.model is PrivacyModel.SECAGG:
             state = self._open(state, tuple(updates))
-        theta, moments = self._next_theta(state, updates)
+        theta, moments = self._next_theta(state, updates, opened)
         record = RoundRecord(
             round=state.round,
             silos=tuple(updates),
             lost={**verdict.lost, **verdict.left},
-            bytes_up=sum(bytes_of(update.tensors) for update in updates.values()),
-            bytes_down=sent * bytes_of(state.theta),
+            bytes_up=sum(bytes_of(update.tensors) for update in updates.values()) + (secure.bytes_up if secure else 0),
+            bytes_down=sent * bytes_of(state.theta) + (secure.bytes_down if secure else 0),
             notes=tuple(verdict.notes),
         )
         return replace(
@@ -161,14 +167,26 @@ class Coordinator:
         save_state(self.out, state)
         return state
 
-    def _collect(self, state: ServerState) -> tuple[Verdict, int]:
+    def _collect(self, state: ServerState) -> tuple[Verdict, int, SecureSum | None]:
         """Asks the silos that have not left; those that gave nothing usable again, ``attempts`` times in all."""
         specs = state.terms.specs(state.run_id, state.round, state.theta, state.basis_sha256)
         whole, sent = Verdict(), 0
         pending = [name for name in specs if name not in state.left]
-        for _ in range(state.terms.attempts):
+        secure = SecureSum(specs, self._transport, state.terms.attempts) if state.terms.clip_steps else None
+        if secure is not None:
+            members = secure.share(pending)
+            whole.lost = {name: secure.lost.get(name, "no reply") for name in pending if name not in members}
+            pending = list(members) if len(members) >= state.terms.min_silos else []
+        outside = dict(whole.lost)
+        for _ in range(state.terms.attempts if pending else 0):
             messages = [
-                RoundMessage(silo=name, spec=specs[name], theta=state.theta, receipt=state.receipts.get(name))
+                RoundMessage(
+                    silo=name,
+                    spec=specs[name],
+                    theta=state.theta,
+                    receipt=state.receipts.get(name),
+                    summing=None if secure is None else secure.masking(name),
+                )
                 for name in pending
             ]
             sent += len(messages)
@@ -184,17 +202,17 @@ class Coordinator:
             whole.notes += found.notes
             whole.lost = {name: found.lost.get(name, "no reply") for name in pending}
             pending = [name for name in pending if name not in found.updates and name not in found.left]
-            whole.lost = {name: whole.lost[name] for name in pending}
+            whole.lost = {**outside, **{name: whole.lost[name] for name in pending}}
             if not pending:
                 break
-        return whole, sent
+        return whole, sent, secure
 
     def _next_theta(
-        self, state: ServerState, updates: Mapping[str, Update]
+        self, state: ServerState, updates: Mapping[str, Update], opened: torch.Tensor | None
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         terms, theta = state.terms, state.theta
         if terms.model is not PrivacyModel.SILO_LOCAL:
-            mean = self._noisy_mean(terms, theta, updates)
+            mean = self._noisy_mean(terms, theta, updates, opened)
             if terms.model is PrivacyModel.CLIENT_LEVEL:
                 return server_step(theta, {name: -value for name, value in mean.items()}, state, own_rates=False)
             return server_step(theta, mean, state, own_rates=True)
@@ -205,14 +223,21 @@ class Coordinator:
         return server_step(theta, difference, state, own_rates=False)
 
     def _noisy_mean(
-        self, terms: Terms, theta: Mapping[str, torch.Tensor], updates: Mapping[str, Update]
+        self,
+        terms: Terms,
+        theta: Mapping[str, torch.Tensor],
+        updates: Mapping[str, Update],
+        opened: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
         """The silos' vectors added up, with one noise, divided by a public number.
 
-        In ``secagg`` the noise is in the silos' shares; the sum is as it would come out of a secure aggregation. The
-        divisor is the expected batch of those that took part, in ``client_level`` the number of all clients.
+        In ``secagg`` the noise is in the silos' shares: in ``opened``, the sum that a secure sum of whole numbers gave,
+        or without that in the sum of the vectors, as it would come out of a secure aggregation. The divisor is the
+        expected batch of those that took part, in ``client_level`` the number of all clients.
         """
-        total = torch.stack([update.tensors[SUM] for update in updates.values()]).sum(dim=0)
+        total = opened
+        if total is None:
+            total = torch.stack([update.tensors[SUM] for update in updates.values()]).sum(dim=0)
         if terms.model is not PrivacyModel.SECAGG:
             noise = terms.noise_multiplier
             mechanism = Mechanism(l2_clip_norm=terms.l2_clip_norm, noise_multiplier=noise, clipping="flat")
@@ -221,3 +246,20 @@ class Coordinator:
         mean = total / (len(terms.silos) if terms.model is PrivacyModel.CLIENT_LEVEL else divisor)
         parts = mean.split([tensor.numel() for tensor in theta.values()])
         return {name: part.view_as(tensor) for (name, tensor), part in zip(theta.items(), parts, strict=True)}
+
+
+def _unmasked(state: ServerState, updates: Mapping[str, Update], secure: SecureSum) -> torch.Tensor:
+    """The sum that the silos open together, in the units of C. Released: their shares of the noise are in it.
+
+    Raises:
+      TooFewSilos: If too few silos help; the round is discarded.
+    """
+    vectors = {name: update.tensors[SUM].numpy().view("uint32") for name, update in updates.items()}
+    try:
+        opened = secure.open(updates, vectors)
+    except SecureSumError as error:
+        raise TooFewSilos(
+            f"The sum of round {state.round} is discarded: {error} What was charged stays charged; resume to ask "
+            "again, which is charged anew."
+        ) from None
+    return to_real(opened, state.terms.l2_clip_norm, state.terms.clip_steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,20 @@ import torch
 
 from dpsb.federated.budget import FolderBusy, alone, open_ledger, plan_for, run_folder
 from dpsb.federated.messages import (
+    Note,
     Receipt,
     Refusal,
     Reply,
     RoundMessage,
     State,
+    Summing,
     Update,
     theta_digest,
 )
 from dpsb.federated.replies import ReplyLost, find, last_round, settle, store
+from dpsb.federated.secure.masks import SecureSumError
+from dpsb.federated.secure.sessions import Session
+from dpsb.federated.secure.whole_numbers import share_mean
 from dpsb.federated.spec import PrivacyModel, RoundSpec, SiloPolicy, SpecRefused
 from dpsb.federated.trainer import Trainer
 from dpsb.randomness import Randomness, SystemRandomness
@@ -40,7 +45,8 @@ class Silo:
       * Each step is charged, on disk, before its draw; what a run may charge is fixed by its first line, and the plans
         of all runs in the folder together stay within the policy's epsilon. Nothing is ever refunded.
       * The reply to (run, round, theta) is computed once. Asked again, the silo sends the same bytes: no charge, no new
-        noise. The same round with another theta is another reply and is charged again.
+        noise. The same round with another theta is another reply and is charged again; so is another secure sum of it.
+      * In a secure sum what leaves the silo is its vector under masks, and it helps to open one sum of it, or none.
       * A refusal tells nothing that depends on the data: what fails while they are in use is ``"failed"``, and the
         reason stays with the silo's operator.
 
@@ -67,6 +73,7 @@ class Silo:
         self._trainer, self._dataset = trainer, dataset
         self._randomness = randomness or SystemRandomness()
         self._on_problem = on_problem
+        self._session: Session | None = None
 
     @property
     def name(self) -> str:
@@ -82,26 +89,37 @@ class Silo:
         """:meth:`handle` for a message; one that is meant for another silo is refused."""
         if message.silo != self.name:
             return self._refusal(message.spec, "spec", f"This is silo {self.name!r}, the message is for another one.")
-        return self.handle(message.theta, message.spec, message.receipt)
+        return self.handle(message.theta, message.spec, message.receipt, message.summing)
 
-    def handle(self, theta: State, spec: RoundSpec, receipt: Receipt | None = None) -> Reply:
+    def handle(
+        self, theta: State, spec: RoundSpec, receipt: Receipt | None = None, summing: Summing | None = None
+    ) -> Reply:
         """Does a round, or says why not.
 
         Args:
           theta: Where to start. Public to the federation.
           spec: What to do, exactly.
           receipt: The last that the coordinator holds of this silo's ledger; a ledger that is behind it is refused.
+          summing: The part of a secure sum; without it noise in whole numbers is refused, and with it any other.
 
         Returns:
-          An :class:`~dpsb.federated.messages.Update`, or a :class:`~dpsb.federated.messages.Refusal`.
+          An :class:`~dpsb.federated.messages.Update`, or a :class:`~dpsb.federated.messages.Refusal`; a
+          :class:`~dpsb.federated.messages.Note` in the phases of a secure sum that need no vector.
         """
         try:
             self.policy.check(spec)
+            if (summing is not None) != bool(spec.clip_steps):
+                raise SpecRefused("Noise in whole numbers goes through a secure sum, and no other noise does.")
+            if summing is not None and summing.phase != "mask":
+                with alone(self.folder):
+                    return self._note(spec, summing)
             self._check_theta(theta, spec)
             with alone(self.folder):
-                return self._round(theta, spec, receipt)
+                return self._round(theta, spec, receipt, self._begun(spec, summing))
         except SpecRefused as error:
             return self._refusal(spec, "spec", str(error))
+        except SecureSumError as error:
+            return self._refusal(spec, "state", str(error))
         except FolderBusy as error:
             return self._refusal(spec, "busy", str(error))
         except ReplyLost as error:
@@ -114,10 +132,29 @@ class Silo:
             self._on_problem(reason(error))
             return self._refusal(spec, "failed", "The silo failed in this round; its operator can see why.")
 
-    def _round(self, theta: State, spec: RoundSpec, receipt: Receipt | None) -> Update:
-        provenance = self._trainer.adapter.provenance.to_json()
+    def _note(self, spec: RoundSpec, summing: Summing) -> Note:
+        """A secure sum's phase without a vector; the first of them begins a sum and gives up the one before."""
+        if summing.phase == "share" and (self._session is None or not self._session.is_of(spec, summing)):
+            self._session = Session(self.folder, self.policy, spec, summing.session)
+        return self._of(spec, summing).note(summing)
+
+    def _of(self, spec: RoundSpec, summing: Summing) -> Session:
+        if self._session is None or not self._session.is_of(spec, summing):
+            raise SecureSumError(f"Silo {self.name!r} is not in this secure sum; it was begun anew, or the silo was.")
+        return self._session
+
+    def _begun(self, spec: RoundSpec, summing: Summing | None) -> tuple[Session, Summing] | None:
+        return None if summing is None else (self._of(spec, summing), summing)
+
+    def _round(
+        self, theta: State, spec: RoundSpec, receipt: Receipt | None, secure: tuple[Session, Summing] | None
+    ) -> Update:
+        provenance, details = self._trainer.adapter.provenance.to_json(), self._trainer.details
+        dimension = sum(tensor.numel() for tensor in self.start.values())
         try:
-            plan = plan_for(spec, self.policy, len(self._dataset), provenance, self._trainer.details)
+            plan = plan_for(spec, self.policy, len(self._dataset), provenance, details, dimension)
+            if secure is not None:
+                share_mean(spec)
         except ValueError as error:
             raise SpecRefused(f"The round makes no valid plan: {error}") from None
         home = run_folder(self.folder, spec.run_id)
@@ -127,7 +164,7 @@ class Silo:
             settle(home, ledger)
             if spec.model is not PrivacyModel.SILO_LOCAL and last_round(ledger) > spec.round:
                 raise _Refused("state", "The sum of a round that is over is not sent again: its noise was another.")
-            tensors = find(home, ledger, spec)
+            tensors = find(home, ledger, spec) if secure is None else secure[0].sent(secure[1])
             if tensors is None:
                 left = ledger.remaining("train")
                 if left < spec.charges:
@@ -137,13 +174,19 @@ class Silo:
                         f"left, the round takes {spec.charges}. Nothing was charged.",
                     )
                 self._trainer.check()
+                if secure is not None:
+                    secure[0].begin(secure[1])
                 if self._randomness.tainted:
                     ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
                 tensors = self._trainer.work(theta, self._dataset, ledger, spec, self._randomness)
-                store(home, ledger, spec, tensors)
-            return self._update(tensors, spec, ledger, receipt)
+                if secure is not None:
+                    tensors = secure[0].masked(tensors, secure[1])
+                store(home, ledger, spec, tensors, "" if secure is None else secure[0].session)
+            return self._update(tensors, spec, ledger, receipt, {} if secure is None else secure[0].confirmations())
 
-    def _update(self, tensors: State, spec: RoundSpec, ledger: Ledger, receipt: Receipt | None) -> Update:
+    def _update(
+        self, tensors: State, spec: RoundSpec, ledger: Ledger, receipt: Receipt | None, notes: Mapping[str, str]
+    ) -> Update:
         return Update(
             silo=self.name,
             run_id=spec.run_id,
@@ -152,6 +195,7 @@ class Silo:
             tensors=tensors,
             receipt=Receipt(ledger_id=ledger.run_id, length=ledger.length, head=ledger.head, round=spec.round),
             follows=None if receipt is None else ledger.hash_at(receipt.length - 1),
+            notes=notes,
         )
 
     def _check_theta(self, theta: State, spec: RoundSpec) -> None:

@@ -11,7 +11,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,8 @@ class RoundSpec:
       clients: K, how many silos a sum has; of use in ``secagg`` and ``client_level``.
       dropouts: t, how many of them may be missing in a sum that is opened; ``secagg``.
       colluders: k, how many may tell the server their share of the noise, at least 1; ``secagg``.
+      clip_steps: How many whole numbers C is long, where ``secagg`` adds Skellam noise in whole numbers under masks; 0:
+        Gaussian noise, and whoever adds up is trusted.
 
     Raises:
       FederatedError: If a field is out of range.
@@ -94,6 +96,7 @@ class RoundSpec:
     clients: int = 1
     dropouts: int = 0
     colluders: int = 1
+    clip_steps: int = 0
 
     def __post_init__(self) -> None:
         check_match(RUN_ID, run_id=self.run_id)
@@ -122,8 +125,21 @@ class RoundSpec:
                 f"Of clients={self.clients!r} none is left that certainly adds noise, with dropouts={self.dropouts!r} "
                 f"and colluders={self.colluders!r}."
             )
+        check_whole(0, clip_steps=self.clip_steps)
+        if self.clip_steps:
+            self._check_whole_numbers()
         if self.model is PrivacyModel.CLIENT_LEVEL and self.clients < 2:
             raise FederatedError(f"Model client_level hides one of several clients, not of clients={self.clients!r}.")
+
+    def _check_whole_numbers(self) -> None:
+        if self.model is not PrivacyModel.SECAGG:
+            raise FederatedError(f"clip_steps={self.clip_steps!r} is of secagg, not of model {self.model.value}.")
+        if 2 * (self.clients - self.dropouts) <= self.clients + self.colluders:
+            raise FederatedError(
+                f"With clients={self.clients!r}, dropouts={self.dropouts!r} and colluders={self.colluders!r} a server "
+                "could have two different sums of the same vectors opened: 2 (clients - dropouts) must exceed clients "
+                "+ colluders."
+            )
 
     @property
     def honest(self) -> int:
@@ -167,6 +183,8 @@ class SiloPolicy:
       min_clients: Least K - t, the parties of an opened sum, in ``secagg``.
       min_colluders: Least k in ``secagg``.
       runs: Ids of the runs that it takes part in; empty: any, within ``max_epsilon``.
+      peers: By name the public keys, 64 hexadecimal digits, of the other silos of a secure sum (``secagg`` with integer
+        noise), which the silo must have from these and not from the server: who gives it other keys, reads its vector.
 
     Raises:
       FederatedError: If a field is out of range.
@@ -187,6 +205,7 @@ class SiloPolicy:
     min_clients: int = 3
     min_colluders: int = 1
     runs: tuple[str, ...] = ()
+    peers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_match(SILO_NAME, silo=self.silo)
@@ -216,6 +235,12 @@ class SiloPolicy:
         for run in self.runs:
             check_match(RUN_ID, runs=run)
         object.__setattr__(self, "runs", tuple(self.runs))
+        if not isinstance(self.peers, Mapping):
+            raise FederatedError(f"Expected peers={self.peers!r} to be a table of names and public keys.")
+        object.__setattr__(self, "peers", dict(self.peers))
+        for name, key in self.peers.items():
+            check_match(SILO_NAME, peers=name)
+            check_match(SHA256, **{f"peers.{name}": key})
 
     @property
     def relation(self) -> str:
@@ -258,11 +283,16 @@ class SiloPolicy:
             raise SpecRefused(
                 f"Silo {self.silo!r} wants colluders of at least {self.min_colluders}, not {spec.colluders}."
             )
+        if spec.clip_steps and len(set(self.peers) | {self.silo}) != spec.clients:
+            raise SpecRefused(
+                f"The policy of silo {self.silo!r} has the public keys of {len(set(self.peers) - {self.silo})} other "
+                f"silos; a secure sum of {spec.clients} takes those of all others, got from these themselves."
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The policy as JSON, without what is not set."""
         content = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-        return {name: value for name, value in content.items() if value is not None}
+        return {name: value for name, value in content.items() if value is not None and value != {}}
 
 
 def read_policy(path: Path) -> SiloPolicy:
@@ -280,7 +310,7 @@ def read_policy(path: Path) -> SiloPolicy:
 
 def checked_fields(kind: type[Any], content: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The content, if all its keys are fields of the dataclass ``kind`` and none without a default is missing."""
-    known = {field.name: field.default is MISSING and field.default_factory is MISSING for field in fields(kind)}
+    known = {each.name: each.default is MISSING and each.default_factory is MISSING for each in fields(kind)}
     for name in sorted(set(content) - set(known)):
         raise FederatedError(f"{where}: unknown key {name!r}; known are {', '.join(sorted(known))}.")
     for name, required in known.items():

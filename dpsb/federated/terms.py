@@ -67,6 +67,7 @@ class Terms:
       attempts: How often a silo is asked in a round before it counts as lost.
       dropouts: t of ``secagg``: how many silos may be missing in a sum that is opened.
       colluders: k of ``secagg``: how many silos may help the server, at least 1.
+      clip_steps: Of ``secagg`` with Skellam noise in whole numbers: how many of these C is long; 0: Gaussian noise.
       max_update_norm: Replies that are further from theta than this, or sums that are longer, are not used.
     """
 
@@ -86,6 +87,7 @@ class Terms:
     attempts: int = 2
     dropouts: int = 0
     colluders: int = 1
+    clip_steps: int = 0
     max_update_norm: float = 1000.0
 
     def __post_init__(self) -> None:
@@ -141,6 +143,7 @@ class Terms:
             clients=len(self.silos),
             dropouts=self.dropouts,
             colluders=self.colluders,
+            clip_steps=self.clip_steps,
         )
 
     def factor(self, number: int) -> float:

@@ -14,6 +14,7 @@ from dpsb.adapter import Adapter, set_gradient
 from dpsb.capture import adapter_train_mode
 from dpsb.clipped_sums import charged_sum, clipped_sum
 from dpsb.federated.messages import SUM, basis_digest
+from dpsb.federated.secure.whole_numbers import round_sum, share_mean, skellam
 from dpsb.federated.spec import PrivacyModel, RoundSpec
 from dpsb.losses import LossFn
 from dpsb.mechanism import Mechanism, clip_and_sum
@@ -110,6 +111,8 @@ class Trainer:
                     return {SUM: self._clipped_update(theta, dataset, ledger, spec, randomness)}
                 if spec.model is not PrivacyModel.SILO_LOCAL:
                     total = self._sum(dataset, ledger, Mechanism.from_plan(ledger.plan), randomness)
+                    if spec.clip_steps:
+                        return {SUM: noisy_whole_sum(total, spec, randomness)}
                     return {SUM: (total + noise_share(spec, total.numel(), randomness).to(total.device)).cpu()}
                 self._private_steps(dataset, ledger, spec, randomness)
             return {name: tensor.cpu() for name, tensor in adapter.state().items()}
@@ -173,6 +176,12 @@ class Trainer:
             now = adapter.state()
             update = torch.cat([(now[name].cpu().double() - theta[name].double()).flatten() for name in now])
             return clip_and_sum(update[None, :], spec.l2_clip_norm)
+
+
+def noisy_whole_sum(total: torch.Tensor, spec: RoundSpec, randomness: Randomness) -> torch.Tensor:
+    """A clipped sum in whole numbers with the silo's own share of Skellam noise, int64. Secret until it is masked."""
+    rounded = round_sum(total, spec.l2_clip_norm, spec.clip_steps, spec.clients)
+    return torch.from_numpy(rounded + skellam(len(rounded), share_mean(spec), randomness))
 
 
 def noise_share(spec: RoundSpec, dimension: int, randomness: Randomness) -> torch.Tensor:

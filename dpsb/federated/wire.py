@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dpsb.federated.messages import REFUSALS, SUM, Receipt, Refusal, RoundMessage, State, Update
+from dpsb.federated.messages import REFUSALS, SUM, Note, Receipt, Refusal, RoundMessage, State, Summing, Update
 from dpsb.federated.spec import FederatedError, RoundSpec, checked_fields
 
 _MAGIC = b"dpsbfed1"
@@ -20,7 +20,7 @@ class WireError(FederatedError):
     """Bytes that are no message, or not one for this adapter."""
 
 
-def pack(message: RoundMessage | Update | Refusal) -> bytes:
+def pack(message: RoundMessage | Update | Note | Refusal) -> bytes:
     """The message as bytes: magic, length of the framing, zlib-compressed JSON, and the numbers in order of the names.
 
     What an :class:`Update` holds in a summed model is sensitive, and so are its bytes.
@@ -28,22 +28,30 @@ def pack(message: RoundMessage | Update | Refusal) -> bytes:
     if isinstance(message, RoundMessage):
         receipt = None if message.receipt is None else message.receipt.to_json()
         meta: dict[str, Any] = {"round": {"silo": message.silo, "spec": message.spec.to_json(), "receipt": receipt}}
+        if message.summing is not None:
+            meta["round"]["summing"] = {**vars(message.summing), "notes": dict(message.summing.notes)}
         tensors: State = message.theta
     elif isinstance(message, Update):
         fields = ("silo", "run_id", "round", "theta_sha256", "follows")
         meta = {"update": {**{name: getattr(message, name) for name in fields}, "receipt": message.receipt.to_json()}}
+        if message.notes:
+            meta["update"]["notes"] = dict(message.notes)
         tensors = message.tensors
+    elif isinstance(message, Note):
+        meta, tensors = {"note": {**vars(message), "notes": dict(message.notes)}}, {}
     else:
         meta, tensors = {"refusal": dict(vars(message))}, {}
     if set(tensors) == {SUM}:
-        meta["sum"] = True
+        meta["sum"] = "whole" if tensors[SUM].dtype == torch.int32 else "real"
+    elif not tensors:
+        meta["sum"] = "none"
     framing = zlib.compress(json.dumps(meta, separators=(",", ":")).encode(), 9)
     return b"".join(
         (_MAGIC, len(framing).to_bytes(4, "big"), framing, *(_raw(tensors[name]) for name in sorted(tensors)))
     )
 
 
-def unpack(content: bytes, like: State) -> RoundMessage | Update | Refusal:
+def unpack(content: bytes, like: State) -> RoundMessage | Update | Note | Refusal:
     """The inverse of :func:`pack`.
 
     Args:
@@ -51,16 +59,17 @@ def unpack(content: bytes, like: State) -> RoundMessage | Update | Refusal:
       like: Theta, for names, shapes and types.
 
     Raises:
-      WireError: If the bytes are none of the three, are cut off, or hold another number of numbers.
+      WireError: If the bytes are none of the four, are cut off, or hold another number of numbers.
     """
     meta, raw = _split(content)
-    total = sum(tensor.numel() for tensor in like.values())
-    layout: State = {SUM: torch.empty(total, dtype=torch.float64)} if meta.pop("sum", False) is True else like
+    layout = _layout(meta.pop("sum", None), like)
     try:
         ((kind, fields),) = meta.items()
-        if kind == "refusal":
+        if kind in ("refusal", "note"):
             if raw:
-                raise WireError("A refusal holds numbers.")
+                raise WireError(f"A {kind} holds numbers.")
+            if kind == "note":
+                return Note(**checked_fields(Note, fields, "a note"))
             refusal = Refusal(**checked_fields(Refusal, fields, "a refusal"))
             if refusal.kind not in REFUSALS or not str(refusal.message).isprintable():
                 raise WireError("A refusal has no known kind, or a message that a terminal might obey.")
@@ -71,13 +80,25 @@ def unpack(content: bytes, like: State) -> RoundMessage | Update | Refusal:
             return Update(**checked_fields(Update, {**fields, "receipt": receipt, "tensors": tensors}, "an update"))
         if kind == "round":
             spec = RoundSpec.from_json(fields.pop("spec"))
-            given = fields.pop("receipt")
+            given, summing = fields.pop("receipt"), fields.pop("summing", None)
             receipt_or_none = None if given is None else Receipt.from_json(given)
             filled = {**fields, "spec": spec, "receipt": receipt_or_none, "theta": tensors}
+            if summing is not None:
+                filled["summing"] = Summing(**checked_fields(Summing, summing, "a secure sum"))
             return RoundMessage(**checked_fields(RoundMessage, filled, "a round's message"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WireError(f"The message has wrong fields ({error}).") from None
     raise WireError(f"A message of kind {kind!r} is not known.")
+
+
+def _layout(kind: object, like: State) -> State:
+    """Names, shapes and types of the numbers: theta's, one vector's, or none."""
+    if kind == "none":
+        return {}
+    if kind not in ("whole", "real"):
+        return like
+    total = sum(tensor.numel() for tensor in like.values())
+    return {SUM: torch.empty(total, dtype=torch.int32 if kind == "whole" else torch.float64)}
 
 
 def framing_bytes(content: bytes) -> int:
