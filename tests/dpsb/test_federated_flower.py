@@ -79,6 +79,23 @@ def test_a_simulation_through_the_engine_is_that_of_plain_calls(tmp_path, monkey
         assert not (done.out / "silos" / name / "worker.sock").exists()
 
 
+@pytest.mark.slow
+def test_a_secure_sum_through_the_engine(tmp_path, monkeypatch):
+    """Four phases a round, each through a grid, a ClientApp and a socket; silos' secrets stay in their workers."""
+    monkeypatch.setattr("dpsb.federated.calibrate.noise_multiplier_for", lambda **_facts: 1.0)
+    monkeypatch.setattr("dpsb.federated.trainer.check_before_run", lambda *_args: None)
+    replies = []
+    summed = f'{SPLIT}\nmodel = "secagg"\nnoise = "skellam"\nserver_optimizer = "adam"\nlocal_steps = 1'
+    path = settings(tmp_path, split_file(tmp_path), summed)
+    path.write_text(path.read_text().replace("local_steps = 2\n", ""))
+    done = run_simulation(read_federation(path), engine="flower", callbacks=Callbacks(on_reply=replies.append))
+    report = json.loads((done.out / "report.json").read_text())
+    assert report["claim"] is True
+    assert [len(entry["silos"]) for entry in report["rounds"]["history"]] == [3, 3]
+    assert all(row["charged"] == row["planned"] == 2 for row in report["silos"])
+    assert len(replies) == 2 * 3 * 4
+
+
 def test_an_engine_that_does_not_exist_is_refused(tmp_path):
     config = read_federation(settings(tmp_path, split_file(tmp_path), SPLIT))
     with pytest.raises(FederatedError, match="engine='nvflare' to be one of local, flower"):
