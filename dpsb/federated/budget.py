@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dpsb.basis.budget import PHASE
 from dpsb.checkpoint import flush
 from dpsb.federated.messages import Receipt
 from dpsb.federated.spec import PrivacyModel, RoundSpec, SiloPolicy, SpecRefused
@@ -76,14 +77,15 @@ def plan_for(
     }
     if spec.model is PrivacyModel.CLIENT_LEVEL:
         return _client_plan(spec, policy, basis, {**details, "federated": federated})
-    facts = {
-        "federated": federated,
-        "rounds": spec.rounds,
-        "spare_rounds": policy.spare_rounds,
-        "basis_sha256": spec.basis_sha256,
-    }
+    facts = {"federated": federated, "rounds": spec.rounds, "spare_rounds": policy.spare_rounds}
+    steps = (spec.rounds + policy.spare_rounds) * spec.local_steps
+    paid: tuple[Phase, ...] = ()
+    if spec.basis is None:
+        facts["basis_sha256"] = spec.basis_sha256
+    else:  # its hash is known, and bound to the ledger, once it is there
+        paid = (Phase(PHASE, Gaussian(noise_multiplier=spec.basis.noise_multiplier), 1),)
     return Plan(
-        phases=(Phase("train", _event(spec, dimension), (spec.rounds + policy.spare_rounds) * spec.local_steps),),
+        phases=(*paid, Phase("train", _event(spec, dimension), steps)),
         delta=policy.delta,
         target_epsilon=policy.max_epsilon,
         neighboring=policy.relation,

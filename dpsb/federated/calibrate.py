@@ -7,12 +7,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from dpsb.basis.budget import PHASE, basis_noise_multiplier, default_share
 from dpsb.federated.config import FederateConfig
 from dpsb.federated.secure.whole_numbers import clip_steps_for
-from dpsb.federated.spec import FederatedError, PrivacyModel, SiloPolicy
+from dpsb.federated.spec import FederatedError, PaidBasis, PrivacyModel, SiloPolicy
 from dpsb.federated.terms import SiloTerms, Terms
 from dpsb.plan import noise_multiplier_for, relation_for
-from dpsb_accounting import PoissonSkellam, ResourceLimit
+from dpsb_accounting import Gaussian, Phase, PoissonSkellam, ResourceLimit
 from dpsb_accounting import epsilon as epsilon_of
 
 _CLOSE = 1.001  # calibrated noise of whole numbers is within that factor of the least
@@ -120,14 +121,26 @@ def _asked(config: FederateConfig, name: str, size: int, delta: float, relation:
         raise FederatedError(f"expected_batch_size={batch} exceeds the {size} examples of silo {name!r}.")
     rounds = federation.rounds + federation.spare_rounds
     whole = model is PrivacyModel.CLIENT_LEVEL
+    paid = _paid_basis(config, name, delta, relation) if config.basis_is_paid else None
+    before = () if paid is None else (Phase(PHASE, Gaussian(noise_multiplier=paid.noise_multiplier), 1),)
     noise = noise_multiplier_for(
         target_epsilon=config.epsilon(name),
         delta=delta,
         sampling_prob=1.0 if whole else batch / size,
         steps=rounds if whole else rounds * federation.local_steps,
         neighboring=relation,
+        before=before,
     )
-    return SiloTerms(sampling_prob=batch / size, noise_multiplier=noise, expected_batch_size=batch)
+    return SiloTerms(sampling_prob=batch / size, noise_multiplier=noise, expected_batch_size=batch, basis=paid)
+
+
+def _paid_basis(config: FederateConfig, name: str, delta: float, relation: str) -> PaidBasis:
+    """The silo's release for the basis: the share of its own budget that a run of its own would give it."""
+    run, epsilon = config.run, config.epsilon(name)
+    share = run.basis_share or default_share("private", epsilon)
+    noise = basis_noise_multiplier(epsilon=epsilon, delta=delta, share=share, neighboring=relation)
+    clip, clipping = (1.0, "automatic") if run.basis_clip_norm is None else (run.basis_clip_norm, "flat")
+    return PaidBasis(noise_multiplier=noise, l2_clip_norm=clip, clipping=clipping, share=share)
 
 
 def _clip_steps(asked: Mapping[str, SiloTerms], dimension: int) -> int:

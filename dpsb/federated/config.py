@@ -43,7 +43,6 @@ _NOT_FEDERATED = {
     "warm_start": "is not there for federations yet",
     "precondition": "is not there for federations yet",
     "checkpoint_every": "is after each round",
-    "basis_share": "is for a basis that is paid for",
 }
 
 
@@ -179,15 +178,32 @@ class FederateConfig:
         if math.isinf(run.epsilon):
             raise FederatedError("epsilon=inf has no meaning in a federation: nothing would protect a silo.")
         spec = parse_basis(run.basis)
-        if spec.kind in RELEASED or spec.kind == "leak" or (spec.kind == "lora-sb" and not spec.sources):
+        if spec.kind == "private":
+            self._check_paid_basis()
+        elif spec.kind in RELEASED or spec.kind == "leak" or (spec.kind == "lora-sb" and not spec.sources):
             raise FederatedError(
                 f"basis={run.basis!r} is computed from private data; in a federation use a data-free basis (weight, "
-                "random, complementary, hadamard) or public:FILE."
+                "random, complementary, hadamard), public:FILE, or private, for which every silo pays."
             )
         if run.basis_choice == "private":
             raise FederatedError("basis_choice='private' reads private data; leave it at 'public'.")
         if run.labels == "from-data":
             raise FederatedError("labels='from-data' would join the silos' labels; declare them.")
+
+    def _check_paid_basis(self) -> None:
+        run = self.run
+        if self.federation.model != PrivacyModel.SILO_LOCAL.value:
+            raise FederatedError(f"basis={run.basis!r} is for model silo_local, not for {self.federation.model}.")
+        if run.basis_rounds or run.basis_sampling_prob != 1.0 or run.remember_frozen_blocks:
+            raise FederatedError(
+                f"basis={run.basis!r} takes one release of whole gradients of all examples from each silo here: leave "
+                "out basis_rounds, basis_sampling_prob and remember_frozen_blocks."
+            )
+
+    @property
+    def basis_is_paid(self) -> bool:
+        """Whether every silo pays for a release that the basis is made from."""
+        return parse_basis(self.run.basis).kind == "private"
 
     @property
     def min_silos(self) -> int:

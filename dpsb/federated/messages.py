@@ -110,6 +110,7 @@ class RoundMessage:
       theta: Where to start; empty in the phases of a secure sum that need none.
       receipt: The last receipt that the coordinator holds of this silo; the silo refuses if its ledger is behind.
       summing: Where in a secure sum the message belongs; None without one.
+      basis: A and B of a basis that the silos paid for, where the silo may not have it yet; empty otherwise.
     """
 
     silo: str
@@ -117,6 +118,7 @@ class RoundMessage:
     theta: State
     receipt: Receipt | None = None
     summing: Summing | None = None
+    basis: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load
 
+from dpsb.basis.budget import PHASE
+from dpsb.basis.stage import BASIS_NAME
 from dpsb.federated.budget import FolderBusy, alone, open_ledger, plan_for, run_folder
 from dpsb.federated.messages import (
     Note,
@@ -20,6 +24,7 @@ from dpsb.federated.messages import (
     Update,
     theta_digest,
 )
+from dpsb.federated.paid_basis import provenance_of
 from dpsb.federated.replies import ReplyLost, find, last_round, settle, store
 from dpsb.federated.secure.masks import SecureSumError
 from dpsb.federated.secure.sessions import Session
@@ -28,7 +33,8 @@ from dpsb.federated.spec import PrivacyModel, RoundSpec, SiloPolicy, SpecRefused
 from dpsb.federated.trainer import Trainer
 from dpsb.randomness import Randomness, SystemRandomness
 from dpsb.reasons import reason
-from dpsb_accounting import Ledger, LedgerError
+from dpsb_accounting import Ledger, LedgerError, Plan
+from dpsb_accounting.files import write_whole
 
 
 class _Refused(Exception):
@@ -81,6 +87,11 @@ class Silo:
         return self.policy.silo
 
     @property
+    def basis_bytes(self) -> int:
+        """How large A and B of all weights are together in a message."""
+        return sum(4 * rank * (rows + columns) for rows, columns, rank in self._trainer.shapes.values())
+
+    @property
     def start(self) -> State:
         """Names, shapes and types of theta, and the public start of the run."""
         return self._trainer.start
@@ -89,10 +100,15 @@ class Silo:
         """:meth:`handle` for a message; one that is meant for another silo is refused."""
         if message.silo != self.name:
             return self._refusal(message.spec, "spec", f"This is silo {self.name!r}, the message is for another one.")
-        return self.handle(message.theta, message.spec, message.receipt, message.summing)
+        return self.handle(message.theta, message.spec, message.receipt, message.summing, message.basis)
 
     def handle(
-        self, theta: State, spec: RoundSpec, receipt: Receipt | None = None, summing: Summing | None = None
+        self,
+        theta: State,
+        spec: RoundSpec,
+        receipt: Receipt | None = None,
+        summing: Summing | None = None,
+        basis: State | None = None,
     ) -> Reply:
         """Does a round, or says why not.
 
@@ -101,6 +117,7 @@ class Silo:
           spec: What to do, exactly.
           receipt: The last that the coordinator holds of this silo's ledger; a ledger that is behind it is refused.
           summing: The part of a secure sum; without it noise in whole numbers is refused, and with it any other.
+          basis: A and B of the basis that the silos paid for. Released; used if it is the one that the round names.
 
         Returns:
           An :class:`~dpsb.federated.messages.Update`, or a :class:`~dpsb.federated.messages.Refusal`; a
@@ -113,6 +130,7 @@ class Silo:
             if summing is not None and summing.phase != "mask":
                 with alone(self.folder):
                     return self._note(spec, summing)
+            self._take_basis(spec, basis or {})
             self._check_theta(theta, spec)
             with alone(self.folder):
                 return self._round(theta, spec, receipt, self._begun(spec, summing))
@@ -149,14 +167,7 @@ class Silo:
     def _round(
         self, theta: State, spec: RoundSpec, receipt: Receipt | None, secure: tuple[Session, Summing] | None
     ) -> Update:
-        provenance, details = self._trainer.adapter.provenance.to_json(), self._trainer.details
-        dimension = sum(tensor.numel() for tensor in self.start.values())
-        try:
-            plan = plan_for(spec, self.policy, len(self._dataset), provenance, details, dimension)
-            if secure is not None:
-                share_mean(spec)
-        except ValueError as error:
-            raise SpecRefused(f"The round makes no valid plan: {error}") from None
+        plan = self._plan(spec)
         home = run_folder(self.folder, spec.run_id)
         if not home.exists():
             self._trainer.check()  # before anything is charged
@@ -164,25 +175,86 @@ class Silo:
             settle(home, ledger)
             if spec.model is not PrivacyModel.SILO_LOCAL and last_round(ledger) > spec.round:
                 raise _Refused("state", "The sum of a round that is over is not sent again: its noise was another.")
-            tensors = find(home, ledger, spec) if secure is None else secure[0].sent(secure[1])
-            if tensors is None:
-                left = ledger.remaining("train")
-                if left < spec.charges:
-                    raise _Refused(
-                        "budget",
-                        f"The budget of silo {self.name!r} for this run is spent: of {plan.steps} steps {left} are "
-                        f"left, the round takes {spec.charges}. Nothing was charged.",
-                    )
-                self._trainer.check()
-                if secure is not None:
-                    secure[0].begin(secure[1])
-                if self._randomness.tainted:
-                    ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
-                tensors = self._trainer.work(theta, self._dataset, ledger, spec, self._randomness)
-                if secure is not None:
-                    tensors = secure[0].masked(tensors, secure[1])
-                store(home, ledger, spec, tensors, "" if secure is None else secure[0].session)
+            if spec.stage == PHASE:
+                return self._update(self._released(home, ledger, spec), spec, ledger, receipt, {})
+            if spec.basis is not None:
+                self._bind_basis(home, ledger)
+            found = find(home, ledger, spec) if secure is None else secure[0].sent(secure[1])
+            tensors = self._computed(home, ledger, theta, spec, secure) if found is None else found
             return self._update(tensors, spec, ledger, receipt, {} if secure is None else secure[0].confirmations())
+
+    def _plan(self, spec: RoundSpec) -> Plan:
+        """The run's plan, the same in every round of it."""
+        provenance, details = self._trainer.adapter.provenance, self._trainer.details
+        if spec.basis is not None:
+            provenance = provenance_of(spec.basis)
+        dimension = sum(tensor.numel() for tensor in self.start.values())
+        try:
+            if spec.clip_steps:
+                share_mean(spec)
+            return plan_for(spec, self.policy, len(self._dataset), provenance.to_json(), details, dimension)
+        except ValueError as error:
+            raise SpecRefused(f"The round makes no valid plan: {error}") from None
+
+    def _computed(
+        self, home: Path, ledger: Ledger, theta: State, spec: RoundSpec, secure: tuple[Session, Summing] | None
+    ) -> State:
+        """A round's reply that is not there yet: charged, computed, put down and bound."""
+        left = ledger.remaining("train")
+        if left < spec.charges:
+            raise _Refused(
+                "budget",
+                f"The budget of silo {self.name!r} for this run is spent: of {ledger.plan.steps} steps {left} are "
+                f"left, the round takes {spec.charges}. Nothing was charged.",
+            )
+        self._trainer.check()
+        if secure is not None:
+            secure[0].begin(secure[1])
+        self._taint(ledger)
+        tensors: State = self._trainer.work(theta, self._dataset, ledger, spec, self._randomness)
+        if secure is not None:
+            tensors = secure[0].masked(tensors, secure[1])
+        store(home, ledger, spec, tensors, "" if secure is None else secure[0].session)
+        return tensors
+
+    def _taint(self, ledger: Ledger) -> None:
+        if self._randomness.tainted:
+            ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
+
+    def _released(self, home: Path, ledger: Ledger, spec: RoundSpec) -> State:
+        """The silo's release for the basis: charged and computed once, the same bytes ever after."""
+        tensors = find(home, ledger, spec, PHASE)
+        if tensors is None:
+            if not ledger.remaining(PHASE):
+                raise _Refused("state", "The release for the basis was charged and is lost; it is not drawn again.")
+            self._taint(ledger)
+            tensors = self._trainer.release_gradients(self._dataset, ledger, self._randomness)
+            store(home, ledger, spec, tensors, PHASE)
+        return tensors
+
+    def _take_basis(self, spec: RoundSpec, basis: State) -> None:
+        """Puts the adapter on the paid basis that a round names: the message's, or the one on disk. Released."""
+        if spec.basis is None or spec.stage == PHASE or self._trainer.basis_sha256 == spec.basis_sha256:
+            return
+        path = run_folder(self.folder, spec.run_id) / BASIS_NAME
+        if not basis and path.exists():
+            basis = load(path.read_bytes())
+        if theta_digest(basis) != spec.basis_sha256:
+            raise _Refused("state", "The message has no basis, or not the one whose digest the round names.")
+        try:
+            self._trainer.rebase(basis, provenance_of(spec.basis))
+        except ValueError as error:
+            raise _Refused("state", f"The basis of the message cannot be used: {error}") from None
+
+    def _bind_basis(self, home: Path, ledger: Ledger) -> None:
+        """Puts the basis beside the ledger and binds it by its hash; a run has one."""
+        content = self._trainer.basis_content()
+        bound = ledger.files.get(BASIS_NAME)
+        if bound is None:
+            write_whole(home / BASIS_NAME, content, mode=0o600)
+            ledger.bind_file(BASIS_NAME, sha256(content).hexdigest())
+        elif bound != sha256(content).hexdigest():
+            raise _Refused("state", "The silo's ledger of this run binds another basis.")
 
     def _update(
         self, tensors: State, spec: RoundSpec, ledger: Ledger, receipt: Receipt | None, notes: Mapping[str, str]

@@ -101,6 +101,7 @@ def simulate(config: FederateConfig, *, engine: str = "local", callbacks: Callba
             LocalTransport(silos, callbacks.on_reply),
             randomness=randomness,
             on_round=callbacks.on_round,
+            shapes=trainer.shapes,
         )
         if engine == "local":
             coordinator.run()

@@ -46,6 +46,27 @@ class PrivacyModel(enum.StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PaidBasis:
+    """One release of noisy clipped gradients by each silo, for a basis of all; see :mod:`dpsb.federated.paid_basis`.
+
+    Args:
+      noise_multiplier: Of that release.
+      l2_clip_norm: Of the gradients of all weights together.
+      clipping: ``"flat"`` or ``"automatic"``.
+      share: Of the silo's budget, as it was asked for.
+    """
+
+    noise_multiplier: float
+    l2_clip_norm: float = 1.0
+    clipping: str = "automatic"
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_positive(noise_multiplier=self.noise_multiplier, l2_clip_norm=self.l2_clip_norm, share=self.share)
+        check_choice(("flat", "automatic"), clipping=self.clipping)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundSpec:
     r"""One round as the server asks one silo for it. Public, all of it.
 
@@ -74,6 +95,8 @@ class RoundSpec:
       colluders: k, how many may tell the server their share of the noise, at least 1; ``secagg``.
       clip_steps: How many whole numbers C is long, where ``secagg`` adds Skellam noise in whole numbers under masks; 0:
         Gaussian noise, and whoever adds up is trusted.
+      basis: The release that pays for the basis, in every round of the run; None where it is public. ``silo_local``.
+      stage: ``"train"``, or ``"basis"``: that release, before round 0.
 
     Raises:
       FederatedError: If a field is out of range.
@@ -97,6 +120,8 @@ class RoundSpec:
     dropouts: int = 0
     colluders: int = 1
     clip_steps: int = 0
+    basis: PaidBasis | None = None
+    stage: str = "train"
 
     def __post_init__(self) -> None:
         check_match(RUN_ID, run_id=self.run_id)
@@ -128,6 +153,11 @@ class RoundSpec:
         check_whole(0, clip_steps=self.clip_steps)
         if self.clip_steps:
             self._check_whole_numbers()
+        check_choice(("train", "basis"), stage=self.stage)
+        if self.basis is not None and self.model is not PrivacyModel.SILO_LOCAL:
+            raise FederatedError(f"A paid basis is of silo_local, not of model {self.model.value}.")
+        if self.stage == "basis" and (self.basis is None or self.round):
+            raise FederatedError("The stage of the basis comes before round 0 of a run that pays for one.")
         if self.model is PrivacyModel.CLIENT_LEVEL and self.clients < 2:
             raise FederatedError(f"Model client_level hides one of several clients, not of clients={self.clients!r}.")
 
@@ -149,7 +179,7 @@ class RoundSpec:
     @property
     def charges(self) -> int:
         """What a round costs a silo: one charge for each step, or for the whole update where that is clipped."""
-        return 1 if self.model is PrivacyModel.CLIENT_LEVEL else self.local_steps
+        return 1 if self.model is PrivacyModel.CLIENT_LEVEL or self.stage == "basis" else self.local_steps
 
     def to_json(self) -> dict[str, Any]:
         """The specification as JSON."""
@@ -158,7 +188,10 @@ class RoundSpec:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RoundSpec:
         """The inverse of :meth:`to_json`; refuses unknown and missing fields."""
-        return cls(**checked_fields(cls, content, "a round's specification"))
+        values = checked_fields(cls, content, "a round's specification")
+        if values.get("basis") is not None:
+            values["basis"] = PaidBasis(**checked_fields(PaidBasis, values["basis"], "a paid basis"))
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
