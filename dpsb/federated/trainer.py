@@ -125,7 +125,7 @@ class Trainer:
     def release_gradients(
         self, dataset: Sequence[Example], ledger: Ledger, randomness: Randomness
     ) -> dict[str, torch.Tensor]:
-        """The one charged release that a paid basis is made from: gradients of the weights at the public start, float32."""
+        """The one charged release for a paid basis, of the weights' gradients at the public start; float32."""
         with self._turn:
             stand_in = self._basis()
             self.adapter.load_state(self.start)

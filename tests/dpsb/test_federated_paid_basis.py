@@ -112,18 +112,21 @@ def test_the_charge_is_on_disk_before_an_example_is_read(fed, monkeypatch):
 
 
 def test_what_is_released_is_the_clipped_sum_and_its_noise(tiny, fed, monkeypatch):
-    """Without noise and with a clip that does not bind: the sum of the gradients of the base model."""
+    """Without noise, and with gradients shorter than C: the sum of the gradients of the base model."""
     monkeypatch.setattr(SystemRandomness, "normal", lambda _s, n: torch.zeros(n, dtype=torch.float64))
     fed.trainer = replace(fed.trainer, adapter=tiny.adapter(tiny.base("bert"), scatter=0))  # R = 0, as in every run
     fed.trainer._checked = True
-    paid = replace(PAID, l2_clip_norm=1e6)
-    specs = asked(paid).specs("a" * 32, 0, fed.trainer.start, fed.trainer.basis_sha256, "basis")
+    specs = asked().specs("a" * 32, 0, fed.trainer.start, fed.trainer.basis_sha256, "basis")
     reply = fed.silo("north").handle(fed.trainer.start, specs["north"])
     made, data = fed.trainer, workbench.examples(24, seed=1)
     fresh = tiny.lora(tiny.base("bert"), task_type=None, target_modules=["query", "key", "value", "dense"])
     batches = [made.collate([example], made.max_length) for example in data]
     for name, mean in mean_gradients(fresh, made.loss_fn, batches).items():
-        torch.testing.assert_close(reply.tensors[f"{GRADIENT}{name}"], 24 * mean, rtol=1e-3, atol=1e-4)
+        released = reply.tensors[f"{GRADIENT}{name}"]
+        torch.testing.assert_close(
+            released, 24 * mean, rtol=1e-3, atol=4e-6
+        )  # of the grid that a release is rounded to
+        assert float(released.norm()) > 1e-3
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.01])
