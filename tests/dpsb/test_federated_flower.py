@@ -64,14 +64,15 @@ def test_a_simulation_through_the_engine_is_that_of_plain_calls(tmp_path, monkey
     monkeypatch.setattr("dpsb.federated.calibrate.noise_multiplier_for", lambda **_facts: 2.0)
     monkeypatch.setattr("dpsb.federated.trainer.check_before_run", lambda *_args: None)
     replies = []
-    config = read_federation(settings(tmp_path, split_file(tmp_path), SPLIT))
+    config = read_federation(settings(tmp_path, f'{split_file(tmp_path)}\nbasis = "private"', SPLIT))
     done = run_simulation(config, engine="flower", callbacks=Callbacks(on_reply=replies.append))
     report = json.loads((done.out / "report.json").read_text())
     assert report["claim"] is True
+    assert report["basis"]["silos"] == ["silo-1", "silo-2", "silo-3"]
     assert report["rounds"]["done"] == 2
     assert [len(entry["silos"]) for entry in report["rounds"]["history"]] == [3, 3]
     assert all(row["charged"] == row["planned"] == 4 for row in report["silos"])
-    assert len(replies) == 6
+    assert len(replies) == 3 * (1 + 2), "the release for the basis, and two rounds"
     assert (done.out / "adapter" / "adapter_model.safetensors").exists()
     for name in ("silo-1", "silo-2", "silo-3"):
         (ledger,) = (done.out / "silos" / name).glob("runs/*/ledger.jsonl")

@@ -18,6 +18,7 @@ from dpsb.federated.coordinator import Coordinator, TooFewSilos
 from dpsb.federated.messages import SUM, Note, Summing, theta_digest
 from dpsb.federated.report import federation_report
 from dpsb.federated.secure.masks import own_key, public_of
+from dpsb.federated.secure.opening import context_of
 from dpsb.federated.secure.whole_numbers import clip_steps_for, modular
 from dpsb.federated.server import load_state
 from dpsb.federated.spec import read_policy
@@ -299,6 +300,28 @@ def test_nothing_is_charged_for_a_sum_that_cannot_be(fed):
     assert record.charged("train") == 0
     usual = replace(spec, clip_steps=0)
     assert "no other noise does" in silo.handle(start, usual, None, summing).message
+
+
+@pytest.mark.parametrize("laxer", [{"noise_multiplier": 0.5}, {"clip_steps": 2**11}, {"l2_clip_norm": 2.0}])
+def test_a_server_that_asks_the_others_for_less_noise_gets_no_sum(fed, laxer):
+    """A silo's epsilon counts on the others' shares: what these were asked for is in every note."""
+    silos, start = fed.silos(), fed.trainer.start
+    usual = whole(fed).specs("a" * 32, 0, start, fed.trainer.basis_sha256)["north"]
+    sent = {}
+    for name in NAMES:
+        asked = replace(usual, **laxer) if name != "north" else usual
+        sent[name] = silos[name].handle({}, asked, None, Summing(session="e" * 32, phase="share"))
+    notes = {name: sent[name].notes["north"] for name in NAMES if name != "north"}
+    reply = silos["north"].handle(start, usual, None, Summing(session="e" * 32, phase="mask", notes=notes))
+    assert "not from the silo that it names" in reply.message
+    assert fed.ledger("north").charged("train") == 0
+
+
+def test_every_number_that_a_share_depends_on_is_in_every_note(four):
+    start, basis = four.trainer.start, four.trainer.basis_sha256
+    one, two = (whole(four, FOUR, dropouts=n).specs("a" * 32, 0, start, basis)["north"] for n in (0, 1))
+    contexts = {context_of(each, "e" * 32) for each in (one, two, replace(two, dropouts=0, colluders=2))}
+    assert len(contexts) == 3
 
 
 def test_a_silo_gives_up_an_older_sum_for_a_new_one(fed):

@@ -127,8 +127,12 @@ class SecureSum:
 
 
 def context_of(spec: RoundSpec, session: str) -> str:
-    """What a secure sum is of; the same at all its silos."""
-    return f"{spec.run_id} {spec.round} {session} {spec.theta_sha256} {spec.basis_sha256} {spec.clip_steps}"
+    """What a secure sum is of; the same at all its silos, or they open no note of each other.
+
+    With all that the size of a share of the noise depends on: each silo's epsilon counts on the shares of the others.
+    """
+    noise = (spec.noise_multiplier, spec.l2_clip_norm, spec.clip_steps, spec.clients, spec.dropouts, spec.colluders)
+    return " ".join(map(str, (spec.run_id, spec.round, session, spec.theta_sha256, spec.basis_sha256, *noise)))
 
 
 def _turned(sent: Mapping[str, Mapping[str, str]], names: Sequence[str]) -> dict[str, dict[str, str]]:
