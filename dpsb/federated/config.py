@@ -178,6 +178,8 @@ class FederateConfig:
         if math.isinf(run.epsilon):
             raise FederatedError("epsilon=inf has no meaning in a federation: nothing would protect a silo.")
         spec = parse_basis(run.basis)
+        if run.basis_share != usual["basis_share"] and spec.kind != "private":
+            raise FederatedError(f"basis_share={run.basis_share!r} is for a basis that is paid for.")
         if spec.kind == "private":
             self._check_paid_basis()
         elif spec.kind in RELEASED or spec.kind == "leak" or (spec.kind == "lora-sb" and not spec.sources):
