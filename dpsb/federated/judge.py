@@ -109,7 +109,7 @@ def wrong_receipt(reply: Update, spec: RoundSpec, held: Receipt | None) -> str:
     """Why the receipt of a reply does not continue the one that is held; empty if it does."""
     new = reply.receipt
     least = (1 if held is None else held.length) + spec.charges + 1  # the charges, and the line binding the reply
-    if held is not None and held.round == spec.round:  # the round was asked for before and could not be closed
+    if held is not None and held.round == spec.position:  # the round was asked for before and could not be closed
         least = held.length
     if held is not None and new.ledger_id != held.ledger_id:
         return "the receipt is of another ledger than before"

@@ -234,7 +234,9 @@ class Silo:
 
     def _take_basis(self, spec: RoundSpec, basis: State) -> None:
         """Puts the adapter on the paid basis that a round names: the message's, or the one on disk. Released."""
-        if spec.basis is None or spec.stage == PHASE or self._trainer.basis_sha256 == spec.basis_sha256:
+        if spec.basis is None or spec.stage == PHASE:
+            return
+        if self._trainer.on_paid_basis and self._trainer.basis_sha256 == spec.basis_sha256:
             return
         path = run_folder(self.folder, spec.run_id) / BASIS_NAME
         if not basis and path.exists():
@@ -265,7 +267,7 @@ class Silo:
             round=spec.round,
             theta_sha256=spec.theta_sha256,
             tensors=tensors,
-            receipt=Receipt(ledger_id=ledger.run_id, length=ledger.length, head=ledger.head, round=spec.round),
+            receipt=Receipt(ledger_id=ledger.run_id, length=ledger.length, head=ledger.head, round=spec.position),
             follows=None if receipt is None else ledger.hash_at(receipt.length - 1),
             notes=notes,
         )

@@ -172,6 +172,11 @@ class RoundSpec:
             )
 
     @property
+    def position(self) -> int:
+        """What receipts call the round; the release for the basis has a number of its own, past the last."""
+        return self.rounds if self.stage == "basis" else self.round
+
+    @property
     def honest(self) -> int:
         """c - t - k: how many shares of the noise are certainly in an opened sum and unknown."""
         return self.clients - self.dropouts - self.colluders

@@ -160,6 +160,11 @@ class Trainer:
             self._attach(Basis(factors=factors, provenance=provenance))
             self._paid, self.basis_sha256 = dict(tensors), theta_digest(tensors)
 
+    @property
+    def on_paid_basis(self) -> bool:
+        """Whether the adapter is on a basis that silos paid for, not on a public one or what stands in for it."""
+        return bool(self._paid)
+
     def basis_content(self) -> bytes:
         """The paid basis as it came, as a safetensors file. Released."""
         return bytes(save(dict(self._paid)))

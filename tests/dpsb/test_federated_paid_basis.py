@@ -241,6 +241,25 @@ def test_another_basis_than_the_round_names_is_refused(fed):
     assert fed.ledger("north").charged("train") == 2
 
 
+def test_what_stands_in_for_the_basis_is_not_trained_on(fed):
+    spec = asked().specs("a" * 32, 0, fed.trainer.start, fed.trainer.basis_sha256)["north"]
+    said = fed.silo("north").handle(fed.trainer.start, spec)
+    assert (said.kind, "has no basis" in said.message) == ("state", True)
+    assert not list((fed.out / "silos").glob("**/ledger.jsonl"))
+
+
+def test_the_first_round_has_to_follow_the_basis_in_the_ledger(fed):
+    """A ledger that is no longer than after the release for the basis did not charge the round."""
+
+    def after(message, reply):
+        if message.silo == "south" and message.spec.stage == "train":
+            return [replace(reply, receipt=replace(reply.receipt, length=message.receipt.length))]
+        return [reply]
+
+    state = coordinator(fed, Faulty(fed.silos(), after=after)).run()
+    assert "less than the 5 that this round takes" in state.left["south"]
+
+
 def test_a_budget_that_has_no_room_for_the_basis_is_refused(fed):
     step = PoissonGaussian(noise_multiplier=NOISE, sampling_prob=PROB)
     without = epsilon_of([(step, 2)], DELTA).upper
