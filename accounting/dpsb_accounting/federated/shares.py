@@ -133,8 +133,8 @@ def require_plain(event: Event, phase: str) -> None:
     """Raises ValueError unless it is a sum with Gaussian or Skellam noise, of all or of Poisson-sampled units."""
     if not isinstance(event, (Gaussian, PoissonGaussian, PoissonSkellam)):
         raise ValueError(
-            f"phase {phase!r} releases a {type(event).__name__}; in this model each release must be a Gaussian, a "
-            "PoissonGaussian or a PoissonSkellam"
+            f"phase {phase!r} releases a {type(event).__name__}; in this model each release must be a Gaussian or a "
+            "PoissonGaussian, or in secagg a PoissonSkellam"
         )
 
 
