@@ -66,7 +66,9 @@ def simulate(
                 callbacks=Callbacks(
                     on_status=lambda message: console.print(f"[dim]{escape(message)}[/dim]", highlight=False),
                     on_terms=on_terms,
-                    on_reply=lambda reply: progress.update(task, advance=1, round=f"round {reply.round + 1}"),
+                    on_reply=lambda reply: progress.update(
+                        task, advance=_rounds_done(reply), round=f"round {reply.round + 1}"
+                    ),
                     on_round=lambda record: _show_round(console, record),
                     on_problem=lambda reason: console.print(f"[yellow]{escape(reason)}[/yellow]", highlight=False),
                 ),
@@ -205,9 +207,15 @@ def _end_like_an_interrupt() -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
+def _rounds_done(reply: Any) -> int:
+    """What a reply adds to the progress: nothing where it is a note of a secure sum."""
+    return 0 if hasattr(reply, "phase") else 1
+
+
 def _answered(reply: Any) -> str:
-    why = getattr(reply, "message", None)
-    return f"round {reply.round + 1}: " + ("sent an update" if why is None else f"refused: {why}")
+    why, phase = getattr(reply, "message", None), getattr(reply, "phase", None)
+    sent = "sent an update" if phase is None else f"a secure sum, {phase}"
+    return f"round {reply.round + 1}: " + (sent if why is None else f"refused: {why}")
 
 
 def _print(federation: Any, out: Path, held_out: Mapping[str, float], as_json: bool) -> None:

@@ -16,6 +16,7 @@ from dpsb.federated.coordinator import Coordinator
 from dpsb.federated.local import LocalTransport
 from dpsb.federated.messages import Reply
 from dpsb.federated.report import REPORT_NAME, SILOS, Federation, federation_report
+from dpsb.federated.secure.masks import own_key, public_of
 from dpsb.federated.server import RoundRecord, ServerError
 from dpsb.federated.silo import Silo
 from dpsb.federated.spec import POLICY_NAME, FederatedError, SiloPolicy
@@ -77,7 +78,10 @@ def simulate(config: FederateConfig, *, engine: str = "local", callbacks: Callba
     trainer = built.trainer
     data = {name: prepared.examples for name, prepared in built.prepared.items()}
     callbacks.on_status("calibrating the silos' noise")
-    terms, policies = terms_of(config, {name: len(examples) for name, examples in data.items()})
+    dimension = sum(tensor.numel() for tensor in trainer.start.values())
+    terms, policies = terms_of(config, {name: len(examples) for name, examples in data.items()}, dimension)
+    if terms.clip_steps:
+        policies = _acquainted(policies, out)
     callbacks.on_terms(terms, policies)
     randomness = randomness_of(config.run)
     silos = {}
@@ -97,6 +101,7 @@ def simulate(config: FederateConfig, *, engine: str = "local", callbacks: Callba
             LocalTransport(silos, callbacks.on_reply),
             randomness=randomness,
             on_round=callbacks.on_round,
+            shapes=trainer.shapes,
         )
         if engine == "local":
             coordinator.run()
@@ -120,6 +125,16 @@ def _built(config: FederateConfig, out: Path, callbacks: Callbacks) -> Built:
     runs = {name: replace(silo_config(config, name), basis="weight") for name in names}
     runs[names[0]] = replace(silo_config(config, names[0]), eval_data=config.run.eval_data)
     return build(config, tables, runs, out, callbacks.on_status)
+
+
+def _acquainted(policies: Mapping[str, SiloPolicy], out: Path) -> dict[str, SiloPolicy]:
+    """The policies with all silos' public keys, which real silos give each other."""
+    keys = {}
+    for name in policies:
+        folder = out / SILOS / name
+        folder.mkdir(parents=True, exist_ok=True)
+        keys[name] = public_of(own_key(folder)).hex()
+    return {name: replace(policy, peers=keys) for name, policy in policies.items()}
 
 
 def _by_flower(coordinator: Coordinator, silos: Mapping[str, Silo], callbacks: Callbacks) -> None:
