@@ -7,6 +7,7 @@ while it lives. Two sizes of the microbatch are run; the rest lies on a straight
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -148,7 +149,9 @@ def _checkpoint(model: nn.Module) -> None:
     part: Any = peft_part(model)
     if not getattr(part, "supports_gradient_checkpointing", False):
         raise ModelError("checkpointing=True: this model has no activation checkpointing.")
-    part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # transformers 5 has a new name for it, 4 has not
+        part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _measured(adapter: Adapter, task: str, size: int, length: int) -> tuple[int, int]:
