@@ -155,6 +155,7 @@ def fine_tune(
                 token_budget=config.token_budget,
                 ledger=ledger,
                 randomness=randomness,
+                canaries=None if audit is None else audit.basis,
                 on_pass=lambda number, of: callbacks.on_status(f"basis: pass {number} of {of} over the data"),
             )
             adapter = release_basis(out, adapter, planned.make if planned else None, examples)
