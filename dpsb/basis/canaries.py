@@ -54,7 +54,7 @@ class BasisCanaries:
     def place(self, sizes: Mapping[str, int]) -> None:
         """Chooses a coordinate and a sign for every canary, for one release of vectors of these sizes by layer.
 
-        Where there are fewer coordinates than canaries, the first ones get them; those that never got one have no score.
+        Where there are fewer coordinates than canaries, the first get them; one that never got any has no score.
         """
         size = sum(sizes.values())
         count = min(len(self._ratios), size)

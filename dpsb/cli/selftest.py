@@ -69,6 +69,6 @@ def _show(console: Console, found: Any) -> None:
     console.print(table)
     if found.tainted:
         console.print(
-            "[red]Tainted:[/] figures and messages above depend on private examples and have no guarantee. They are for "
-            "this screen: do not keep, send or publish them, and choose no setting of a private run by them."
+            "[red]Tainted:[/] figures and messages above depend on private examples and have no guarantee. They are "
+            "for this screen: do not keep, send or publish them, and choose no setting of a private run by them."
         )

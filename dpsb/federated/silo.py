@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dpsb.federated.budget import FolderBusy, alone, open_ledger, plan_for, run_folder
+from dpsb.federated.canaries import SiloCanaries
 from dpsb.federated.messages import (
     Receipt,
     Refusal,
@@ -50,6 +51,7 @@ class Silo:
       trainer: Model and loss. Silos within one process may share it, one round at a time.
       dataset: Examples with ``input_ids``. Sensitive, its length too where the policy declares N.
       randomness: By default the operating system's; a seeded one taints every ledger.
+      canaries: Of an audit; they taint every ledger.
       on_problem: Told the reason of a failure. For the silo's own screen; it may depend on the data.
     """
 
@@ -61,11 +63,13 @@ class Silo:
         dataset: Sequence[Any],
         *,
         randomness: Randomness | None = None,
+        canaries: SiloCanaries | None = None,
         on_problem: Callable[[str], None] = lambda _reason: None,
     ) -> None:
         self.folder, self.policy = Path(folder), policy
         self._trainer, self._dataset = trainer, dataset
         self._randomness = randomness or SystemRandomness()
+        self._canaries = canaries
         self._on_problem = on_problem
 
     @property
@@ -139,7 +143,12 @@ class Silo:
                 self._trainer.check()
                 if self._randomness.tainted:
                     ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
-                tensors = self._trainer.work(theta, self._dataset, ledger, spec, self._randomness)
+                if self._canaries is not None:
+                    ledger.taint(
+                        "gradient_canaries", "rows that stand for no example were put in to audit the mechanism"
+                    )
+                    self._canaries.begin(plan, self._trainer.adapter.dimension, spec.model)
+                tensors = self._trainer.work(theta, self._dataset, ledger, spec, self._randomness, self._canaries)
                 store(home, ledger, spec, tensors)
             return self._update(tensors, spec, ledger, receipt)
 

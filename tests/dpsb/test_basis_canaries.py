@@ -13,7 +13,6 @@ from dpsb import audit as auditor
 from dpsb.adapter import lora_layers
 from dpsb.audit import audit_run, white_box
 from dpsb.basis.canaries import BasisCanaries, plan_of_release
-from dpsb.basis.per_example import WHOLE
 from dpsb.basis.private import private, private_provenance
 from dpsb.basis.release import Clip, PrivateExamples
 from dpsb.canaries import expected_scores
