@@ -84,7 +84,9 @@ def audit_run(
     makers: dict[str, Callable[[CanaryScores], Attack]] = {
         "gradient": lambda scores: white_box(_GRADIENT, plan, scores, confidence),
         "basis": lambda scores: white_box(_BASIS, plan_of_release(plan), scores, confidence, part=True),
-        "input": lambda scores: _black_box(scores, plan.delta, confidence),
+        "input": lambda scores: _black_box("input canaries", scores, plan.delta, confidence),
+        "secret-rank": lambda scores: _black_box("secrets, by rank", scores, plan.delta, confidence),
+        "secret-writing": lambda scores: _black_box("secrets, by generation", scores, plan.delta, confidence),
         "membership": _membership,
     }
     for kind, make in makers.items():
@@ -105,6 +107,13 @@ def audit_run(
         "keep the data.",
     ]
     content = to_json(claimed, plan.delta, confidence, attacks)
+    if canaries.secrets is not None:
+        content["secrets"] = found = canaries.secrets.summary()
+        notes.append(
+            f"Of the secrets that were put in, the model writes {found['written_inserted']:.1%} to the last token, of "
+            f"those left out {found['written_left_out']:.1%}; exposure {found['exposure_inserted']:.2f} and "
+            f"{found['exposure_left_out']:.2f} bits (1.44 where the model knows nothing of them)."
+        )
     content |= {"notes": notes, "canary_run": {"ledger": f"{CANARY_RUN}/ledger.jsonl", "released": False}}
     page = to_html(
         title=f"Audit of {Path(config.out).name}",
@@ -209,9 +218,9 @@ def _scaled(counts: Counts, size: int) -> Counts:
     )
 
 
-def _black_box(scores: CanaryScores, delta: float, confidence: float) -> Attack:
+def _black_box(name: str, scores: CanaryScores, delta: float, confidence: float) -> Attack:
     bounds = [auditing.audit(scores, "one-run", delta=delta, confidence=confidence)]
-    return Attack(name="input canaries", threat_model=scores.threat_model, bounds=bounds, roc=auditing.roc(scores))
+    return Attack(name=name, threat_model=scores.threat_model, bounds=bounds, roc=auditing.roc(scores))
 
 
 def _membership(scores: CanaryScores) -> Attack:

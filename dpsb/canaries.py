@@ -20,6 +20,7 @@ from torch import nn
 from dpsb.losses import IGNORED, LossFn
 from dpsb.randomness import Randomness, SystemRandomness
 from dpsb.sampling import length_buckets, microbatches, padded_lengths
+from dpsb.secret_canaries import SecretCanaries
 from dpsb_accounting import Plan
 from dpsb_accounting.auditing import CanaryScores
 
@@ -206,6 +207,7 @@ class CanaryAudit:
         self.plan: Plan | None = None
         self.scores: dict[str, CanaryScores] = {}
         self._numbers = (gradient, inputs)
+        self.secrets: SecretCanaries | None = None
         self._inputs: InputCanaries | None = None
 
     def plant(self, plan: Plan, dimension: int, losses: Losses, shape: InputShape) -> list[Any]:
@@ -221,9 +223,14 @@ class CanaryAudit:
         )
         self._inputs.before(losses)
         chosen = self._inputs.examples()
+        if shape.task == "causal-lm":
+            self.secrets = SecretCanaries(inputs, shape.vocab_size, shape.length)
+            chosen += self.secrets.examples()
         return chosen if plan.unit == "example" else [[example] for example in chosen]
 
-    def finish(self, losses: Losses, members: Sequence[Any], non_members: Sequence[Any] | None) -> None:
+    def finish(
+        self, losses: Losses, members: Sequence[Any], non_members: Sequence[Any] | None, model: nn.Module
+    ) -> None:
         """Scores everything on the final model: canaries, and members against held-out examples. Sensitive."""
         if self.rows is not None:
             self.scores["gradient"] = self.rows.scores()
@@ -231,6 +238,9 @@ class CanaryAudit:
             self.scores["basis"] = self.basis.scores()
         if self._inputs is not None:
             self.scores["input"] = self._inputs.scores(losses)
+        if self.secrets is not None:
+            self.scores["secret-rank"] = self.secrets.by_rank(losses)
+            self.scores["secret-writing"] = self.secrets.by_writing(model)
         if members and non_members:
             values = -np.concatenate([losses(members), losses(non_members)])
             inside = np.arange(len(values)) < len(members)

@@ -187,7 +187,7 @@ def fine_tune(
             on_step=callbacks.on_step,
         )
         if audit is not None:
-            audit.finish(losses, prepared.members, prepared.held_out)
+            audit.finish(losses, prepared.members, prepared.held_out, model)
         held_out: dict[str, float] = {}
         if prepared.held_out is not None:
             callbacks.on_status("evaluating on held-out data")
