@@ -71,7 +71,7 @@ class SecretCanaries:
 
     def examples(self) -> list[dict[str, Any]]:
         """The examples whose coin said that they are part of the data."""
-        return [self._example(i, 0) for i in np.flatnonzero(self.included)]
+        return [self._example(int(i), 0) for i in np.flatnonzero(self.included)]
 
     def by_rank(self, losses: Callable[[Sequence[Mapping[str, Any]]], np.ndarray]) -> CanaryScores:
         """How far each secret's loss lies below its references', in their standard deviations."""
