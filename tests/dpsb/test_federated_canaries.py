@@ -6,9 +6,11 @@ import federation
 import pytest
 import workbench
 from federation import NAMES, Federation, policy, terms
+from typer.testing import CliRunner
 
 from dpsb import audit as auditor
 from dpsb.audit import white_box
+from dpsb.cli import app
 from dpsb.federated import coordinator
 from dpsb.federated import trainer as training
 from dpsb.federated.audit import audit_federation, made_of
@@ -165,6 +167,19 @@ def test_audit_of_a_file_of_settings(tmp_path, calibrated, model):
         assert all(text.encode() not in file for file in workbench.written(tmp_path / "audit").values())
     with pytest.raises(RuntimeError, match="not empty"):
         audit_federation(config, found.out)
+
+
+def test_the_command_says_what_is_proved_and_fails_if_a_claim_is_refuted(tmp_path, calibrated, monkeypatch):
+    settings(tmp_path, "rounds = 4\nlocal_steps = 2")
+    command = ["federate", "audit", "--config", str(tmp_path / "fed.toml"), "--canaries", "300"]
+    done = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "first"), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["refuted"] is False
+    monkeypatch.setattr("dpsb.mechanism.clip_scale", lambda norms, *_: norms * 0 + 1)
+    broken = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "second")])
+    assert broken.exit_code == 1
+    assert "the claim is refuted" in broken.stderr
+    assert "silo silo-1, silo_local: epsilon is at least" in broken.stdout
 
 
 def test_refuses_what_it_cannot_audit(tmp_path, calibrated):
