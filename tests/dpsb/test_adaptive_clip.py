@@ -66,6 +66,7 @@ def test_sum_and_count_stand_side_by_side_and_come_apart_again():
     total = mechanism.clip_and_sum(rows)
     unit = mechanism.noise_std / 4.0
     assert mechanism.zeros(2).shape == total.shape == (3,)
+    assert mechanism.zeros(3).shape == (4,)
     torch.testing.assert_close(total, torch.tensor([1.5, 2.5, 0.5 * unit], dtype=torch.float64))
     vector, moved = mechanism.read(total)
     assert vector.tolist() == pytest.approx([1.5, 2.5])
