@@ -195,3 +195,10 @@ def test_the_buckets_are_powers_of_two_and_halfway_between():
     """Public constants, in every plan's details: a changed one makes another plan."""
     wanted = sorted({2**k for k in range(4, 14)} | {3 * 2**k for k in range(3, 12)})
     assert list(DEFAULT_BUCKETS) == wanted
+
+
+@pytest.mark.parametrize("length", [0, -3])
+def test_there_is_no_bucket_for_no_token(length):
+    with pytest.raises(ValueError, match="of at least 1 token"):
+        length_buckets(length)
+    assert length_buckets(1) == (1,)
