@@ -9,6 +9,7 @@ from plans import BASIS, STEP, make_plan, two_phases
 from dpsb_accounting import (
     ApproximateDP,
     Gaussian,
+    Laplace,
     Ledger,
     NonPrivate,
     Parallel,
@@ -314,3 +315,16 @@ def test_of_parallel_events_the_worst_counts_wherever_it_stands(noises):
     found, worst = epsilon([together], 1e-5), epsilon([Gaussian(noise_multiplier=2.0)], 1e-5)
     assert found.upper == pytest.approx(worst.upper, rel=1e-6)
     assert found.lower <= worst.upper <= found.upper * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("noise", [1.0, 40.0])
+def test_of_parallel_events_that_none_dominates_the_worst_counts_too(noise, turned):
+    """With each of the two noises another of the two parts is the worst."""
+    parts = (STEP, Laplace(noise_multiplier=noise))
+    alone = [epsilon([part], 1e-5) for part in parts]
+    found = epsilon([Parallel(events=parts[::-1] if turned else parts)], 1e-5)
+    assert found.upper == pytest.approx(max(bound.upper for bound in alone), rel=1e-9)
+    assert found.lower == pytest.approx(max(bound.lower for bound in alone), rel=1e-9)
+    assert found.method.startswith("worst of 2 parallel alternatives: ")
+    assert found.method.endswith(max(alone, key=lambda bound: bound.upper).method)
