@@ -285,7 +285,7 @@ def longest_input(base: nn.Module, tokenizer: Any) -> int | None:
 
 def _load(auto_class: Any, path: str, **options: Any) -> Any:
     try:
-        return auto_class.from_pretrained(path, **options)
+        return auto_class.from_pretrained(path, use_safetensors=True, **options)  # a pickle may run code
     except (OSError, ValueError) as error:
         kind = "folder" if Path(path).exists() else "model id (is there a network?)"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

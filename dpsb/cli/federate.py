@@ -105,6 +105,42 @@ def report(
 
 
 @federate.command()
+def audit(
+    config: Annotated[Path, typer.Option(help="Settings (TOML) of the federation, as for simulate.")],
+    out: Annotated[Path, typer.Option(help="New folder of the audit.")],
+    silo: Annotated[str | None, typer.Option(help="Whose releases are attacked. \\[default: the first]")] = None,
+    canaries: Annotated[int, typer.Option(help="Gradient canaries, at most the number of trained numbers.")] = 3000,
+    confidence: Annotated[float, typer.Option(help="Probability that the bound holds.")] = 0.95,
+    as_json: Json = False,
+) -> None:
+    """Simulates a federation once more with canaries at one silo; writes what that proves about its epsilon.
+
+    Every ledger of the simulation is tainted, and its model is not for release. Exit code 1 if the claim is refuted.
+
+    Example: [bold]dpsb federate audit --config fed.toml --out fed-audit[/bold]
+    """
+
+    def run() -> None:
+        from dpsb.federated.audit import audit_federation
+        from dpsb.federated.config import read_federation
+
+        found = audit_federation(read_federation(config), out, host=silo, canaries=canaries, confidence=confidence)
+        content = found.content
+        if as_json:
+            typer.echo(json.dumps(content, indent=1))
+        else:
+            line = (
+                f"silo {content['silo']}, {content['model']}: epsilon is at least {content['epsilon_lower']:.4g}, "
+                f"claimed is at most {content['claimed_epsilon']:.4g}; page: {found.out}/audit.html"
+            )
+            Console().print(escape(line), highlight=False, soft_wrap=True)
+        if content["refuted"]:
+            raise RuntimeError("the claim is refuted: the attack proves a larger epsilon. Do not rely on it.")
+
+    guarded(run)
+
+
+@federate.command()
 def init(
     config: Annotated[Path, typer.Option(help="Settings (TOML), as for simulate; every silo declares num_examples.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the server; takes the place of the file's.")] = None,

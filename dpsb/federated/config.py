@@ -239,9 +239,12 @@ def read_federation(path: Path, out: str | None = None, *, needs_data: bool = Tr
     """
     try:
         content = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FederatedError(f"{path} cannot be read as the settings of a federation: {error}") from None
     tables = {name: content.pop(name, {}) for name in ("federation", "silos")}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise FederatedError(f"{path}: expected a table [{name}], got {table!r}.")
     silos: dict[str, SiloSettings] = {}
     for name, settings in tables["silos"].items():
         if not isinstance(settings, dict):

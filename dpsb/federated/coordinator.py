@@ -56,6 +56,7 @@ class Coordinator:
       randomness: Of the server's noise in ``trusted_server``; a seeded one voids the claim.
       on_round: Told after each round.
       shapes: Out, in and rank of each target weight; needed where the silos pay for the basis. Public.
+      on_opened: Given the noisy sum of each round in the models that open one. Released.
     """
 
     def __init__(
@@ -69,11 +70,12 @@ class Coordinator:
         randomness: Randomness | None = None,
         on_round: Callable[[RoundRecord], None] = lambda _record: None,
         shapes: Mapping[str, tuple[int, int, int]] | None = None,
+        on_opened: Callable[[torch.Tensor], None] = lambda _sum: None,
     ) -> None:
         self.out, self._terms, self._transport = Path(out), terms, transport
         self._theta, self._basis_sha256 = dict(theta), basis_sha256
         self._randomness = randomness or SystemRandomness()
-        self._on_round, self._shapes = on_round, dict(shapes or {})
+        self._on_round, self._on_opened, self._shapes = on_round, on_opened, dict(shapes or {})
 
     def run(self) -> ServerState:
         """Does all rounds that are left.
@@ -295,6 +297,7 @@ class Coordinator:
             noise = terms.noise_multiplier
             mechanism = Mechanism(l2_clip_norm=terms.l2_clip_norm, noise_multiplier=noise, clipping="flat")
             total = mechanism.release(total, self._randomness)
+        self._on_opened(total)
         divisor = sum(terms.silos[name].expected_batch_size for name in updates)
         mean = total / (len(terms.silos) if terms.model is PrivacyModel.CLIENT_LEVEL else divisor)
         parts = mean.split([tensor.numel() for tensor in theta.values()])

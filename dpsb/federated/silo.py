@@ -13,6 +13,7 @@ from safetensors.torch import load
 from dpsb.basis.budget import PHASE
 from dpsb.basis.stage import BASIS_NAME
 from dpsb.federated.budget import FolderBusy, alone, open_ledger, plan_for, run_folder
+from dpsb.federated.canaries import SiloCanaries
 from dpsb.federated.messages import (
     Note,
     Receipt,
@@ -62,6 +63,7 @@ class Silo:
       trainer: Model and loss. Silos within one process may share it, one round at a time.
       dataset: Examples with ``input_ids``. Sensitive, its length too where the policy declares N.
       randomness: By default the operating system's; a seeded one taints every ledger.
+      canaries: Of an audit; they taint every ledger.
       on_problem: Told the reason of a failure. For the silo's own screen; it may depend on the data.
     """
 
@@ -73,11 +75,13 @@ class Silo:
         dataset: Sequence[Any],
         *,
         randomness: Randomness | None = None,
+        canaries: SiloCanaries | None = None,
         on_problem: Callable[[str], None] = lambda _reason: None,
     ) -> None:
         self.folder, self.policy = Path(folder), policy
         self._trainer, self._dataset = trainer, dataset
         self._randomness = randomness or SystemRandomness()
+        self._canaries = canaries
         self._on_problem = on_problem
         self._session: Session | None = None
 
@@ -211,7 +215,10 @@ class Silo:
         if secure is not None:
             secure[0].begin(secure[1])
         self._taint(ledger)
-        tensors: State = self._trainer.work(theta, self._dataset, ledger, spec, self._randomness)
+        if self._canaries is not None:
+            ledger.taint("gradient_canaries", "rows that stand for no example were put in to audit the mechanism")
+            self._canaries.begin(ledger.plan, self._trainer.adapter.dimension, spec.model)
+        tensors: State = self._trainer.work(theta, self._dataset, ledger, spec, self._randomness, self._canaries)
         if secure is not None:
             tensors = secure[0].masked(tensors, secure[1])
         store(home, ledger, spec, tensors, "" if secure is None else secure[0].session)

@@ -11,6 +11,7 @@ from pathlib import Path
 from dpsb.data import read_table
 from dpsb.federated.building import SETTINGS_NAME, Built, build, finish
 from dpsb.federated.calibrate import policy_text, terms_of
+from dpsb.federated.canaries import FederationCanaries
 from dpsb.federated.config import FederateConfig, silo_config
 from dpsb.federated.coordinator import Coordinator
 from dpsb.federated.local import LocalTransport
@@ -49,7 +50,13 @@ class Callbacks:
     on_problem: Callable[[str], None] = lambda _reason: None
 
 
-def simulate(config: FederateConfig, *, engine: str = "local", callbacks: Callbacks = Callbacks()) -> Simulated:
+def simulate(
+    config: FederateConfig,
+    *,
+    engine: str = "local",
+    callbacks: Callbacks = Callbacks(),
+    canaries: FederationCanaries | None = None,
+) -> Simulated:
     """Runs a federation in ``config.run.out``, or goes on with the one that is there.
 
     Each silo has a folder with its policy, its ledger and its replies, as it would on a machine of its own; they share
@@ -60,6 +67,7 @@ def simulate(config: FederateConfig, *, engine: str = "local", callbacks: Callba
       engine: ``"local"``, or ``"flower"``: the coordinator is then a ServerApp in Flower's simulation, and each message
         goes through its engine to a ClientApp and on to the silo's worker, as in a deployment.
       callbacks: Where progress goes.
+      canaries: Of an audit, in one process; the federation is then there to be audited and claims nothing.
 
     Raises:
       FederatedError, ServerError, DataError, ModelError, ProbeError, LedgerError: With one sentence each.
@@ -89,7 +97,15 @@ def simulate(config: FederateConfig, *, engine: str = "local", callbacks: Callba
         folder = out / SILOS / name
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / POLICY_NAME, policy_text(policy).encode())
-        silos[name] = Silo(folder, policy, trainer, data[name], randomness=randomness, on_problem=callbacks.on_problem)
+        silos[name] = Silo(
+            folder,
+            policy,
+            trainer,
+            data[name],
+            randomness=randomness,
+            canaries=None if canaries is None else canaries.at(name),
+            on_problem=callbacks.on_problem,
+        )
     callbacks.on_status("checking the model on synthetic examples")
     with remember_frozen_prefix(trainer.adapter.model) if config.run.remember_frozen_blocks else nullcontext():
         trainer.check()
@@ -102,6 +118,7 @@ def simulate(config: FederateConfig, *, engine: str = "local", callbacks: Callba
             randomness=randomness,
             on_round=callbacks.on_round,
             shapes=trainer.shapes,
+            on_opened=(lambda _sum: None) if canaries is None else canaries.opened,
         )
         if engine == "local":
             coordinator.run()

@@ -341,7 +341,7 @@ def read_policy(path: Path) -> SiloPolicy:
     """
     try:
         content = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FederatedError(f"{path} cannot be read as a silo's policy: {error}") from None
     return SiloPolicy(**checked_fields(SiloPolicy, content, str(path)))
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -16,6 +17,7 @@ from dpsb.basis.per_example import WHOLE
 from dpsb.basis.release import PrivateExamples
 from dpsb.capture import adapter_train_mode
 from dpsb.clipped_sums import charged_sum, clipped_sum
+from dpsb.federated.canaries import SiloCanaries
 from dpsb.federated.messages import SUM, basis_digest, theta_digest
 from dpsb.federated.paid_basis import GRADIENT, factors_from
 from dpsb.federated.secure.whole_numbers import round_sum, share_mean, skellam
@@ -27,7 +29,7 @@ from dpsb.probe import Collate, Example, without_dropout
 from dpsb.randomness import Randomness
 from dpsb.sampling import length_buckets, poisson_draw
 from dpsb.selftest.start import check_before_run
-from dpsb.train import probe_every_bucket, training_mode
+from dpsb.train import probe_every_bucket, release_with, training_mode
 from dpsb.withheld import messages_withheld
 from dpsb_accounting import Ledger
 
@@ -92,6 +94,7 @@ class Trainer:
         ledger: Ledger,
         spec: RoundSpec,
         randomness: Randomness,
+        canaries: SiloCanaries | None = None,
     ) -> dict[str, torch.Tensor]:
         """One round: every step is charged before it is drawn, by the very function that :func:`dpsb.train.fit` uses.
 
@@ -101,6 +104,7 @@ class Trainer:
           ledger: The silo's, open; at least ``spec.local_steps`` charges are left.
           spec: What to do; its mechanism is that of the ledger's plan.
           randomness: Of draws and noise.
+          canaries: Of an audit.
 
         Returns:
           In ``silo_local`` theta after the local steps: released. In the other models one float64 vector under the name
@@ -115,11 +119,13 @@ class Trainer:
                 if spec.model is PrivacyModel.CLIENT_LEVEL:
                     return {SUM: self._clipped_update(theta, dataset, ledger, spec, randomness)}
                 if spec.model is not PrivacyModel.SILO_LOCAL:
-                    total = self._sum(dataset, ledger, Mechanism.from_plan(ledger.plan), randomness)
+                    mechanism = Mechanism.from_plan(ledger.plan)
+                    total, drawn = self._sum(dataset, ledger, mechanism, randomness, canaries)
+                    total = total if canaries is None else canaries.add(total, drawn, mechanism)
                     if spec.clip_steps:
                         return {SUM: noisy_whole_sum(total, spec, randomness)}
                     return {SUM: (total + noise_share(spec, total.numel(), randomness).to(total.device)).cpu()}
-                self._private_steps(dataset, ledger, spec, randomness)
+                self._private_steps(dataset, ledger, spec, randomness, canaries)
             return {name: tensor.cpu() for name, tensor in adapter.state().items()}
 
     def release_gradients(
@@ -185,22 +191,34 @@ class Trainer:
         }
 
     def _private_steps(
-        self, dataset: Sequence[Example], ledger: Ledger, spec: RoundSpec, randomness: Randomness
+        self,
+        dataset: Sequence[Example],
+        ledger: Ledger,
+        spec: RoundSpec,
+        randomness: Randomness,
+        canaries: SiloCanaries | None,
     ) -> None:
         """Moves theta by the round's steps; each of them released before it is used."""
         adapter, plan = self.adapter, ledger.plan
         mechanism, optimizer = Mechanism.from_plan(plan), local_optimizer(adapter, spec)
         for _ in range(spec.local_steps):
-            released = mechanism.release(self._sum(dataset, ledger, mechanism, randomness), randomness)
+            total, drawn = self._sum(dataset, ledger, mechanism, randomness, canaries)
+            rows = None if canaries is None else canaries.rows
+            released = release_with(mechanism, total, rows, drawn, randomness)
             set_gradient(adapter, released / plan.expected_batch_size)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     def _sum(
-        self, dataset: Sequence[Example], ledger: Ledger, mechanism: Mechanism, randomness: Randomness
-    ) -> torch.Tensor:
-        """The clipped sum of one charged step. Sensitive."""
-        _, total, _ = charged_sum(
+        self,
+        dataset: Sequence[Example],
+        ledger: Ledger,
+        mechanism: Mechanism,
+        randomness: Randomness,
+        canaries: SiloCanaries | None,
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        """The clipped sum of one charged step, and which canaries its draw took. Sensitive."""
+        _, total, drawn = charged_sum(
             self.adapter,
             dataset,
             ledger,
@@ -210,8 +228,9 @@ class Trainer:
             length_buckets(self.max_length),
             self.token_budget,
             randomness,
+            others=0 if canaries is None else len(canaries.rows or ()),
         )
-        return total
+        return total, drawn
 
     def _clipped_update(
         self,

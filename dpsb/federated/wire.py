@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from dpsb.federated.messages import REFUSALS, SUM, Note, Receipt, Refusal, RoundMessage, State, Summing, Update
 from dpsb.federated.paid_basis import GRADIENT
-from dpsb.federated.spec import FederatedError, RoundSpec, checked_fields
+from dpsb.federated.spec import FederatedError, RoundSpec, check_whole, checked_fields
 
 _MAGIC = b"dpsbfed1"
 _MOST_META = 1 << 16
+_Message = TypeVar("_Message", RoundMessage, Update, Refusal)
 
 
 class WireError(FederatedError):
@@ -79,12 +80,13 @@ def unpack(content: bytes, like: State) -> RoundMessage | Update | Note | Refusa
             refusal = Refusal(**checked_fields(Refusal, fields, "a refusal"))
             if refusal.kind not in REFUSALS or not str(refusal.message).isprintable():
                 raise WireError("A refusal has no known kind, or a message that a terminal might obey.")
-            return refusal
+            return _checked(refusal)
         split = sum(tensor.numel() * tensor.element_size() for tensor in layout.values())
         tensors, factors = _tensors(raw[:split], layout), _tensors(raw[split:], basis)
         if kind == "update":
             receipt = Receipt.from_json(fields.pop("receipt"))
-            return Update(**checked_fields(Update, {**fields, "receipt": receipt, "tensors": tensors}, "an update"))
+            filled = {**fields, "receipt": receipt, "tensors": tensors}
+            return _checked(Update(**checked_fields(Update, filled, "an update")))
         if kind == "round":
             spec = RoundSpec.from_json(fields.pop("spec"))
             given, summing = fields.pop("receipt"), fields.pop("summing", None)
@@ -92,7 +94,7 @@ def unpack(content: bytes, like: State) -> RoundMessage | Update | Note | Refusa
             filled = {**fields, "spec": spec, "receipt": receipt_or_none, "theta": tensors, "basis": factors}
             if summing is not None:
                 filled["summing"] = Summing(**checked_fields(Summing, summing, "a secure sum"))
-            return RoundMessage(**checked_fields(RoundMessage, filled, "a round's message"))
+            return _checked(RoundMessage(**checked_fields(RoundMessage, filled, "a round's message")))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WireError(f"The message has wrong fields ({error}).") from None
     raise WireError(f"A message of kind {kind!r} is not known.")
@@ -115,6 +117,16 @@ def _layout(kind: object, like: State) -> State:
         return like
     total = sum(tensor.numel() for tensor in like.values())
     return {SUM: torch.empty(total, dtype=torch.int32 if kind == "whole" else torch.float64)}
+
+
+def _checked(message: _Message) -> _Message:
+    """The message, if what names and numbers it are texts that may be shown, and whole numbers."""
+    for name in ("silo", "run_id", "theta_sha256", "message", "follows"):
+        value = getattr(message, name, "")
+        if not (isinstance(value, str) and value.isprintable()) and not (name == "follows" and value is None):
+            raise WireError(f"The message's {name} is no text that can be shown.")
+    check_whole(0, round=getattr(message, "round", 0))
+    return message
 
 
 def framing_bytes(content: bytes) -> int:
