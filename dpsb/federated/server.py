@@ -149,7 +149,7 @@ def load_state(out: Path) -> ServerState | None:
             basis=basis,
             basis_record=None if facts.get("basis") is None else _record(facts["basis"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ServerError(f"{folder} cannot be read ({type(error).__name__}); start a new run elsewhere.") from None
 
 
