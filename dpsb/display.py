@@ -88,7 +88,7 @@ class Display:
     def _step(self, progress: Any) -> None:
         if self._curve is None:
             return
-        spent = f"<= {_rounded_up(self._curve.upper(progress.step))}"
+        spent = f"<= {rounded_up(self._curve.upper(progress.step))}"
         if self._task is None:
             self._task = self._progress.add_task("training", total=progress.steps, spent=spent)
             if self._console.is_terminal:
@@ -107,7 +107,7 @@ def print_plan(console: Console, plan: Plan, *, cost_table_too: bool = False) ->
     table = Table(title="plan", show_header=False, title_justify="left")
     bound = epsilon_of(plan)
     table.add_row(
-        "epsilon", f"at most {_rounded_up(bound.upper)} (at least {bound.lower:.4f}) at delta {plan.delta:.3g}"
+        "epsilon", f"at most {rounded_up(bound.upper)} (at least {bound.lower:.4f}) at delta {plan.delta:.3g}"
     )
     table.add_row("protects", f"one {plan.unit} ({plan.neighboring})")
     declared = "declared" if plan.num_examples_declared else "the true number, which counts as public"
@@ -122,8 +122,8 @@ def print_plan(console: Console, plan: Plan, *, cost_table_too: bool = False) ->
     if share is not None:
         table.add_row(
             "basis budget",
-            f"{share['share']:.1%} of the squared level; alone epsilon {_rounded_up(share['basis_epsilon'])}, training "
-            f"alone {_rounded_up(share['train_epsilon'])}",
+            f"{share['share']:.1%} of the squared level; alone epsilon {rounded_up(share['basis_epsilon'])}, training "
+            f"alone {rounded_up(share['train_epsilon'])}",
         )
     console.print(table)
     if cost_table_too and plan.is_private:
@@ -177,7 +177,7 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f}"
 
 
-def _rounded_up(epsilon: float) -> str:
+def rounded_up(epsilon: float) -> str:
     """Four decimals, never below the value: what bounds must not be rounded down."""
     return f"{math.ceil(epsilon * 1e4) / 1e4:.4f}" if math.isfinite(epsilon) else "inf"
 
@@ -188,7 +188,7 @@ def print_run(console: Console, run: Any) -> None:
     bounds = facts["epsilon"]
     if facts["claim"]:
         console.print(
-            f"[bold green]epsilon <= {_rounded_up(bounds['upper'])}[/bold green] at delta "
+            f"[bold green]epsilon <= {rounded_up(bounds['upper'])}[/bold green] at delta "
             f"{facts['delta']:.3g}, per {facts['unit']}, {facts['neighboring']}"
         )
     else:

@@ -108,6 +108,8 @@ def fine_tune(
     out = Path(config.out)
     if config.shard_base and team is None:
         raise ConfigError("shard_base cuts the base over the processes of torchrun; start the run with torchrun.")
+    if config.unit_column is not None and team is not None:
+        raise ConfigError(f"unit_column={config.unit_column!r} is not there for several processes; start one.")
     _check_folder(out, resume)
     callbacks.on_status("reading data and model")
     inputs = read_inputs(config, warm=not resume)

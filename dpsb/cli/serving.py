@@ -88,8 +88,10 @@ def combine(
         if as_json:
             typer.echo(json.dumps(claim, indent=1))
             return
+        from dpsb.display import rounded_up
+
         typer.echo(
-            f"epsilon <= {claim['epsilon']['upper']:.4f} at delta {claim['delta']:g}, per {claim['unit']}, "
+            f"epsilon <= {rounded_up(claim['epsilon']['upper'])} at delta {claim['delta']:g}, per {claim['unit']}, "
             f"{claim['neighboring']} ({claim['composition']})\nwrote {out}"
         )
 

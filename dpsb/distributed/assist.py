@@ -14,7 +14,7 @@ from dpsb.config import RunConfig, make_config
 from dpsb.distributed.follow import follow
 from dpsb.distributed.lead import Leader, check_same_data, digest_of
 from dpsb.distributed.sharding import shard_base
-from dpsb.distributed.team import Team, TeamError
+from dpsb.distributed.team import Team
 from dpsb.distributed.work import Work
 from dpsb.frozen_prefix import remember_frozen_prefix
 from dpsb.inputs import Inputs, read_inputs
@@ -37,17 +37,15 @@ def lead(
     """Sends the others what they need to take part in the steps of a run, and cuts the base if that is asked for.
 
     Raises:
-      TeamError: If they read other data, or the settings are not for several processes.
+      TeamError: If they read other data.
     """
-    if config.unit_column is not None:
-        raise TeamError(f"unit_column={config.unit_column!r} is not there for several processes; start one.")
     facts = {"config": config.to_json(), "plan": plan.to_json(), "scaled": row_scale is not None}
     team.say_bytes(json.dumps(facts).encode())
     team.say_bytes(start_of(adapter))
     if row_scale is not None:
         team.say(row_scale)
     work = _work(config, inputs, adapter)
-    check_same_data(team, digest_of(work.dataset))
+    check_same_data(team, digest_of(work))
     if work.sharded:
         shard_base(adapter, team)
     return Leader(team, work, _idle_batch(work, synthetic))
@@ -73,7 +71,7 @@ def assist(team: Team) -> None:
     work = _work(config, inputs, adapter)
     remembered = remember_frozen_prefix(inputs.model) if config.remember_frozen_blocks else nullcontext()
     with remembered:
-        check_same_data(team, digest_of(work.dataset))
+        check_same_data(team, digest_of(work))
         if work.sharded:
             shard_base(adapter, team)
         follow(team, work, mechanism, inputs.synthetic(), allow_dropout=config.allow_dropout)

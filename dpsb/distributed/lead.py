@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +11,7 @@ import torch
 from dpsb.adapter import Adapter
 from dpsb.distributed.team import Team, TeamError
 from dpsb.distributed.work import Work, part_of_sum
+from dpsb.fingerprint import fingerprint
 from dpsb.mechanism import Mechanism
 from dpsb.probe import Batch
 
@@ -74,9 +73,14 @@ def say_theta(team: Team, adapter: Adapter) -> None:
                 parameter.copy_(part.view_as(parameter))
 
 
-def digest_of(dataset: Sequence[Any]) -> bytes:
-    """SHA-256 of all examples in their order. As sensitive as they are."""
-    found = hashlib.sha256()
+def digest_of(work: Work) -> bytes:
+    """SHA-256 of all examples in their order, the frozen tensors and how a draw is cut: what all must have alike.
+
+    With another token budget or other buckets a process would cut a draw into other microbatches, and an example could
+    be in those of two processes. As sensitive as the examples.
+    """
+    dataset, cut = work.dataset, (work.token_budget, tuple(work.buckets), work.sharded)
+    found = hashlib.sha256(repr((cut, sorted(fingerprint(work.adapter).items()))).encode())
     for i in range(len(dataset)):
         example = dataset[i]
         for name in sorted(example):
@@ -88,8 +92,8 @@ def digest_of(dataset: Sequence[Any]) -> bytes:
 def check_same_data(team: Team, digest: bytes) -> None:
     """Raises TeamError on every rank unless all of them read the same rows in the same order.
 
-    Rows are named by their place. With another order on one machine a row could be read by two processes in one step,
-    or by none: the sum would then not be that of the draw.
+    Rows are named by their place, and every process cuts the draw for itself. With another order on one machine a row
+    could be read by two processes in one step, or by none: the sum would then not be that of the draw.
 
     Args:
       team: The processes.
@@ -97,6 +101,6 @@ def check_same_data(team: Team, digest: bytes) -> None:
     """
     if not team.all_equal(digest):
         raise TeamError(
-            "The processes of this run read different training rows, or the same in another order: give all of them "
-            "the same file and the same tokenizer. Nothing was charged."
+            "The processes of this run read different training rows, or the same in another order, or have another "
+            "base model, max_length or token_budget: give all of them the same. No training step was charged."
         )

@@ -73,6 +73,11 @@ def find(home: Path, ledger: Ledger, spec: RoundSpec, suffix: str = "") -> dict[
     return load(content)
 
 
+def was_answered(home: Path, session: str) -> bool:
+    """Whether a masked vector was put down for this secure sum, in any life of the silo."""
+    return any(home.glob(f"reply-*-{session}.safetensors"))
+
+
 def store(home: Path, ledger: Ledger, spec: RoundSpec, tensors: State, suffix: str = "") -> None:
     """Puts a reply down whole, readable by the silo alone, then binds it to the ledger."""
     facts = {**metadata(ledger), "format": "dpsb-reply/1", "federation": spec.run_id, "round": str(spec.round)}

@@ -26,7 +26,7 @@ from dpsb.federated.messages import (
     theta_digest,
 )
 from dpsb.federated.paid_basis import provenance_of
-from dpsb.federated.replies import ReplyLost, find, last_round, settle, store
+from dpsb.federated.replies import ReplyLost, find, last_round, settle, store, was_answered
 from dpsb.federated.secure.masks import SecureSumError
 from dpsb.federated.secure.sessions import Session
 from dpsb.federated.secure.whole_numbers import share_mean
@@ -157,6 +157,12 @@ class Silo:
     def _note(self, spec: RoundSpec, summing: Summing) -> Note:
         """A secure sum's phase without a vector; the first of them begins a sum and gives up the one before."""
         if summing.phase == "share" and (self._session is None or not self._session.is_of(spec, summing)):
+            self._session = None
+            if was_answered(run_folder(self.folder, spec.run_id), summing.session):
+                raise SecureSumError(
+                    "A vector was masked for this secure sum before; it is not begun again, since the shares of two "
+                    "beginnings together would open more than one sum."
+                )
             self._session = Session(self.folder, self.policy, spec, summing.session)
         return self._of(spec, summing).note(summing)
 
@@ -219,10 +225,14 @@ class Silo:
             ledger.taint("gradient_canaries", "rows that stand for no example were put in to audit the mechanism")
             self._canaries.begin(ledger.plan, self._trainer.adapter.dimension, spec.model)
         tensors: State = self._trainer.work(theta, self._dataset, ledger, spec, self._randomness, self._canaries)
-        if secure is not None:
-            tensors = secure[0].masked(tensors, secure[1])
-        store(home, ledger, spec, tensors, "" if secure is None else secure[0].session)
-        return tensors
+        if secure is None:
+            store(home, ledger, spec, tensors)
+            return tensors
+        self._session = None  # a vector that is masked and cannot be kept is not sent, and its sum is given up
+        masked = secure[0].masked(tensors, secure[1])
+        store(home, ledger, spec, masked, secure[0].session)
+        self._session = secure[0]
+        return masked
 
     def _taint(self, ledger: Ledger) -> None:
         if self._randomness.tainted:

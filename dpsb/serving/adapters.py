@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,13 @@ from safetensors.torch import load_file, save_file
 from dpsb.artifacts import CORE_NAME
 from dpsb.models import HEAD_FILE
 from dpsb.run import LEDGER_NAME, RunError
+from dpsb_accounting import Ledger, LedgerError
+from dpsb_accounting.positions import check_files
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "chat_template*")
+_MEANING = ("labels", "pooling", "max_length", "task")
 _NEEDED = (CONFIG, WEIGHTS, CORE_NAME, LEDGER_NAME, "report.json")
 
 
@@ -32,6 +37,7 @@ class CoreAdapter:
       R: By layer, ``(r, r)``, fp32.
       direct: What is trained besides, under PEFT's names.
       head: A mean-pooled classifier's head, from its own file; empty without.
+      details: What the run's plan says of labels, pooling and length: what the numbers mean.
     """
 
     config: Mapping[str, Any]
@@ -40,12 +46,16 @@ class CoreAdapter:
     R: Mapping[str, torch.Tensor]
     direct: Mapping[str, torch.Tensor]
     head: Mapping[str, torch.Tensor]
+    details: Mapping[str, Any]
 
     def same_basis(self, other: CoreAdapter) -> str | None:
         """What differs between the shared parts of two adapters, in words; None if they are the same, bit for bit."""
         for name in ("base_model_name_or_path", "task_type", "r", "lora_alpha"):
             if self.config.get(name) != other.config.get(name):
                 return f"{name} ({self.config.get(name)!r} and {other.config.get(name)!r})"
+        for name in _MEANING:
+            if self.details.get(name) != other.details.get(name):
+                return f"{name} ({self.details.get(name)!r} and {other.details.get(name)!r})"
         if self.A.keys() != other.A.keys():
             return "the layers that are adapted"
         for part, mine, theirs in (("A", self.A, other.A), ("B", self.B, other.B)):
@@ -63,11 +73,20 @@ def read_core_adapter(folder: Path) -> CoreAdapter:
     """The adapter of a finished run of the method ``sb``.
 
     Raises:
-      RunError: If the folder holds no such run, or its files do not fit together.
+      RunError: If the folder holds no such run, its files do not fit together, or they are not of the ledger beside
+        them (each carries run, length and head of the ledger that it was written under).
     """
     for name in _NEEDED:
         if not (folder / name).exists():
             raise RunError(f"{folder} is no finished R-only run: {name} is missing.")
+    try:
+        ledger = Ledger.read(folder / LEDGER_NAME)
+    except LedgerError as error:
+        raise RunError(f"The ledger in {folder} cannot be read: {error}") from None
+    for check in check_files(ledger):
+        if not check.ok:
+            raise RunError(f"{folder / check.name} is not of the ledger beside it: {check.detail}.")
+    details = {name: ledger.plan.details[name] for name in _MEANING if name in ledger.plan.details}
     try:
         config = json.loads((folder / CONFIG).read_text())
         weights, cores = load_file(folder / WEIGHTS), load_file(folder / CORE_NAME)
@@ -84,7 +103,14 @@ def read_core_adapter(folder: Path) -> CoreAdapter:
     if not R or R.keys() != A.keys():
         raise RunError(f"{folder} holds no R-only adapter: only runs of the method 'sb' have cores on a shared basis.")
     direct = {name: value for name, value in weights.items() if not name.endswith((_A, _B))}
-    return CoreAdapter(config, A, B, R, direct, head)
+    return CoreAdapter(config, A, B, R, direct, head, details)
+
+
+def copy_plain_files(source: Path, pattern: str, target: Path) -> None:
+    """Copies files, and no links: a folder from elsewhere may link to what its reader would not publish."""
+    for path in sorted(source.glob(pattern)):
+        if path.is_file() and not path.is_symlink():
+            shutil.copyfile(path, target / path.name)
 
 
 def write_plain_adapter(adapter: CoreAdapter, folder: Path) -> None:

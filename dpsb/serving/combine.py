@@ -13,8 +13,8 @@ import torch
 
 from dpsb.checkpoint import replacing
 from dpsb.run import LEDGER_NAME, RunError
-from dpsb.serving.adapters import read_core_adapter, write_plain_adapter
-from dpsb_accounting import Bound, Ledger, LedgerRecord, epsilon
+from dpsb.serving.adapters import TOKENIZER_FILES, copy_plain_files, read_core_adapter, write_plain_adapter
+from dpsb_accounting import Bound, Ledger, LedgerRecord, epsilon, make_report
 from dpsb_accounting.plan import number_to_json
 
 
@@ -30,7 +30,8 @@ def combined_bound(records: Sequence[LedgerRecord], *, disjoint_people: bool) ->
       disjoint_people: That no person has data in two of the runs; **the caller vouches for that**.
 
     Raises:
-      RunError: If a run is named twice, makes no claim, or the runs protect different units or relations.
+      RunError: If a run is named twice, makes no claim, the runs protect different units or relations, or their largest
+        delta is not below 1/N of each.
 
     References:
       McSherry (2009), Theorem 4 (parallel composition).
@@ -46,6 +47,12 @@ def combined_bound(records: Sequence[LedgerRecord], *, disjoint_people: bool) ->
         if record.taints or not record.plan.is_private:
             raise RunError(f"Run {record.run_id} makes no claim, so no sum that holds it does.")
     delta = max(plan.delta for plan in plans)
+    for record in records:
+        if delta * record.plan.num_examples >= 1:
+            raise RunError(
+                f"The largest delta of the runs, {delta:g}, is not below 1/N of run {record.run_id} "
+                f"(N = {record.plan.num_examples:,}), for which it would promise nothing."
+            )
     if not disjoint_people:
         parts = [(phase.event, phase.count) for plan in plans for phase in plan.phases]
         return replace(epsilon(parts, delta, plans[0].neighboring), unit=plans[0].unit)
@@ -90,6 +97,7 @@ def combine(
         "delta": bound.delta,
         "unit": bound.unit,
         "neighboring": bound.neighboring,
+        "assumptions": _assumptions(records),
         "composition": "parallel: nobody has data in two runs" if disjoint_people else "sequential: the same people",
         "runs": [
             {"run_id": r.run_id, "ledger_head": r.head, "weight": w} for r, w in zip(records, shares, strict=True)
@@ -101,13 +109,18 @@ def combine(
             name: _sum([getattr(adapter, name) for adapter in adapters], shares) for name in ("R", "direct", "head")
         }
         write_plain_adapter(replace(adapters[0], **parts), new)
-        for path in sorted(runs[0].glob("*token*")):
-            shutil.copyfile(path, new / path.name)
+        for pattern in TOKENIZER_FILES:
+            copy_plain_files(runs[0], pattern, new)
         (new / "ledgers").mkdir()
         for run, record in zip(runs, records, strict=True):
             shutil.copyfile(run / LEDGER_NAME, new / "ledgers" / f"{record.run_id}.jsonl")
         (new / "claim.json").write_text(json.dumps(claim, indent=1) + "\n")
     return claim
+
+
+def _assumptions(records: Sequence[LedgerRecord]) -> list[str]:
+    found: list[Any] = [make_report(record).to_json()["assumptions"] for record in records]
+    return list(dict.fromkeys(str(line) for lines in found for line in lines))
 
 
 def _sum(parts: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float]) -> dict[str, torch.Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from dpsb.checkpoint import replacing
 from dpsb.run import LEDGER_NAME, SETTINGS_NAME, RunError
-from dpsb.serving.adapters import CoreAdapter, read_core_adapter, write_plain_adapter
+from dpsb.serving.adapters import TOKENIZER_FILES, CoreAdapter, copy_plain_files, read_core_adapter, write_plain_adapter
 from dpsb_accounting import Ledger, LedgerError, make_report
 from dpsb_accounting.files import write_whole
 
@@ -88,8 +87,7 @@ class Pack:
         with replacing(out) as new:
             write_plain_adapter(adapter, new)
             (new / "claim.json").write_text(json.dumps(self.claim(tenant), indent=1) + "\n")
-            for path in sorted((self.folder / "tokenizer").glob("*")):
-                shutil.copyfile(path, new / path.name)
+            copy_plain_files(self.folder / "tokenizer", "*", new)
 
     def _path(self, tenant: str) -> Path:
         path = self.folder / _TENANTS / f"{tenant}.safetensors"
@@ -124,7 +122,7 @@ def read_pack(folder: Path) -> Pack:
         A, B = ({layer: tensors[f"{layer}.{part}"] for layer in layers} for part in "AB")
     except (OSError, ValueError, KeyError, SafetensorError):
         raise RunError(f"{folder} holds no pack, or a damaged one.") from None
-    return Pack(folder, CoreAdapter(config, A, B, {}, {}, {}), settings)
+    return Pack(folder, CoreAdapter(config, A, B, {}, {}, {}, facts.get("details", {})), settings)
 
 
 def add_to_pack(folder: Path, runs: Mapping[str, Path]) -> Pack:
@@ -173,7 +171,9 @@ def _claim_of(run: Path) -> dict[str, Any]:
         raise RunError(f"The ledger in {run} cannot be read: {error}") from None
     report = make_report(ledger).to_json()
     names = ("claim", "epsilon", "delta", "unit", "neighboring", "num_examples", "taints")
-    return {**{name: report.get(name) for name in names}, "run_id": ledger.run_id, "ledger_head": ledger.head}
+    several = bool(ledger.plan.details.get("part_of_sweep"))  # then what all runs of the sweep cost together is more
+    facts = {name: report.get(name) for name in names} | {"part_of_sweep": several}
+    return facts | {"run_id": ledger.run_id, "ledger_head": ledger.head}
 
 
 def _write_shared(folder: Path, adapter: CoreAdapter, run: Path) -> None:
@@ -188,12 +188,13 @@ def _write_shared(folder: Path, adapter: CoreAdapter, run: Path) -> None:
     tensors |= {f"{layer}.B": value.contiguous() for layer, value in adapter.B.items()}
     save_file(tensors, folder / _BASIS, metadata={"format": "pt"})
     (folder / "tokenizer").mkdir(exist_ok=True)
-    for path in sorted(run.glob("*token*")) + sorted(run.glob("*vocab*")) + sorted(run.glob("chat_template*")):
-        shutil.copyfile(path, folder / "tokenizer" / path.name)
+    for pattern in TOKENIZER_FILES:
+        copy_plain_files(run, pattern, folder / "tokenizer")
     facts = {
         "schema": SCHEMA,
         "layers": list(adapter.A),
         "adapter_config": dict(adapter.config),
+        "details": dict(adapter.details),
         "settings": {name: known[name] for name in _SHARED if name in known},
     }
     write_whole(folder / _PACK, (json.dumps(facts, indent=1) + "\n").encode())

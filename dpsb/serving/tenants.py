@@ -55,18 +55,21 @@ class Tenants:
         """Makes the model this tenant's: its cores and head are read from the pack and copied in.
 
         Raises:
-          RunError: If there is no such tenant, or its file does not fit the model; the model is then nobody's.
+          RunError: If there is no such tenant, or its file does not fit the model; the model is then what it was.
         """
         adapter = self.pack.read(tenant)
+        new = {f"{core.name}.R": adapter.R[self._layers[core.name]] for core in self._adapter.cores}
+        for name, value in _direct(adapter):
+            own = next((own for own in self._own if own.endswith(name)), name)
+            if own not in self._own or self._own[own].shape != value.shape:
+                raise RunError(f"The file of tenant {tenant!r} holds {name}, which this model does not train.")
+            new[own] = value
+        if missing := sorted(set(self._own) - set(new)):
+            raise RunError(f"The file of tenant {tenant!r} lacks {missing[0]}.")
         self.tenant = None
         with torch.no_grad():
-            for core in self._adapter.cores:
-                core.up.core.weight.copy_(adapter.R[self._layers[core.name]])
-            for name, value in _direct(adapter):
-                parameter = self._own.get(next((own for own in self._own if own.endswith(name)), ""))
-                if parameter is None or parameter.shape != value.shape:
-                    raise RunError(f"The file of tenant {tenant!r} holds {name}, which this model does not train.")
-                parameter.copy_(value)
+            for name, value in new.items():
+                self._own[name].copy_(value)
         self.tenant = tenant
 
 

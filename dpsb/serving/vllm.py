@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dpsb.checkpoint import replacing
 from dpsb.run import LEDGER_NAME, RunError
-from dpsb.serving.adapters import CONFIG, WEIGHTS
+from dpsb.serving.adapters import CONFIG, TOKENIZER_FILES, WEIGHTS, copy_plain_files
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` may be; an adapter's rank must not exceed it."""
@@ -112,11 +111,11 @@ def export_for_vllm(folder: Path, out: Path) -> int:
         (new / CONFIG).write_text(json.dumps({**config, **fixed, "target_modules": leaves}, indent=2) + "\n")
         if found := problems_for_vllm(new):
             raise RunError(f"{folder} cannot be served by vLLM: {'; '.join(found)}.")
-        for name in (LEDGER_NAME, "report.json", "README.md"):
-            if (folder / name).exists():
-                shutil.copyfile(folder / name, new / name)
-        for path in sorted(folder.glob("*token*")):
-            shutil.copyfile(path, new / path.name)
+        for pattern in (LEDGER_NAME, "report.json", "README.md", "claim.json", *TOKENIZER_FILES):
+            copy_plain_files(folder, pattern, new)
+        if (folder / "ledgers").is_dir():
+            (new / "ledgers").mkdir()
+            copy_plain_files(folder / "ledgers", "*.jsonl", new / "ledgers")
     return wide
 
 

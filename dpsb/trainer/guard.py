@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dpsb.adapter import Adapter
+from dpsb.fingerprint import fingerprint
 from dpsb.losses import LossFn
 from dpsb.probe import Batch, ProbeError, without_gradients
 
 _RELOADED = "dpsb_reloaded"
 _SCATTER = 0.05
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_no_listeners(adapter: Adapter) -> None:
@@ -36,23 +35,6 @@ def check_no_listeners(adapter: Adapter) -> None:
                 f"Something has put a hook on the gradient of {name}: it would see raw gradients of private examples. "
                 "Take it off (a layerwise optimizer, wandb.watch or a callback)."
             )
-
-
-def fingerprint(adapter: Adapter) -> dict[str, int]:
-    """The sum over the bits of every tensor of the model that is not theta, by name; for :func:`check_unchanged`."""
-    trained = {id(parameter) for parameter in adapter.parameters()}
-    tensors = [*adapter.model.named_parameters(), *adapter.model.named_buffers()]
-    return {name: _bits(tensor) for name, tensor in tensors if id(tensor) not in trained}
-
-
-def _bits(tensor: torch.Tensor) -> int:
-    if hasattr(tensor, "__tensor_flatten__") and type(tensor) not in (torch.Tensor, nn.Parameter):
-        return sum(_bits(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])  # quantized weights
-    whole = tensor.detach().contiguous().view(-1)
-    if whole.is_complex():
-        whole = torch.view_as_real(whole).reshape(-1)
-    kind = _INTEGERS.get(whole.element_size())
-    return int((whole if kind is None or whole.dtype == torch.bool else whole.view(kind)).sum(dtype=torch.int64))
 
 
 def check_unchanged(adapter: Adapter, before: Mapping[str, int]) -> None:

@@ -25,6 +25,7 @@ from dpsb.data import Collator
 from dpsb.display import SpentCurve
 from dpsb.distributed.lead import Leader
 from dpsb.distributed.team import Team, running_team
+from dpsb.fingerprint import fingerprint
 from dpsb.losses import causal_lm_loss, classification_loss
 from dpsb.models import HEAD_NAMES
 from dpsb.probe import Batch, Example, without_dropout
@@ -37,7 +38,7 @@ from dpsb.trainer import files, refusals, together
 from dpsb.trainer.arguments import PrivacyArguments
 from dpsb.trainer.building import basis_of, by_name, check_evaluation, give_adapter, is_trained, with_own_arithmetic
 from dpsb.trainer.examples import Form, TokenExamples, form_of
-from dpsb.trainer.guard import check_no_listeners, check_reload, check_unchanged, fingerprint
+from dpsb.trainer.guard import check_no_listeners, check_reload, check_unchanged
 from dpsb.trainer.planning import plan_of
 from dpsb.trainer.refusals import TrainerArgumentError
 from dpsb.trainer.surroundings import Surroundings

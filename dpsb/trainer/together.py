@@ -67,7 +67,7 @@ def lead(team: Team, plan: Plan, adapter: Adapter, parts: Parts) -> Leader:
     team.say_bytes(start_of(adapter))
     work, synthetic = parts.work(adapter), parts.form.synthetic()
     with data_withheld():
-        digest = digest_of(work.dataset)
+        digest = digest_of(work)
     check_same_data(team, digest)
     idle = work.collate(synthetic[:1], bucket_of(len(synthetic[0]["input_ids"]), work.buckets))
     return Leader(team, work, idle)
@@ -92,7 +92,7 @@ def assist(
     mine = parts(adapter)
     work = mine.work(adapter)
     with data_withheld():
-        digest = digest_of(work.dataset)
+        digest = digest_of(work)
     check_same_data(team, digest)
     follow(team, work, Mechanism.from_plan(plan), mine.form.synthetic(), on_evaluate=on_evaluate)
     return adapter, plan

@@ -252,7 +252,7 @@ def diagnose(*options):
 def test_only_public_files_are_read(monkeypatch):
     read, opened = [], __import__("dpsb.data", fromlist=["read_table"]).read_table
     monkeypatch.setattr("dpsb.basis.sources.read_table", lambda source: read.append(str(source)) or opened(source))
-    for module in ("dpsb.compare", "dpsb.run", "dpsb.prepare"):
+    for module in ("dpsb.compare", "dpsb.inputs", "dpsb.prepare"):
         monkeypatch.setattr(f"{module}.read_table", lambda source: pytest.fail(f"{source} was read"))
     files = [str(workbench.data_file(seed=seed)) for seed in (9, 8)]
     budget = ["--epsilon", "8", "--num-examples", "400", "--expected-batch-size", "40", "--steps", "5"]

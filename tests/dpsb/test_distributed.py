@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ import torch
 import workbench
 from safetensors.torch import load_file
 
+from dpsb.data import Collator
+from dpsb.distributed.lead import digest_of
+from dpsb.distributed.work import Work
+from dpsb.losses import classification_loss
 from dpsb_accounting import Ledger, verify
-
-pytestmark = pytest.mark.slow
 
 ENVIRONMENT = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
@@ -36,6 +39,7 @@ def trained(settings, processes=2, extra=()):
     return load_file(f"{settings['out']}/dpsb_core.safetensors"), done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"shard_base": True}], ids=["copies", "sharded"])
 def test_two_processes_train_what_one_trains(tmp_path, changes):
     settings = workbench.run_settings(tmp_path / "one", insecure_seed=3, eval_data=str(workbench.data_file(seed=9)))
@@ -50,6 +54,31 @@ def test_two_processes_train_what_one_trains(tmp_path, changes):
     assert verify(tmp_path / "two" / "ledger.jsonl").ok
 
 
+def test_what_all_processes_must_have_alike_is_in_one_digest(tiny):
+    """With another token budget a process would cut the draw elsewhere, and a row could be in two parts of the sum."""
+    adapter = tiny.adapter(tiny.base("bert"))
+    work = Work(
+        adapter=adapter,
+        dataset=workbench.examples(),
+        loss_fn=classification_loss,
+        collate=Collator(0),
+        buckets=(16,),
+        token_budget=64,
+        sharded=False,
+    )
+    digest = digest_of(work)
+    assert digest == digest_of(replace(work, dataset=workbench.examples()))
+    for changes in (
+        {"token_budget": 32},
+        {"buckets": (8, 16)},
+        {"sharded": True},
+        {"dataset": workbench.examples()[::-1]},
+        {"adapter": tiny.adapter(tiny.base("bert", seed=2))},
+    ):
+        assert digest_of(replace(work, **changes)) != digest
+
+
+@pytest.mark.slow
 def test_sums_of_any_draw_are_those_of_one_process(tmp_path):
     """Empty draws, draws with work for one of two processes only, both with copies of the base and cut over them."""
     script = Path(__file__).with_name("team_cases.py")
@@ -66,6 +95,7 @@ def test_sums_of_any_draw_are_those_of_one_process(tmp_path):
         assert (case["norm"] > 0) == (case["drawn"] > 0), case
 
 
+@pytest.mark.slow
 def test_processes_with_other_rows_are_refused_before_a_charge(tmp_path):
     """Each reads its own copy of the file, as machines do; one copy has its rows in another order."""
     rows = workbench.data_file().read_text().splitlines(keepends=True)
@@ -95,6 +125,7 @@ def test_processes_with_other_rows_are_refused_before_a_charge(tmp_path):
     assert Ledger.read(tmp_path / "run" / "ledger.jsonl").charged("train") == 0
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_takes_its_step_with_it(tmp_path):
     """Nothing is released after the kill, nothing is uncharged, and one process alone can finish the run."""
     out = tmp_path / "run"

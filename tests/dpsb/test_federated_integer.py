@@ -269,6 +269,26 @@ def begun(fed, name="north", session="e" * 32, **changes):
     return silos[name], specs[name], Summing(session=session, phase="mask", notes=notes)
 
 
+def test_a_sum_is_not_begun_again_with_the_others_old_shares(fed):
+    """Shares of a silo's seed from one beginning and of its key from another would take off all of its masks."""
+    silo, spec, summing = begun(fed)
+    assert silo.handle(fed.trainer.start, spec, None, summing).tensors
+    assert isinstance(silo.handle({}, spec, None, Summing(session="d" * 32, phase="share")), Note)
+    for each in (silo, fed.silo("north")):  # also after a restart
+        again = each.handle({}, spec, None, Summing(session=summing.session, phase="share"))
+        assert (again.kind, "is not begun again" in again.message) == ("state", True)
+    later = replace(spec, local_lr=spec.local_lr / 2) if hasattr(spec, "local_lr") else spec
+    assert silo.handle({}, later, None, Summing(session=summing.session, phase="share")).kind == "state"
+
+
+def test_a_masked_vector_that_cannot_be_kept_is_not_sent(fed, monkeypatch):
+    silo, spec, summing = begun(fed)
+    monkeypatch.setattr("dpsb.federated.silo.store", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    assert silo.handle(fed.trainer.start, spec, None, summing).kind == "failed"
+    monkeypatch.undo()
+    assert silo.handle(fed.trainer.start, spec, None, summing).kind == "state"
+
+
 def test_one_vector_for_one_theta_in_a_sum(fed):
     silo, spec, summing = begun(fed)
     start = fed.trainer.start

@@ -225,6 +225,30 @@ def test_a_second_sum_of_the_same_vectors_is_never_agreed_to():
         everybody["ada"].agree(addressed(confirmed, "ada", NAMES[:4]))
 
 
+def test_a_silo_that_announces_anothers_key_cancels_no_mask(monkeypatch):
+    """Eve colludes and shows Ada's key as her own. Bea's masks with both must not be the same with opposite signs."""
+    everybody = parties(threshold=5)
+    sent = {name: everybody[name].share() for name in NAMES}
+    copied = sent["ada"]["ada"]
+    monkeypatch.setattr("dpsb.federated.secure.party.public_of", lambda _secret: copied)
+    eve = parties_again(everybody["eve"])
+    sent["eve"] = eve.share()
+    monkeypatch.undo()
+    bea = everybody["bea"]
+    bea.join({other: sent[other]["bea"] for other in NAMES if other != "bea"})
+    vector = np.arange(8, dtype=np.int64)
+    left = bea.mask(vector) - mask(bea._seed, 8)
+    for name in ("cid", "dan"):  # taken off, as if they had dropped out
+        shared = mask(agreed(bea._secret, sent[name][name], masks.mask_purpose("sum", "bea", name)), 8)
+        left = left - shared
+    assert not np.array_equal(left, modular(vector))
+
+
+def parties_again(party):
+    """The same silo with fresh secrets in the same sum."""
+    return Party(party._name, party._key, party._peers, party._threshold, party._context)
+
+
 def test_lists_that_differ_open_nothing():
     """Ada is told that five vectors arrived, the others that Eve's did not: neither sum has enough behind it."""
     everybody = parties()

@@ -1,6 +1,8 @@
 """Packs, sums and server-ready adapters: the same logits without dpsb, the right size, the right epsilon."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 from dpsb import run
 from dpsb.cli import app
 from dpsb.run import RunError
-from dpsb.serving.combine import combine
+from dpsb.serving.combine import combine, combined_bound
 from dpsb.serving.pack import add_to_pack, read_pack
 from dpsb.serving.tenants import Tenants
 from dpsb.serving.vllm import RANKS, export_for_vllm, problems_for_vllm
@@ -144,6 +146,58 @@ def test_bad_packs_and_tenants_are_one_sentence(runs, tmp_path):
     file.write_bytes(b"junk")
     with pytest.raises(RunError, match="is damaged"):
         pack.read("one")
+
+
+def test_tensors_of_another_run_have_no_claim(runs, tmp_path):
+    """The claim is that of the ledger, so the tensors must be of that ledger: they carry its run, length and head."""
+    shutil.copytree(runs / "one", tmp_path / "mixed")
+    for name in (WEIGHTS, "dpsb_core.safetensors"):
+        shutil.copyfile(runs / "two" / name, tmp_path / "mixed" / name)
+    with pytest.raises(RunError, match="is not of the ledger beside it"):
+        add_to_pack(tmp_path / "pack", {"mixed": tmp_path / "mixed"})
+    with pytest.raises(RunError, match="is not of the ledger beside it"):
+        combine([tmp_path / "mixed", runs / "one"], tmp_path / "sum")
+
+
+def test_heads_whose_rows_mean_other_labels_do_not_mix(runs, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
+        run.fine_tune(workbench.run_config(tmp_path / "turned", pooling="native", labels="spam,ham"))
+    with pytest.raises(RunError, match=r"differ in labels \(\['ham', 'spam'\] and \['spam', 'ham'\]\)"):
+        add_to_pack(tmp_path / "pack", {"one": runs / "one", "turned": tmp_path / "turned"})
+    with pytest.raises(RunError, match="differ in labels"):
+        combine([runs / "one", tmp_path / "turned"], tmp_path / "sum")
+
+
+def test_a_tenant_without_a_head_does_not_get_another_tenants(runs, tmp_path):
+    pack = add_to_pack(tmp_path / "pack", {"one": runs / "one"})
+    cores = torch.stack(list(pack.read("one").R.values()))
+    save_file({"cores": cores + 1}, tmp_path / "pack" / "tenants" / "bare.safetensors")
+    tenants = Tenants(tmp_path / "pack")
+    tenants.use("one")
+    before = [value.clone() for value in tenants.model.state_dict().values()]
+    with pytest.raises(RunError, match="lacks"):
+        tenants.use("bare")
+    assert tenants.tenant == "one"
+    assert all(torch.equal(a, b) for a, b in zip(before, tenants.model.state_dict().values(), strict=True))
+
+
+def test_links_in_a_pack_from_elsewhere_are_not_followed(runs, tmp_path):
+    pack = add_to_pack(tmp_path / "pack", {"one": runs / "one"})
+    (tmp_path / "secret").write_text("a key")
+    (tmp_path / "pack" / "tokenizer" / "x").symlink_to(tmp_path / "secret")
+    pack.unpack("one", tmp_path / "out")
+    assert not (tmp_path / "out" / "x").exists()
+
+
+def test_a_delta_that_promises_nothing_to_one_of_the_runs_is_refused(runs):
+    record = Ledger.read(runs / "causal" / "ledger.jsonl")
+    other = Ledger.read(runs / "causal2" / "ledger.jsonl")
+    many = replace(other.plan, num_examples=10**6, delta=1e-7, expected_batch_size=200_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(other), "plan", property(lambda self: many if self.run_id == other.run_id else record.plan))
+        with pytest.raises(RunError, match="is not below 1/N of run"):
+            combined_bound([record, other], disjoint_people=True)
 
 
 def test_a_sum_of_adapters_is_the_sum_of_their_updates(runs, tmp_path):

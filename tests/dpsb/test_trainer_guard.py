@@ -10,8 +10,9 @@ from transformers import TrainerCallback
 from dpsb.adapter import attach
 from dpsb.basis import weight_svd
 from dpsb.capture import CaptureError
+from dpsb.fingerprint import bits_of, fingerprint
 from dpsb.probe import ProbeError
-from dpsb.trainer.guard import _bits, check_no_listeners, check_reload, check_unchanged, fingerprint
+from dpsb.trainer.guard import check_no_listeners, check_reload, check_unchanged
 from dpsb.trainer.refusals import TrainerArgumentError
 from dpsb_accounting import Ledger
 
@@ -242,4 +243,4 @@ def test_the_fingerprint_of_a_quantized_weight_is_that_of_its_parts():
 
     quantized = Quantized()
     vars(quantized).update(parts)
-    assert _bits(quantized) == sum(_bits(part) for part in parts.values())
+    assert bits_of(quantized) == sum(bits_of(part) for part in parts.values())

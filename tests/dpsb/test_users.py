@@ -287,7 +287,7 @@ def test_members_of_an_audit_are_owned(tmp_path, monkeypatch):
     """Rows of nobody were not trained on; the membership attack must not count them as members."""
     seen = []
     monkeypatch.setattr(
-        "dpsb.canaries.CanaryAudit.finish", lambda _self, _losses, members, _others: seen.append(len(members))
+        "dpsb.canaries.CanaryAudit.finish", lambda _self, _losses, members, *_: seen.append(len(members))
     )
     data = mail(tmp_path / "data", [None, "", *(f"person {i % 9}" for i in range(58))])
     settings = {"unit_column": "sender", "examples_per_unit": 2, "expected_batch_size": 5, "data": data}

@@ -60,6 +60,13 @@ def agreed(secret: bytes, public: bytes, purpose: str) -> bytes:
     )
 
 
+def mask_purpose(context: str, one: str, other: str) -> str:
+    """What the mask between two silos is for. With both names: a silo that announces another's public key as its own
+    would otherwise share that one's mask, and the two would cancel in a third silo's vector."""
+    first, second = sorted((one, other))
+    return f"{context} mask {first} {second}"
+
+
 def mask(key: bytes, dimension: int) -> Masked:
     """The key stream of ChaCha20 as whole numbers modulo 2^32. A key is for one vector: the nonce is zero."""
     stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(4 * dimension))

@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from dpsb.federated.messages import Note, Refusal, RoundMessage, Summing, Transport, Update
-from dpsb.federated.secure.masks import SecureSumError, agreed, join, mask, public_of
+from dpsb.federated.secure.masks import SecureSumError, agreed, join, mask, mask_purpose, public_of
 from dpsb.federated.secure.whole_numbers import Masked
 from dpsb.federated.spec import RoundSpec
 
@@ -76,7 +76,7 @@ class SecureSum:
         for gone in sorted(set(publics) - set(added)):
             secret = self._secret(gone, given, publics[gone])
             for name in added:
-                shared = mask(agreed(secret, publics[name], f"{self._context} mask"), dimension)
+                shared = mask(agreed(secret, publics[name], mask_purpose(self._context, gone, name)), dimension)
                 total = total - shared if name < gone else total + shared
         return total
 

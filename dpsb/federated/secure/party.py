@@ -30,6 +30,7 @@ from dpsb.federated.secure.masks import (
     SecureSumError,
     agreed,
     mask,
+    mask_purpose,
     public_of,
     same,
     seal,
@@ -108,7 +109,7 @@ class Party:
         total = modular(vector) + mask(self._seed, len(vector))
         for name, public in self._members.items():
             if name != self._name:
-                shared = mask(agreed(self._secret, public, f"{self._context} mask"), len(vector))
+                shared = mask(agreed(self._secret, public, mask_purpose(self._context, self._name, name)), len(vector))
                 total = total + shared if self._name < name else total - shared
         return total
 
