@@ -15,7 +15,7 @@ _HOME = {
     "adapter": ("Adapter", "Basis", "Factors", "Provenance", "attach", "detach", "merge", "set_gradient"),
     "capture": ("per_example_gradients",),
     "config": ("RunConfig",),
-    "losses": ("causal_lm_loss", "classification_loss"),
+    "losses": ("causal_lm_loss", "classification_loss", "seq2seq_loss"),
     "mechanism": ("Mechanism", "clip_and_sum"),
     "plan": ("make_plan",),
     "probe": ("ProbeError",),

@@ -26,6 +26,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from dpsb.layers import CORE_DTYPE, CoreUp, FrozenDown, fuse, unfuse
+from dpsb.quantized import check_quantization, keep_gradients_exact
 
 _SCALED_BASES = ("lora_xs",)  # kinds whose A is not orthonormal: rows, clipping and noise then live in a skewed space
 _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -250,9 +251,10 @@ def attach(
       adapter_name: PEFT's name of the adapter.
 
     Raises:
-      ValueError: If a target is not plain linear LoRA, if the factors do not fit, or if a trainable tensor is left
-        over that is neither a core nor allowed.
+      ValueError: If a target is not plain linear LoRA, if the factors do not fit, if a trainable tensor is left over
+        that is neither a core nor allowed, or if the model quantizes activations (:mod:`dpsb.quantized`).
     """
+    check_quantization(model)
     layers, factors = lora_layers(model, adapter_name), basis.factors
     missing = sorted(set(layers) - set(factors))
     if missing:
@@ -270,19 +272,23 @@ def attach(
             f"allow={tuple(allow)!r} so that it is clipped and noised too (look at LoraConfig.bias, modules_to_save "
             "and trainable_token_indices)."
         )
-    cores = []
-    for name, layer in layers.items():
-        A, B, R0 = factors[name]
-        old = layer.lora_A[adapter_name].weight
-        weight = layer.get_base_layer().weight
-        dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
-        R = torch.zeros(A.shape[0], A.shape[0]) if R0 is None else R0
-        up = CoreUp(B.to(old.device, dtype).contiguous(), R.to(old.device, CORE_DTYPE))
-        layer.lora_A[adapter_name] = FrozenDown(A.to(old.device, dtype).contiguous())
-        layer.lora_B[adapter_name] = up
-        fuse(layer)
-        cores.append(Core(name, layer, up))
+    cores = [put_core(name, layer, factors[name], adapter_name) for name, layer in layers.items()]
+    keep_gradients_exact(model)
     return Adapter(model, adapter_name, tuple(cores), heads, basis.provenance)
+
+
+def put_core(name: str, layer: LoraLayer, factors: Factors, adapter_name: str = "default") -> Core:
+    """Puts A, B and R in the places of a layer's LoRA factors, as :func:`attach` does once it has checked them."""
+    A, B, R0 = factors
+    old = layer.lora_A[adapter_name].weight
+    weight = layer.get_base_layer().weight
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
+    R = torch.zeros(A.shape[0], A.shape[0]) if R0 is None else R0
+    up = CoreUp(B.to(old.device, dtype).contiguous(), R.to(old.device, CORE_DTYPE))
+    layer.lora_A[adapter_name] = FrozenDown(A.to(old.device, dtype).contiguous())
+    layer.lora_B[adapter_name] = up
+    fuse(layer)
+    return Core(name, layer, up)
 
 
 def _lora_parameters(layer: LoraLayer, adapter_name: str) -> list[nn.Parameter]:

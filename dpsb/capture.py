@@ -149,6 +149,11 @@ def check_train_mode(adapter: Adapter) -> None:
             )
 
 
+def checkpointed_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules whose activations are recomputed in the backward pass, as transformers marks them."""
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+
+
 def _clean(modules: nn.Module) -> None:
     for module in modules.modules():
         for attribute in _LEFT_BY_OPACUS_ON_MODULES:

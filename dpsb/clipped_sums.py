@@ -62,10 +62,11 @@ def charged_sum(
     with messages_withheld(f"Step {number}"):
         num_rows = len(dataset)
         draw = poisson_draw(num_rows + others, plan.sampling_prob, randomness)
-        drawn: Any = [dataset[int(i)] for i in draw if i < num_rows]
-        planted = draw[len(drawn) :] - num_rows
+        planted = draw[draw >= num_rows] - num_rows
+        draw = draw[draw < num_rows]
         if team is not None:
-            return number, team.clipped_sum(number, mechanism, draw[: len(drawn)]), planted
+            return number, team.clipped_sum(number, mechanism, draw), planted
+        drawn: Any = [dataset[int(i)] for i in draw]
         if most is not None:
             drawn = [[unit[j] for j in choose(len(unit), most, randomness)] for unit in drawn]
         summed = clipped_sum if most is None else clipped_sum_of_units

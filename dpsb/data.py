@@ -323,19 +323,21 @@ class Collator:
     Args:
       pad_token_id: Token to pad with.
       device: Where the tensors go.
+      target_length: For an encoder-decoder: labels are a sequence of their own, cut and padded to this public length.
     """
 
     pad_token_id: int
     device: torch.device | str = "cpu"
+    target_length: int | None = None
 
     def __call__(self, examples: Iterable[Any], padded_length: int) -> dict[str, torch.Tensor]:
         """Model inputs of shape ``(n, padded_length)``, and ``labels`` of shape ``(n,)`` or ``(n, padded_length)``."""
-        rows = list(examples)
+        rows, target = list(examples), self.target_length or padded_length
         batch = {
             "input_ids": [self._pad(e["input_ids"], self.pad_token_id, padded_length) for e in rows],
             "attention_mask": [self._pad([1] * len(e["input_ids"]), 0, padded_length) for e in rows],
             "labels": [
-                e["labels"] if isinstance(e["labels"], int) else self._pad(e["labels"], IGNORED, padded_length)
+                e["labels"] if isinstance(e["labels"], int) else self._pad(e["labels"][:target], IGNORED, target)
                 for e in rows
             ],
         }

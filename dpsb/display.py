@@ -140,6 +140,26 @@ def print_plan(console: Console, plan: Plan, *, cost_table_too: bool = False) ->
         console.print(costs)
 
 
+def print_memory(console: Console, memory: Any) -> None:
+    """A :class:`dpsb.memory.MemoryPlan` as a table, in MiB."""
+    console.print(
+        f"memory of a step: {memory.parameters / 1e6:,.1f} M frozen parameters {_mib(memory.base_bytes)} MiB, "
+        f"adapter {_mib(memory.adapter_bytes)}, optimizer {_mib(memory.optimizer_bytes)} (d = {memory.dimension:,})",
+        highlight=False,
+    )
+    table = Table(title=f"MiB for examples of {memory.max_length} tokens", title_justify="left")
+    for heading in ("token budget", "examples at once", "activations kept", "rows", "peak of a step", "in all"):
+        table.add_column(heading, justify="right")
+    for row in memory.by_budget:
+        sizes = (_mib(row[name]) for name in ("activations", "rows", "peak", "total"))
+        table.add_row(f"{row['token_budget']}", f"{row['examples']}", *sizes)
+    console.print(table)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}"
+
+
 def _rounded_up(epsilon: float) -> str:
     """Four decimals, never below the value: what bounds must not be rounded down."""
     return f"{math.ceil(epsilon * 1e4) / 1e4:.4f}" if math.isfinite(epsilon) else "inf"

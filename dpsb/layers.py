@@ -15,6 +15,7 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -115,11 +116,16 @@ class FusedLinear(LoraLinear):
         if type(base) is not nn.Linear or type(down) is not FrozenDown or type(up) is not CoreUp:
             return None
         parameters = [base.weight] if base.bias is None else [base.weight, base.bias]
-        if any(type(p) is not nn.Parameter or p.requires_grad or p.dtype != x.dtype for p in parameters):
+        if any(not is_plain(p) or p.requires_grad or p.dtype != x.dtype for p in parameters):
             return None
         if down.weight.dtype != x.dtype or any(_has_hooks(module) for module in (base, down, up)):
             return None
         return name
+
+
+def is_plain(parameter: torch.Tensor) -> bool:
+    """Whether a weight is an ordinary one: quantized and sharded ones are subclasses, fake ones stand for ordinary."""
+    return type(parameter) in (nn.Parameter, FakeTensor)
 
 
 def fuse(layer: LoraLayer) -> None:

@@ -1,6 +1,6 @@
 """Per-example losses: functions from (model, batch) to one number per example, each of that example alone.
 
-Any function of that kind can be given to ``dpsb.fit``. These two are what the command line uses.
+Any function of that kind can be given to ``dpsb.fit``. The command line uses the first two.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from dpsb.layers import is_plain
 
 IGNORED = -100
 """Label of what is not part of the loss: a padding or prompt token, or a whole example with an undeclared label."""
@@ -72,6 +74,32 @@ def causal_lm_loss(
     return token_losses.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)
 
 
+def seq2seq_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    r"""Cross-entropy of each example's target tokens under an encoder-decoder, averaged over *its own* tokens.
+
+    :math:`\ell_i = \frac{1}{m_i}\sum_{t} -\log p(y_{it}\mid y_{i,<t}, x_i)` over the :math:`m_i` labels that are not
+    ``IGNORED``. The decoder reads the labels shifted by one, as the model's own class makes them.
+
+    Guarantees:
+      * Entry i depends on example i alone; an example without labels has loss and gradient zero. What pads a target
+        stands behind it, where a causal decoder does not look.
+
+    Args:
+      model: An encoder-decoder of transformers (T5, BART), PEFT-wrapped or not.
+      batch: ``input_ids`` and ``attention_mask``, each ``(n, t)``, and ``labels`` of shape ``(n, u)``. Sensitive.
+
+    Returns:
+      Losses, shape ``(n,)``, fp32. Sensitive.
+    """
+    wrapped: Any = model
+    inner = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    labels = batch["labels"]
+    shifted = inner.prepare_decoder_input_ids_from_labels(labels=labels)
+    token_losses = _scored(nn.Identity(), model(**inputs, decoder_input_ids=shifted, use_cache=False).logits, labels)
+    return token_losses.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)
+
+
 def _token_losses(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of every position, zero where ignored, shape ``(n, t)``."""
     wrapped: Any = model
@@ -83,7 +111,7 @@ def _token_losses(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor
         return _scored(nn.Identity(), model(**inputs).logits, labels)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     tokens = max(1, _CHUNK_LOGITS // (hidden.shape[0] * head.weight.shape[0]))
-    plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter  # quantized weights are subclasses of it
+    plain = type(head) is nn.Linear and is_plain(head.weight)
     if plain and not any(parameter.requires_grad for parameter in head.parameters()):
         return cast(torch.Tensor, _FrozenHeadLosses.apply(hidden, head, labels, tokens))
     score = partial(_scored, head)

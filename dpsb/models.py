@@ -132,6 +132,28 @@ def load_base(
     return base, tokenizer
 
 
+def empty_base(model: str, task: str, num_labels: int, dtype: torch.dtype) -> nn.Module:
+    """The base model from its config alone, on whatever device is the default: on ``meta`` it holds no weights.
+
+    Raises:
+      ModelError: If the config cannot be loaded, or is of a checkpoint that is quantized.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    path = resolve_model(model)
+    config = _load(AutoConfig, path)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{model} is quantized; what its weights take cannot be told from the config.")
+    if task != "classification":
+        made: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    elif _is_mean_pooled(path):
+        made = MeanPooledClassifier(AutoModel.from_config(config, dtype=dtype), num_labels)
+    else:
+        config.num_labels = num_labels
+        made = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    return made
+
+
 def _embedding_rows(base: nn.Module) -> int:
     inner: Any = base.encoder if isinstance(base, MeanPooledClassifier) else base
     return int(inner.get_input_embeddings().weight.shape[0])

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dpsb.adapter import Adapter
-from dpsb.capture import per_example_gradients
+from dpsb.capture import checkpointed_modules, per_example_gradients
 from dpsb.losses import LossFn, check_losses
 
 Example = Mapping[str, Any]
@@ -170,6 +170,38 @@ def check_same_losses(adapter: Adapter, whole: torch.Tensor, loss_fn: LossFn, ba
                 "The model gives other losses where its frozen blocks are remembered: they hand on more than hidden "
                 "states. Leave remember_frozen_blocks out."
             )
+
+
+def check_checkpointing(adapter: Adapter, loss_fn: LossFn, batch: Batch) -> None:
+    """Rows of a small synthetic batch are the same with activation checkpointing and without it.
+
+    Autograd itself can be wrong under reentrant checkpointing: blocks that hand keys and values on to later ones beside
+    their hidden states (Gemma 3n, Gemma 4) lose the gradient that comes back that way. Theta is put back.
+
+    Raises:
+      ProbeError: If the rows differ.
+    """
+    checkpointed: list[Any] = [*checkpointed_modules(adapter.model)]
+    if not checkpointed:
+        return
+    saved = adapter.state()
+    try:
+        _perturb(adapter)
+        _, rows = _losses_and_rows(adapter, loss_fn, batch)
+        for module in checkpointed:
+            module.gradient_checkpointing = False
+        _, plain = _losses_and_rows(adapter, loss_fn, batch)
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True
+        adapter.load_state(saved)
+    moved = _distance(rows, plain)
+    if moved > 2 * _tolerance(adapter.model):  # in bf16 the sums of a recomputed block come in another order
+        raise ProbeError(
+            f"Activation checkpointing changes the per-example gradients by {moved:.1%}: blocks hand on more than "
+            "hidden states, and the gradient of the rest is lost. Use gradient_checkpointing_kwargs="
+            '{"use_reentrant": False}, or none.'
+        )
 
 
 def _perturb(adapter: Adapter) -> None:

@@ -106,6 +106,8 @@ def fine_tune(
         what is wrong and what to do; nothing half-written is left behind.
     """
     out = Path(config.out)
+    if config.shard_base and team is None:
+        raise ConfigError("shard_base cuts the base over the processes of torchrun; start the run with torchrun.")
     _check_folder(out, resume)
     callbacks.on_status("reading data and model")
     inputs = read_inputs(config, warm=not resume)

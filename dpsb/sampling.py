@@ -84,9 +84,18 @@ def bucket_of(length: int, buckets: Sequence[int]) -> int:
     raise ValueError("An example is longer than the largest bucket; truncate it to max_length first.")
 
 
+def own_length(example: Mapping[str, Any]) -> int:
+    """How many tokens an example has: those of ``input_ids``, or ``num_tokens`` where there are none (images).
+
+    >>> own_length({"input_ids": [5, 6, 7]}), own_length({"pixel_values": ..., "num_tokens": 197})
+    (3, 197)
+    """
+    return len(example["input_ids"]) if "input_ids" in example else int(example["num_tokens"])
+
+
 def padded_lengths(examples: Sequence[Mapping[str, Any]], buckets: Sequence[int]) -> np.ndarray:
-    """The bucket of each example's ``input_ids``, shape ``(n,)``, int64. Sensitive where the examples are."""
-    return np.array([bucket_of(len(example["input_ids"]), buckets) for example in examples], dtype=np.int64)
+    """The bucket of each example's own length, shape ``(n,)``, int64. Sensitive where the examples are."""
+    return np.array([bucket_of(own_length(example), buckets) for example in examples], dtype=np.int64)
 
 
 def microbatches(draw: np.ndarray, padded_lengths: np.ndarray, token_budget: int) -> Iterator[tuple[np.ndarray, int]]:

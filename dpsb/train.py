@@ -24,13 +24,15 @@ from dpsb.probe import (
     Collate,
     Example,
     ProbeError,
+    check_checkpointing,
     check_same_losses,
     check_step_moves_model,
     probe,
     without_dropout,
 )
+from dpsb.quantized import check_quantization
 from dpsb.randomness import Randomness, SystemRandomness
-from dpsb.sampling import bucket_of, length_buckets
+from dpsb.sampling import bucket_of, length_buckets, own_length
 from dpsb.withheld import StepError as StepError
 from dpsb_accounting import Ledger, Plan
 
@@ -100,8 +102,9 @@ def fit(
 
     Args:
       adapter: What is trained, from :func:`dpsb.attach`.
-      dataset: Examples with ``input_ids`` of at most ``max_length`` tokens; for a plan whose unit is ``"user"``, one
-        sequence of examples per person. Sensitive, its length included unless the plan says otherwise.
+      dataset: Examples with ``input_ids`` of at most ``max_length`` tokens, or with a public ``num_tokens`` (images);
+        for a plan whose unit is ``"user"``, one sequence of examples per person. Sensitive, its length included unless
+        the plan says otherwise.
       ledger: Open for writing; holds the plan. Checkpoints are written beside it.
       optimizer: Any torch optimizer over ``adapter.parameters()``.
       loss_fn: ``(model, batch) -> (n,)``: one loss per example, each of that example alone.
@@ -291,9 +294,10 @@ def probe_every_bucket(
     token_budget: int,
 ) -> Batch:
     """Probes in small batches first, then in full microbatches of the longest; returns a small batch."""
+    check_quantization(adapter.model)  # again: somebody may have quantized the model after attach()
     by_length: dict[int, list[Example]] = {}
     for example in synthetic:
-        by_length.setdefault(bucket_of(len(example["input_ids"]), buckets), []).append(example)
+        by_length.setdefault(bucket_of(own_length(example), buckets), []).append(example)
     smallest = min(by_length)
     batch = collate(by_length[smallest][:3], smallest)
     with whole_model() as remembers:
@@ -303,6 +307,7 @@ def probe_every_bucket(
                 probe(adapter, loss_fn, partial(collate, padded_length=length), examples, size)
             except IndexError as error:
                 raise ProbeError(f"The model cannot process synthetic examples of {length} tokens: {error}.") from None
+        check_checkpointing(adapter, loss_fn, batch)
         whole = loss_fn(adapter.model, batch).detach() if remembers else None
     if whole is not None:
         check_same_losses(adapter, whole, loss_fn, batch)

@@ -16,6 +16,7 @@ from dpsb.adapter import Adapter, Basis, Factors, Provenance, lora_layers, train
 from dpsb.baselines.methods import PEFT_INITS, Method, MethodError
 from dpsb.basis._common import base_weight, public_generator, truncated_svd
 from dpsb.models import MeanPooledClassifier, ModelError, add_lora, in_head, peft_part, peft_task
+from dpsb.quantized import check_quantization, keep_gradients_exact
 
 INITS_THAT_MOVE_THE_BASE = ("pissa", "olora")
 
@@ -61,7 +62,10 @@ def adapt(model: nn.Module, method: Method) -> Adapter:
 
     Raises:
       MethodError: If a trained tensor is of another kind; the message names it and says why.
+      ValueError: If the model quantizes activations.
     """
+    check_quantization(model)
+    keep_gradients_exact(model)
     for name, module in model.named_modules():
         if type(module) in GradSampleHooks.GRAD_SAMPLERS:
             continue

@@ -17,7 +17,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from dpsb.capture import CaptureError
+from dpsb.capture import CaptureError, checkpointed_modules
 from dpsb.losses import LossFn, check_losses
 from dpsb.mechanism import Mechanism
 
@@ -269,7 +269,7 @@ def add_clipped_sum(
     """
     size = len(next(iter(batch.values())))
     squared = torch.zeros(size, dtype=torch.float64, device=next(model.parameters()).device)
-    twice = _is_checkpointed(model) and not all(sketch.is_small for sketch in sketches.values())
+    twice = bool(checkpointed_modules(model)) and not all(sketch.is_small for sketch in sketches.values())
     kept: list[tuple[str, torch.Tensor, torch.Tensor]] = []
     versions: list[tuple[int, int]] = []
 
@@ -304,11 +304,6 @@ def add_clipped_sum(
                 add(name, x, g)
         except (RuntimeError, MemoryError) as error:
             raise PartlyAdded from error
-
-
-def _is_checkpointed(model: nn.Module) -> bool:
-    """Whether activations are recomputed in the backward pass, as transformers says it."""
-    return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
 
 
 def _add_weighted(

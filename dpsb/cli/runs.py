@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from dpsb.cli._shared import Json, app, guarded, train_and_print
+
+if TYPE_CHECKING:
+    from dpsb.memory import MemoryPlan
 
 
 @app.command()
@@ -21,13 +24,29 @@ def plan(
     epochs: Annotated[float | None, typer.Option(help="Expected passes over the data. \\[default: 10]")] = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps T, instead of --epochs.")] = None,
     neighboring: Annotated[str, typer.Option(help="add_or_remove_one, zero_out or replace_one.")] = "add_or_remove_one",
+    model: Annotated[
+        str | None,
+        typer.Option(rich_help_panel="Memory", help="Also plan the memory of a step on this model, from its config."),
+    ] = None,
+    task: Annotated[str, typer.Option(rich_help_panel="Memory", help="classification or causal-lm.")] = "causal-lm",
+    rank: Annotated[int, typer.Option(rich_help_panel="Memory", help="r of the cores.")] = 16,
+    targets: Annotated[str, typer.Option(rich_help_panel="Memory", help="As for dpsb train.")] = "all-linear",
+    max_length: Annotated[int, typer.Option(rich_help_panel="Memory", help="Tokens per example.")] = 256,
+    dtype: Annotated[
+        str, typer.Option(rich_help_panel="Memory", help="float32 or bfloat16, frozen weights.")
+    ] = "float32",
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", rich_help_panel="Memory", help="With activation checkpointing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """What a budget buys: noise multiplier, sampling probability, steps and cost. Touches no data.
 
+    With --model also the memory that a step on it takes, from its config: no weights are loaded.
+
     Example: [bold]dpsb plan --epsilon 3 --delta 1e-5 --num-examples 4000 --expected-batch-size 512 --epochs 10[/bold]
     """
-    from dpsb.display import print_plan
+    from dpsb.display import print_memory, print_plan
     from dpsb.plan import make_plan, plan_summary
 
     def run() -> None:
@@ -44,12 +63,39 @@ def plan(
             steps=steps,
             neighboring=neighboring,
         )
+        memory = None if model is None else _memory(model, task, rank, targets, max_length, dtype, checkpointing)
         if as_json:
-            typer.echo(json.dumps(plan_summary(made), indent=1))
-        else:
-            print_plan(Console(), made, cost_table_too=True)
+            facts = plan_summary(made) | ({} if memory is None else {"memory": memory.to_json()})
+            typer.echo(json.dumps(facts, indent=1))
+            return
+        print_plan(Console(), made, cost_table_too=True)
+        if memory is not None:
+            print_memory(Console(), memory)
 
     guarded(run)
+
+
+def _memory(
+    model: str, task: str, rank: int, targets: str, max_length: int, dtype: str, checkpointing: bool
+) -> MemoryPlan:
+    import torch
+
+    from dpsb.memory import memory_plan
+    from dpsb.prepare import targets_of
+
+    if task not in ("classification", "causal-lm"):
+        raise ValueError(f"Expected task to be classification or causal-lm, got {task!r}.")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"Expected dtype to be float32 or bfloat16, got {dtype!r}.")
+    return memory_plan(
+        model,
+        task,
+        rank=rank,
+        targets=targets_of(targets),
+        max_length=max_length,
+        dtype=getattr(torch, dtype),
+        checkpointing=checkpointing,
+    )
 
 
 @app.command()

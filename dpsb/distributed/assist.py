@@ -12,7 +12,7 @@ import torch
 from dpsb.adapter import Adapter
 from dpsb.config import RunConfig, make_config
 from dpsb.distributed.follow import follow
-from dpsb.distributed.lead import Leader, check_same_data
+from dpsb.distributed.lead import Leader, check_same_data, digest_of
 from dpsb.distributed.sharding import shard_base
 from dpsb.distributed.team import Team, TeamError
 from dpsb.distributed.work import Work
@@ -47,7 +47,7 @@ def lead(
     if row_scale is not None:
         team.say(row_scale)
     work = _work(config, inputs, adapter)
-    check_same_data(team, work.dataset)
+    check_same_data(team, digest_of(work.dataset))
     if work.sharded:
         shard_base(adapter, team)
     return Leader(team, work, _idle_batch(work, synthetic))
@@ -67,11 +67,13 @@ def assist(team: Team) -> None:
     adapter = attach_again(inputs.model, start, plan)
     mechanism = Mechanism.from_plan(plan)
     if facts["scaled"]:
-        mechanism = replace(mechanism, row_scale=team.say(torch.empty(adapter.dimension, dtype=torch.float64)))
+        device = adapter.parameters()[0].device
+        scale = team.say(torch.empty(adapter.dimension, dtype=torch.float64, device=device))
+        mechanism = replace(mechanism, row_scale=scale)
     work = _work(config, inputs, adapter)
     remembered = remember_frozen_prefix(inputs.model) if config.remember_frozen_blocks else nullcontext()
     with remembered:
-        check_same_data(team, work.dataset)
+        check_same_data(team, digest_of(work.dataset))
         if work.sharded:
             shard_base(adapter, team)
         follow(team, work, mechanism, inputs.synthetic(), allow_dropout=config.allow_dropout)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -20,7 +20,13 @@ from dpsb.withheld import messages_withheld
 
 
 def follow(
-    team: Team, work: Work, mechanism: Mechanism, synthetic: Sequence[Example], *, allow_dropout: bool = False
+    team: Team,
+    work: Work,
+    mechanism: Mechanism,
+    synthetic: Sequence[Example],
+    *,
+    allow_dropout: bool = False,
+    on_evaluate: Callable[[], object] = lambda: None,
 ) -> None:
     """Does what the leader asks for until it says stop; then theta is the trained one.
 
@@ -30,6 +36,7 @@ def follow(
       mechanism: Of the run's plan; C comes with each step.
       synthetic: As the leader's: a sharded model is probed by all processes together.
       allow_dropout: Leave dropout on, with masks of this process' own.
+      on_evaluate: Called when the leader evaluates, at its theta.
 
     Raises:
       StepError: If anything goes wrong while a step's data are in use; the leader's step is charged.
@@ -50,6 +57,10 @@ def follow(
                 say_theta(team, adapter)
                 if order == Order.STOP:
                     return
+                if order == Order.EVALUATE:
+                    on_evaluate()
+                    adapter.model.train()
+                    continue
                 clip_norm = float(team.say(torch.zeros(1, dtype=torch.float64))[0])
                 draw = team.say(torch.zeros(drawn, dtype=torch.int64)).numpy()
                 adapter.check_nothing_else_is_trained()

@@ -23,6 +23,7 @@ class Order(IntEnum):
     STEP = 0
     FORWARD = 1
     STOP = 2
+    EVALUATE = 3
 
 
 class Leader:
@@ -51,6 +52,11 @@ class Leader:
         if self._work.sharded:
             self._team.say(torch.tensor([Order.FORWARD, count, 0], dtype=torch.int64))
 
+    def evaluate(self) -> None:
+        """Lets the others evaluate at the leader's theta, each its share, as a Trainer's evaluation divides it."""
+        self._team.say(torch.tensor([Order.EVALUATE, 0, 0], dtype=torch.int64))
+        say_theta(self._team, self._work.adapter)
+
     def stop(self) -> None:
         """Lets the others go, with the trained theta."""
         self._team.say(torch.tensor([Order.STOP, 0, 0], dtype=torch.int64))
@@ -68,16 +74,28 @@ def say_theta(team: Team, adapter: Adapter) -> None:
                 parameter.copy_(part.view_as(parameter))
 
 
-def check_same_data(team: Team, dataset: Sequence[Any]) -> None:
+def digest_of(dataset: Sequence[Any]) -> bytes:
+    """SHA-256 of all examples in their order. As sensitive as they are."""
+    found = hashlib.sha256()
+    for i in range(len(dataset)):
+        example = dataset[i]
+        for name in sorted(example):
+            value = example[name]
+            found.update(repr((name, value.tolist() if hasattr(value, "tolist") else value)).encode())
+    return found.digest()
+
+
+def check_same_data(team: Team, digest: bytes) -> None:
     """Raises TeamError on every rank unless all of them read the same rows in the same order.
 
     Rows are named by their place. With another order on one machine a row could be read by two processes in one step,
     or by none: the sum would then not be that of the draw.
+
+    Args:
+      team: The processes.
+      digest: This one's :func:`digest_of`.
     """
-    found = hashlib.sha256()
-    for example in dataset:
-        found.update(repr([(name, example[name]) for name in sorted(example)]).encode())
-    if not team.all_equal(found.digest()):
+    if not team.all_equal(digest):
         raise TeamError(
             "The processes of this run read different training rows, or the same in another order: give all of them "
             "the same file and the same tokenizer. Nothing was charged."

@@ -71,8 +71,17 @@ class Team:
 
 
 def started_by_torchrun() -> bool:
-    """Whether torchrun, or anything else that sets its variables, started this process as one of several."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether torchrun, or anything else that sets its variables, started this process as part of a team."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def running_team() -> Team | None:
+    """The team of a process group that something else started (accelerate, say); None for a process alone."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    on_gpu = dist.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    return Team(dist.get_rank(), dist.get_world_size(), device)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from dpsb.losses import LossFn
 from dpsb.mechanism import Mechanism
 from dpsb.probe import Collate, without_dropout
 from dpsb.randomness import SystemRandomness
-from dpsb.sampling import bucket_of, length_buckets, poisson_draw
+from dpsb.sampling import bucket_of, length_buckets, own_length, poisson_draw
 from dpsb.selftest.step import Step
 from dpsb.train import training_mode
 
@@ -109,7 +109,7 @@ def _norms(
     found = []
     for example in examples:
         with per_example_gradients(adapter, 1) as rows:
-            loss_fn(adapter.model, collate([example], bucket_of(len(example["input_ids"]), buckets))).sum().backward()
+            loss_fn(adapter.model, collate([example], bucket_of(own_length(example), buckets))).sum().backward()
             found.append(float(rows.get().norm()))
     return found
 

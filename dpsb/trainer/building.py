@@ -55,10 +55,15 @@ def check_evaluation(private: Sequence[Any], evaluation: Any) -> None:
                 )
 
 
-def in_full_precision(args: Any) -> Any:
-    """A copy of the arguments without autocast, which evaluation would otherwise switch on in the middle of a run."""
+def with_own_arithmetic(args: Any) -> Any:
+    """A copy of the arguments without autocast, which evaluation would otherwise switch on in the middle of a run.
+
+    Nor is the loss of an evaluation by several processes multiplied by their number, as the Trainer does for models
+    that seem to know how many tokens all of them have.
+    """
     args = copy.copy(args)
     args.bf16 = False
+    args.average_tokens_across_devices = False
     if hasattr(args, "mixed_precision"):
         args.mixed_precision = "no"
     return args

@@ -19,10 +19,12 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from dpsb.adapter import Basis, attach
+from dpsb.adapter import Adapter, Basis, attach
 from dpsb.checkpoint import read_state
 from dpsb.data import Collator
 from dpsb.display import SpentCurve
+from dpsb.distributed.lead import Leader
+from dpsb.distributed.team import Team, running_team
 from dpsb.losses import causal_lm_loss, classification_loss
 from dpsb.models import HEAD_NAMES
 from dpsb.probe import Batch, Example, without_dropout
@@ -31,9 +33,9 @@ from dpsb.sampling import bucket_of, length_buckets
 from dpsb.selftest.start import check_before_run
 from dpsb.start import attach_again, digest, read_start, start_of
 from dpsb.train import private_steps, training_mode
-from dpsb.trainer import files, refusals
+from dpsb.trainer import files, refusals, together
 from dpsb.trainer.arguments import PrivacyArguments
-from dpsb.trainer.building import basis_of, by_name, check_evaluation, give_adapter, in_full_precision, is_trained
+from dpsb.trainer.building import basis_of, by_name, check_evaluation, give_adapter, is_trained, with_own_arithmetic
 from dpsb.trainer.examples import Form, TokenExamples, form_of
 from dpsb.trainer.guard import check_no_listeners, check_reload, check_unchanged, fingerprint
 from dpsb.trainer.planning import plan_of
@@ -71,6 +73,7 @@ class DPTrainerMixin(Surroundings):
     form: Form
     randomness: Randomness
     _resuming = False
+    _leader: Leader | None = None
     _evaluated: dict[str, Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -92,7 +95,7 @@ class DPTrainerMixin(Surroundings):
         refusals.check(type(self), given)
         self._never_evaluated = (given.get("train_dataset"),)
         check_evaluation(self._never_evaluated, given.get("eval_dataset"))
-        given["args"] = in_full_precision(given["args"])
+        given["args"] = with_own_arithmetic(given["args"])
         self.privacy = privacy
         self.randomness = SystemRandomness()
         give_adapter(given, privacy, "peft_config" in inspect.signature(super().__init__).parameters)
@@ -140,6 +143,14 @@ class DPTrainerMixin(Surroundings):
             raise TrainerArgumentError("Expected train_dataset to be given.")
         out = Path(self.args.output_dir)
         folder: Any = resume_from_checkpoint or None
+        self._team = running_team()
+        if self._team is None and self.args.world_size > 1:
+            raise TrainerArgumentError(
+                f"world_size={self.args.world_size} is refused without a torch.distributed process group; start the "
+                "script with `accelerate launch` or torchrun."
+            )
+        if self._follows:
+            return super().train(None, *args, **kwargs)  # type: ignore[misc]
         files.check_folder(out, resume=folder is not None)
         charged = self._ledger is not None and self._ledger.charged("train")
         if folder is None and (charged or self._trained_before):
@@ -167,6 +178,8 @@ class DPTrainerMixin(Surroundings):
         """Takes the place of the Trainer's own loop."""
         if trial is not None:
             self.hyperparameter_search()
+        if self._team is not None and self._follows:
+            return self._assisted(self._team, ignore_keys_for_eval)
         out = Path(self.args.output_dir)
         ledger = self._opened(out)
         self._ledger, self._spent, self._evaluated = ledger, SpentCurve(ledger.plan), {}
@@ -248,13 +261,14 @@ class DPTrainerMixin(Surroundings):
 
     def _loop(self, ledger: Ledger, ignore_keys: Any) -> None:
         """The steps that are left, and what the Trainer does between them."""
-        trainer: Any = self
         plan, handler = ledger.plan, self.callback_handler
         factor = self.lr_scheduler.lr_lambdas[0]
         self._logged = self.state.global_step
+        parts = self._parts(self.adapter)
+        self._leader = None if self._team is None else together.lead(self._team, plan, self.adapter, parts)
         steps = private_steps(
             self.adapter,
-            TokenExamples(self.train_dataset, self.form),
+            parts.dataset,
             ledger=ledger,
             optimizer=self.optimizer,
             loss_fn=self.per_example_loss,
@@ -264,13 +278,14 @@ class DPTrainerMixin(Surroundings):
             schedule=lambda done: factor(round(done * plan.steps)),
             token_budget=self.privacy.token_budget,
             randomness=self.randomness,
+            team=self._leader,
             base_rates=[float(group["initial_lr"]) for group in self.optimizer.param_groups],
             moved_clip_norm=self._moved,
         )
         per_epoch = max(1, math.ceil(1 / plan.sampling_prob))
         self.control = handler.on_train_begin(self.args, self.state, self.control)
         if self.args.eval_on_start:
-            trainer._evaluate(None, ignore_keys)
+            self._evaluate_together(ignore_keys)
         with closing(steps):
             while ledger.remaining("train") and not self.control.should_training_stop:
                 if self.state.global_step % per_epoch == 0:
@@ -295,7 +310,7 @@ class DPTrainerMixin(Surroundings):
             self.log({**self.epsilon_spent(), "learning_rate": float(self.lr_scheduler.get_last_lr()[0])})
         self._show_spent()
         if self.control.should_evaluate:
-            self._evaluated = trainer._evaluate(None, ignore_keys)
+            self._evaluated = self._evaluate_together(ignore_keys)
             better = trainer._determine_best_metric(metrics=self._evaluated, trial=None)
             if getattr(self.args.save_strategy, "value", self.args.save_strategy) == "best":
                 self.control.should_save = better
@@ -312,8 +327,38 @@ class DPTrainerMixin(Surroundings):
         metrics = {"train_steps": float(self.state.global_step), **self.epsilon_spent()}
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
+        if self._leader is not None:
+            self._leader.stop()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         return TrainOutput(self.state.global_step, math.nan, metrics)
+
+    def _evaluate_together(self, ignore_keys: Any) -> dict[str, Any]:
+        trainer: Any = self
+        if self._leader is not None:
+            self._leader.evaluate()
+        found: dict[str, Any] = trainer._evaluate(None, ignore_keys)
+        return found
+
+    def _assisted(self, team: Team, ignore_keys: Any) -> Any:
+        """The loop of a process that another leads: no ledger, no callbacks, no files."""
+        from transformers.trainer_utils import TrainOutput
+
+        trainer: Any = self
+        self.adapter, plan = together.assist(
+            team, self.model, self._parts, lambda: trainer._evaluate(None, ignore_keys)
+        )
+        self.state.global_step = plan.steps
+        return TrainOutput(plan.steps, math.nan, {})
+
+    def _parts(self, adapter: Adapter) -> together.Parts:
+        self.adapter = adapter  # its device is where batches go
+        return together.Parts(
+            dataset=TokenExamples(self.train_dataset, self.form),
+            form=self.form,
+            loss_fn=self.per_example_loss,
+            collate=self.per_example_batch,
+            token_budget=self.privacy.token_budget,
+        )
 
     def _collator(self) -> Collator:
         return self.form.collator(self.adapter.parameters()[0].device)

@@ -139,15 +139,19 @@ REFUSED = (
     Rule("fp16_full_eval", "args", _off, "it would cast the trained cores to half precision for good"),
     Rule("bf16_full_eval", "args", _off, "it would cast the trained cores to half precision for good"),
     Rule("deepspeed", "args", _off, "its engine takes the backward pass and the optimizer step into its own hands"),
-    Rule("fsdp", "args", _off, "sharded parameters have no per-example gradients here; one process, one device"),
-    Rule("parallelism_config", "args", _off, "one process on one device is what is tested"),
+    Rule(
+        "fsdp",
+        "args",
+        _off,
+        "it would shard what is trained; processes keep copies of the base here, and `dpsb train --shard-base` cuts it",
+    ),
+    Rule("parallelism_config", "args", _off, "several processes, each with a copy of the base, are what is tested"),
     Rule(
         "n_gpu",
         "args",
         _alone,
         "DataParallel replicates the model in every forward pass; make one GPU visible (CUDA_VISIBLE_DEVICES=0)",
     ),
-    Rule("world_size", "args", _alone, "every process would draw a batch of its own; start one process"),
     Rule("torch_compile", "args", _off, "a compiled model drops the hooks that per-example gradients need"),
     Rule(
         "optim",

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from dpsb.adapter import Adapter
 from dpsb.checkpoint import THETA_NAME
 from dpsb.display import SpentCurve
+from dpsb.distributed.team import Team
 from dpsb.trainer import files
 from dpsb.trainer.building import check_evaluation
 from dpsb.trainer.guard import check_unchanged
@@ -40,6 +41,7 @@ class Surroundings:
     train_dataset: Any
     eval_dataset: Any
     _ledger: Ledger | None = None
+    _team: Team | None = None
     _moved: float | None = None
     _spent: SpentCurve
     _never_evaluated: tuple[Any, ...] = ()
@@ -58,6 +60,11 @@ class Surroundings:
         trainer: Any = super()
         check_evaluation((*self._never_evaluated, self.train_dataset), test_dataset)
         return trainer.predict(test_dataset, *args, **kwargs)
+
+    @property
+    def _follows(self) -> bool:
+        """Whether another process leads this one, which then writes nothing."""
+        return self._team is not None and not self._team.leads
 
     def epsilon_spent(self) -> dict[str, float]:
         """Upper bound on epsilon after the steps so far, as information; the claim is the plan's, in the report.
@@ -107,6 +114,8 @@ class Surroundings:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes a plain LoRA adapter, the cores, the tokenizer and, once trained, the model card with the claim."""
         folder = Path(output_dir or self.args.output_dir)
+        if self._follows:
+            return
         if self._ledger is None:
             self._save_plainly(folder)
         else:
@@ -117,6 +126,8 @@ class Surroundings:
 
     def save_state(self) -> None:
         """Writes ``trainer_state.json`` without losses."""
+        if self._follows:
+            return
         Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
         files.without_losses(self.state).save_to_json(str(Path(self.args.output_dir) / files.STATE_FILE))
 

@@ -133,6 +133,7 @@ def test_the_gaussian_assumption_is_printed_with_its_number():
 
 
 def test_a_threshold_read_off_the_scores_is_refused():
+    """jax_privacy PR #362: an audit whose threshold is chosen on the scores that it judges proves nothing."""
     scores = gaussian_scores(0.0)
     with pytest.raises(ValueError, match="equals a score"):
         auditing.audit(scores, "gdp", delta=DELTA, thresholds=FixedThresholds((float(scores.values[17]),)))

@@ -84,6 +84,25 @@ def _minilm(dtype: torch.dtype) -> nn.Module:
     return load_base("minilm", "classification", LABELS, dtype=dtype, pooling="native")[0]
 
 
+def smollm2(dtype: torch.dtype) -> nn.Module:
+    """SmolLM2-135M's shape with random weights: 135 million parameters, a vocabulary of 49,152, tied embeddings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=576,
+        num_hidden_layers=30,
+        intermediate_size=1536,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
 def llama(dtype: torch.dtype, hidden: int = 512, layers: int = 8, intermediate: int = 1408) -> nn.Module:
     """A Llama-shaped model with random weights; 34 million parameters as it stands."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -104,6 +123,7 @@ def llama(dtype: torch.dtype, hidden: int = 512, layers: int = 8, intermediate: 
 
 MINILM = Workload("minilm", "classification", 32, 64, _minilm)
 LLAMA = Workload("llama", "causal-lm", 8, 128, llama)
+SMOLLM2 = Workload("smollm2", "causal-lm", 1, 512, smollm2)
 SMALL_LLAMA = Workload("small-llama", "causal-lm", 4, 128, lambda dtype: llama(dtype, 256, 4, 704))
 WORKLOADS = {workload.name: workload for workload in (MINILM, LLAMA)}
 

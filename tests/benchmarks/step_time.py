@@ -8,6 +8,7 @@ private       one step of ``dpsb.fit``: ledger line with fsync, Poisson draw, co
 nonprivate_r  the same adapter and loss, plain autograd, mean over the batch.
 peft_lora     PEFT LoRA (A and B, and the classifier's head), the model's own loss, as a user of PEFT writes it.
 opacus_lora   the same LoRA under Opacus' PrivacyEngine in hooks mode.
+opacus_ghost  the same in ghost mode, two backward passes; for smollm2 only, which takes minutes and runs when named.
 
 After a warm-up the arms are interleaved. A ratio is the median over rounds of the ratio within the round.
 """
@@ -15,6 +16,7 @@ After a warm-up the arms are interleaved. A ratio is the median over rounds of t
 from __future__ import annotations
 
 import random
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -35,10 +37,12 @@ from dpsb_accounting import Ledger, Phase, Plan, PoissonGaussian
 ROWS = 4096
 WARM_UP = 2
 TARGETS = {"nonprivate_r": 1.05, "peft_lora": 1.00, "opacus_lora": 0.80}
+CHOICES = {**common.WORKLOADS, "smollm2": common.SMOLLM2}
 RATIO_NAMES = {
     "nonprivate_r": "private_over_nonprivate_r",
     "peft_lora": "private_over_peft_lora",
     "opacus_lora": "private_over_opacus_lora",
+    "opacus_ghost": "private_over_opacus_ghost",
 }
 
 
@@ -95,19 +99,36 @@ def peft_step(workload: Workload, examples: list[Any], collate: Collator) -> Cal
 
 def opacus_step(workload: Workload, examples: list[Any], collate: Collator) -> Callable[[], None]:
     """One step of LoRA under Opacus in hooks mode."""
+    model, optimizer, _ = _under_opacus(workload, "hooks")
+    return _huggingface_step(model, optimizer, workload, examples, collate)
+
+
+def ghost_step(workload: Workload, examples: list[Any], collate: Collator) -> Callable[[], None]:
+    """One step of LoRA on a causal model under Opacus in ghost mode, with the criterion that it wants."""
+    model, optimizer, criterion, _ = _under_opacus(workload, "ghost")
+
+    def step() -> None:
+        batch = collate(examples, workload.tokens)
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch).logits[:, :-1]
+        criterion(logits.flatten(0, 1), labels.flatten(), shape=logits.shape).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _under_opacus(workload: Workload, mode: str) -> Any:
     model = workload.lora().train()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    loader = DataLoader(TensorDataset(torch.zeros(ROWS)), batch_size=workload.batch_size)
-    model, optimizer, _ = PrivacyEngine(accountant="rdp").make_private(
+    return PrivacyEngine(accountant="rdp").make_private(
         module=model,
-        optimizer=optimizer,
-        data_loader=loader,
+        optimizer=torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4),
+        data_loader=DataLoader(TensorDataset(torch.zeros(ROWS)), batch_size=workload.batch_size),
         noise_multiplier=1.0,
         max_grad_norm=1.0,
         poisson_sampling=False,
-        grad_sample_mode="hooks",
+        grad_sample_mode=mode,
     )
-    return _huggingface_step(model, optimizer, workload, examples, collate)
 
 
 def _huggingface_step(
@@ -135,6 +156,8 @@ def time_rounds(workload: Workload, repetitions: int) -> list[common.Round]:
         "peft_lora": peft_step(workload, batch, collate),
         "opacus_lora": opacus_step(workload, batch, collate),
     }
+    if workload is common.SMOLLM2:
+        others["opacus_ghost"] = ghost_step(workload, batch, collate)
     adapter = workload.adapter()
     order = random.Random(0)
     rounds: list[common.Round] = []
@@ -146,9 +169,17 @@ def time_rounds(workload: Workload, repetitions: int) -> list[common.Round]:
         for name in order.sample(list(others), len(others)):
             times[name] = common.timed(others[name])
         rounds.append(times)
+        if workload is common.SMOLLM2:  # rounds of minutes
+            seconds = {name: f"{took.wall:.1f} ({took.cpu:.1f})" for name, took in times.items()}
+            print(
+                f"round {len(rounds)} of {steps}, seconds (of processor time): {seconds}", file=sys.stderr, flush=True
+            )
         watch = common.Stopwatch()
 
-    steps = WARM_UP + repetitions
+    warm_up, longest_probed = WARM_UP, workload.tokens
+    if workload is common.SMOLLM2:  # minutes long as it is: the probe before the first step sees short examples only
+        warm_up, longest_probed = 1, 16
+    steps = warm_up + repetitions
     with (
         tempfile.TemporaryDirectory() as folder,
         common.no_garbage_collection(),
@@ -161,30 +192,34 @@ def time_rounds(workload: Workload, repetitions: int) -> list[common.Round]:
             optimizer=torch.optim.Adam(adapter.parameters(), lr=1e-4),
             loss_fn=workload.loss_fn,
             collate=collate,
-            synthetic=synthetic_examples(workload.task, 8000, len(common.LABELS), workload.tokens),
+            synthetic=synthetic_examples(workload.task, 8000, len(common.LABELS), longest_probed),
             max_length=workload.tokens,
             knobs=Knobs(token_budget=workload.batch_size * workload.tokens, checkpoint_every=0),
             randomness=FixedDraw(workload.batch_size),
             on_step=on_step,
         )
-    return rounds[WARM_UP:]
+    return rounds[warm_up:]
 
 
 def measure(workload: Workload, repetitions: int) -> dict[str, Any]:
     """The ratios, with the times behind them."""
     rounds = time_rounds(workload, repetitions)
-    ratios = {arm: common.paired_ratio(rounds, "private", arm) for arm in TARGETS}
+    compared = [arm for arm in RATIO_NAMES if arm in rounds[0]]
+    ratios = {arm: common.paired_ratio(rounds, "private", arm) for arm in compared}
     times = {arm: common.quartiles([times[arm].wall for times in rounds]) for arm in rounds[0]}
     return {
         "model": workload.name,
-        **{RATIO_NAMES[arm]: ratios[arm][1] for arm in TARGETS},
+        **{RATIO_NAMES[arm]: ratios[arm][1] for arm in compared},
         "targets": {RATIO_NAMES[arm]: target for arm, target in TARGETS.items()},
-        "ratio_quartiles": {RATIO_NAMES[arm]: ratios[arm] for arm in TARGETS},
+        "ratio_quartiles": {RATIO_NAMES[arm]: ratios[arm] for arm in compared},
         "ratio_of_processor_time": {
-            RATIO_NAMES[arm]: common.paired_ratio(rounds, "private", arm, "cpu")[1] for arm in TARGETS
+            RATIO_NAMES[arm]: common.paired_ratio(rounds, "private", arm, "cpu")[1] for arm in compared
         },
         "median_seconds": {arm: values[1] for arm, values in times.items()},
         "seconds_quartiles": times,
+        "median_processor_seconds": {
+            arm: common.quartiles([times[arm].cpu for times in rounds])[1] for arm in rounds[0]
+        },
         "batch": [workload.batch_size, workload.tokens],
         "rank": common.RANK,
         "repetitions": len(rounds),
@@ -195,12 +230,12 @@ def measure(workload: Workload, repetitions: int) -> dict[str, Any]:
 def main() -> None:
     parser = common.arguments(__doc__, repetitions=12, threads=2)
     parser.formatter_class = common.argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", choices=[*common.WORKLOADS, "all"], default="all")
+    parser.add_argument("--model", choices=[*CHOICES, "all"], default="all")
     options = parser.parse_args()
     common.quiet()
     torch.set_num_threads(options.threads)
-    for name, workload in common.WORKLOADS.items():
-        if options.model in (name, "all"):
+    for name, workload in CHOICES.items():
+        if options.model == name or (options.model == "all" and name in common.WORKLOADS):
             common.show(measure(workload, options.repetitions), options.json)
 
 

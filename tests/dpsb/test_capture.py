@@ -114,21 +114,6 @@ def test_bf16_base(tiny, kind):
     assert moved <= 0.1
 
 
-@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated")  # merging is not what is tested
-@pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_int8_weight_only_base(tiny, kind):
-    quantization = pytest.importorskip("torchao.quantization")
-    base = tiny.base(kind)
-    quantization.quantize_(base, quantization.Int8WeightOnlyConfig())
-    adapter, batch, loss_fn = tiny.adapter(base), tiny.batch(kind, lengths=(9, 4, 12, 6, 11)), tiny.loss[kind]
-    rows = tiny.rows(adapter, loss_fn, batch)
-    for row, expected in zip(rows, inside_the_same_batch(tiny, adapter, loss_fn, batch), strict=True):
-        assert tiny.distance(row, expected) <= 1e-5
-    moved = tiny.distance(rows, one_by_one(tiny, adapter, loss_fn, batch))
-    print(f"{kind}, int8 base: rows move by {moved:.2e} when the examples are alone")
-    assert moved <= 0.1
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("kind", KINDS)

@@ -178,6 +178,7 @@ def test_global_seeds_do_not_reach_the_noise():
 
 @pytest.mark.parametrize("noise_std", [1e-6, 0.75, 1.0, 3e5])
 def test_released_values_lie_on_the_grid(noise_std):
+    """opacus#616: a secure mode that says nothing of floats; here noise is float64 and its sum is rounded to a grid."""
     mechanism = gaussian(noise_std, 1.0)
     total = torch.randn(5000, generator=torch.Generator().manual_seed(0)).double() * 10 * noise_std
     released = mechanism.release(total, SeededRandomness(5))

@@ -77,7 +77,7 @@ def test_a_run_starts_from_it_and_resumes_from_the_same_start(tmp_path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             run.fine_tune(plain)
     assert (tmp_path / "plain" / "start.safetensors").read_bytes() != start
-    monkeypatch.setattr(run, "warm_start", lambda *_a: pytest.fail("the start of a resumed run is on disk"))
+    monkeypatch.setattr("dpsb.inputs.warm_start", lambda *_a: pytest.fail("the start of a resumed run is on disk"))
     assert run.fine_tune(run.resumed_config(str(out), {}), resume=True).report.claim
     assert Ledger.read(out / "ledger.jsonl").plan.details["warm_start"] == "rows.jsonl"
     assert verify(out / "ledger.jsonl").ok

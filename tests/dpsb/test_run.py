@@ -150,7 +150,7 @@ def test_held_out_metrics_are_outside_the_guarantee_and_not_in_the_card(tmp_path
 
 
 def test_metrics_that_are_not_finite_do_not_keep_a_run_from_ending(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "evaluate", lambda *_args: {"loss_per_token": math.nan, "perplexity": math.inf})
+    monkeypatch.setattr("dpsb.inputs.evaluate", lambda *_args: {"loss_per_token": math.nan, "perplexity": math.inf})
     held_out = str(workbench.data_file("causal-lm", seed=5))
     finished = run.fine_tune(workbench.run_config(tmp_path / "run", "causal-lm", eval_data=held_out))
     assert json.loads((finished.out / "report.json").read_text())["held_out"]["metrics"] == {

@@ -70,6 +70,8 @@ def test_made_trainable_after_the_trainer_was_built(tmp_path):
 
 
 def test_an_optimizer_of_other_tensors(tmp_path):
+    """opacus#432: the optimizer held other parameters than the model."""
+
     class Stale(trainers.DPTrainer):
         def create_optimizer(self, *args, **kwargs):
             self.optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)

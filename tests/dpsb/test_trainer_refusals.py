@@ -76,7 +76,6 @@ BAD = {
     "fsdp": "full_shard",
     "parallelism_config": SimpleNamespace(),
     "n_gpu": 2,
-    "world_size": 4,
     "torch_compile": True,
     "optim": OptimizerNames.GALORE_ADAMW_LAYERWISE,
     "optim_target_modules": ["attn"],
