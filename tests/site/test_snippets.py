@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import json
 import re
 import shlex
+import tomllib
 
 import pytest
 from click import UsageError
@@ -77,6 +79,13 @@ def test_python_compiles_and_imports_what_is_there(page):
                 module = importlib.import_module(node.module)
                 for alias in node.names:
                     assert hasattr(module, alias.name), f"{page}: {node.module}.{alias.name}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_toml_and_json_can_be_read(page):
+    for block in blocks(page):
+        if block.language in ("toml", "json"):
+            {"toml": tomllib.loads, "json": json.loads}[block.language](block.text)
 
 
 @pytest.mark.slow
