@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import norm
 
+from dpsb.basis.canaries import BasisCanaries, plan_of_release
 from dpsb.canaries import CanaryAudit, expected_scores
 from dpsb.config import RunConfig
 from dpsb.run import LEDGER_NAME, Callbacks, RunError, fine_tune
-from dpsb_accounting import Ledger, auditing, make_report
+from dpsb_accounting import Ledger, Plan, auditing, make_report
 from dpsb_accounting import delta as delta_of
 from dpsb_accounting import epsilon as epsilon_of
 from dpsb_accounting.auditing import METHODS, CanaryScores, Counts, FixedThresholds, LowerBound, SplitThreshold
@@ -22,7 +23,7 @@ from dpsb_accounting.auditing.page import Attack, to_html, to_json
 from dpsb_accounting.files import write_whole
 
 CANARY_RUN, REPORT_NAME = "canary-run", "report.json"
-_GRADIENT = "gradient canaries"
+_GRADIENT, _BASIS = "gradient canaries", "basis canaries"
 _WHITE_BOX = METHODS
 _SIMULATIONS, _MANY = 5, 40_000
 _GUESS_SHARES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
@@ -74,17 +75,24 @@ def audit_run(
     """
     if out.exists() and any(out.iterdir()):
         raise RunError(f"{out} is not empty; choose another folder for the audit.")
-    canaries = CanaryAudit(gradient_canaries, input_canaries)
+    canaries = CanaryAudit(gradient_canaries, input_canaries, _basis_canaries(gradient_canaries))
     fine_tune(replace(config, out=str(out / CANARY_RUN)), callbacks=callbacks, audit=canaries)
     plan = Ledger.read(out / CANARY_RUN / "ledger.jsonl").plan
     claimed = epsilon_of(plan).upper
     callbacks.on_status("bounding epsilon by the scores")
     attacks = []
-    for kind, make in (("gradient", _white_box), ("input", _black_box), ("membership", _membership)):
+    makers: dict[str, Callable[[CanaryScores], Attack]] = {
+        "gradient": lambda scores: white_box(_GRADIENT, plan, scores, confidence),
+        "basis": lambda scores: white_box(_BASIS, plan_of_release(plan), scores, confidence, part=True),
+        "input": lambda scores: _black_box("input canaries", scores, plan.delta, confidence),
+        "secret-rank": lambda scores: _black_box("secrets, by rank", scores, plan.delta, confidence),
+        "secret-writing": lambda scores: _black_box("secrets, by generation", scores, plan.delta, confidence),
+        "membership": _membership,
+    }
+    for kind, make in makers.items():
         if kind in canaries.scores:
-            scores = canaries.scores[kind]
-            attacks.append(make(canaries, scores, plan.delta, confidence))
-            auditing.write_scores(scores, out / f"{kind}-scores.npz")
+            attacks.append(make(canaries.scores[kind]))
+            auditing.write_scores(canaries.scores[kind], out / f"{kind}-scores.npz")
     tv = delta_of(plan, 0.0).upper
     notes = [
         f"The attacks were made on a separate run of {plan.steps} steps with canaries, under the same plan as the run "
@@ -99,6 +107,13 @@ def audit_run(
         "keep the data.",
     ]
     content = to_json(claimed, plan.delta, confidence, attacks)
+    if canaries.secrets is not None:
+        content["secrets"] = found = canaries.secrets.summary()
+        notes.append(
+            f"Of the secrets that were put in, the model writes {found['written_inserted']:.1%} to the last token, of "
+            f"those left out {found['written_left_out']:.1%}; exposure {found['exposure_inserted']:.2f} and "
+            f"{found['exposure_left_out']:.2f} bits (1.44 where the model knows nothing of them)."
+        )
     content |= {"notes": notes, "canary_run": {"ledger": f"{CANARY_RUN}/ledger.jsonl", "released": False}}
     page = to_html(
         title=f"Audit of {Path(config.out).name}",
@@ -139,24 +154,31 @@ def into_report(folder: Path, found: Audit) -> None:
     make_report(ledger, held_out=held_out["metrics"] if held_out else None, audits=[audit]).write(path)
 
 
-def _white_box(canaries: CanaryAudit, scores: CanaryScores, delta: float, confidence: float) -> Attack:
-    """Gradient canaries: each method's rule is the best one on simulated scores of the plan's own mechanism."""
-    if canaries.plan is None:
-        raise RunError("The canary run ended before its canaries were planted.")
+def white_box(name: str, plan: Plan, scores: CanaryScores, confidence: float, *, part: bool = False) -> Attack:
+    """Canaries that see every release: each method's rule is the best one on simulated scores of the plan's mechanism.
+
+    Args:
+      name: Of the attack.
+      plan: Of the releases that were attacked.
+      scores: What the canaries gave.
+      confidence: With which the largest bound holds; its error is shared among the methods.
+      part: Whether the plan is of a part of the run, which is held against the part's own epsilon.
+    """
     each = 1 - (1 - confidence) / len(_WHITE_BOX)
-    simulated = [expected_scores(canaries.plan, len(scores), seed) for seed in range(_SIMULATIONS)]
-    many = expected_scores(canaries.plan, _MANY, _SIMULATIONS)
+    simulated = [expected_scores(plan, len(scores), seed) for seed in range(_SIMULATIONS)]
+    many = expected_scores(plan, _MANY, _SIMULATIONS)
     bounds, expected = [], {}
     for method in _WHITE_BOX:
-        rule = _best_rule(method, many, simulated, delta, each)
+        rule = _best_rule(method, many, simulated, plan.delta, each)
         bounds.append(rule(scores))
         expected[method] = sum(rule(one).epsilon for one in simulated) / len(simulated)
     return Attack(
-        name=_GRADIENT,
+        name=name,
         threat_model=scores.threat_model,
         bounds=bounds,
         roc=auditing.roc(scores),
         expected=expected,
+        claimed_epsilon=epsilon_of(plan).upper if part else None,
     )
 
 
@@ -196,14 +218,18 @@ def _scaled(counts: Counts, size: int) -> Counts:
     )
 
 
-def _black_box(_canaries: CanaryAudit, scores: CanaryScores, delta: float, confidence: float) -> Attack:
+def _black_box(name: str, scores: CanaryScores, delta: float, confidence: float) -> Attack:
     bounds = [auditing.audit(scores, "one-run", delta=delta, confidence=confidence)]
-    return Attack(name="input canaries", threat_model=scores.threat_model, bounds=bounds, roc=auditing.roc(scores))
+    return Attack(name=name, threat_model=scores.threat_model, bounds=bounds, roc=auditing.roc(scores))
 
 
-def _membership(_canaries: CanaryAudit, scores: CanaryScores, _delta: float, _confidence: float) -> Attack:
+def _membership(scores: CanaryScores) -> Attack:
     """Members were not put in by coins, so their scores describe, and bound nothing."""
     return Attack(name="real examples", threat_model=scores.threat_model, bounds=(), roc=auditing.roc(scores))
+
+
+def _basis_canaries(count: int) -> BasisCanaries | None:
+    return BasisCanaries(count) if count else None
 
 
 def _mu(epsilon: float, delta: float) -> float:

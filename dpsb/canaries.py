@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,8 +20,12 @@ from torch import nn
 from dpsb.losses import IGNORED, LossFn
 from dpsb.randomness import Randomness, SystemRandomness
 from dpsb.sampling import length_buckets, microbatches, padded_lengths
+from dpsb.secret_canaries import SecretCanaries
 from dpsb_accounting import Plan
 from dpsb_accounting.auditing import CanaryScores
+
+if TYPE_CHECKING:
+    from dpsb.basis.canaries import BasisCanaries
 
 WHITE_BOX = (
     "white box: sees every released sum, knows the plan, the basis, every other row and when it was drawn; chooses the "
@@ -31,7 +35,8 @@ BLACK_BOX = "black box: chooses texts and labels, sees only the final model's lo
 MEMBERSHIP = (
     "black box: has the members and as many other examples as were held out, sees the final model's loss on each"
 )
-_STRETCH = 10.0
+STRETCH = 10.0
+"""How many times C a canary's row is long: what enters a sum is of length C only because it is clipped."""
 
 
 class GradientCanaries:
@@ -79,7 +84,7 @@ class GradientCanaries:
         from scipy.fft import idct
 
         spectrum = np.zeros((len(drawn), len(self._signs)))
-        spectrum[np.arange(len(drawn)), self._positions[self._members[drawn]]] = _STRETCH * self._clip
+        spectrum[np.arange(len(drawn)), self._positions[self._members[drawn]]] = STRETCH * self._clip
         return torch.from_numpy(idct(spectrum, norm="ortho", axis=1) * self._signs)
 
     def observe(self, released: torch.Tensor) -> None:
@@ -88,14 +93,15 @@ class GradientCanaries:
 
         vector = released.detach().cpu().numpy().astype(np.float64)
         products = dct(vector * self._signs, norm="ortho")[self._positions]
-        self._ratios += _log_ratio(products, self._clip, self._noise_std, self._sampling_prob)
+        self._ratios += log_ratio(products, self._clip, self._noise_std, self._sampling_prob)
 
     def scores(self) -> CanaryScores:
         """The scores of all canaries, those left out included."""
         return CanaryScores(self._ratios, self.included, WHITE_BOX)
 
 
-def _log_ratio(products: np.ndarray, clip: float, noise_std: float, sampling_prob: float) -> np.ndarray:
+def log_ratio(products: np.ndarray, clip: float, noise_std: float, sampling_prob: float) -> np.ndarray:
+    """The log-likelihood ratio of what one release shows along each canary: drawn with probability q, or not there."""
     exponent = (products - clip / 2) * clip / noise_std**2
     if sampling_prob == 1.0:
         return np.asarray(exponent)
@@ -118,7 +124,7 @@ def expected_scores(plan: Plan, count: int, seed: int = 0) -> CanaryScores:
     for _ in range(plan.steps):
         drawn = included & (source.random(count) < plan.sampling_prob)
         products = plan.noise_std * source.standard_normal(count) + plan.l2_clip_norm * drawn
-        ratios += _log_ratio(products, plan.l2_clip_norm, plan.noise_std, plan.sampling_prob)
+        ratios += log_ratio(products, plan.l2_clip_norm, plan.noise_std, plan.sampling_prob)
     return CanaryScores(ratios, included, WHITE_BOX)
 
 
@@ -192,13 +198,16 @@ class CanaryAudit:
     Args:
       gradient: Number of gradient canaries; at most the length of theta are used. 0 for none.
       inputs: Number of input canaries; 0 for none.
+      basis: Canaries of a basis release; they give scores only where a run makes one.
     """
 
-    def __init__(self, gradient: int = 0, inputs: int = 0) -> None:
+    def __init__(self, gradient: int = 0, inputs: int = 0, basis: BasisCanaries | None = None) -> None:
         self.rows: GradientCanaries | None = None
+        self.basis = basis
         self.plan: Plan | None = None
         self.scores: dict[str, CanaryScores] = {}
         self._numbers = (gradient, inputs)
+        self.secrets: SecretCanaries | None = None
         self._inputs: InputCanaries | None = None
 
     def plant(self, plan: Plan, dimension: int, losses: Losses, shape: InputShape) -> list[Any]:
@@ -214,14 +223,24 @@ class CanaryAudit:
         )
         self._inputs.before(losses)
         chosen = self._inputs.examples()
+        if shape.task == "causal-lm":
+            self.secrets = SecretCanaries(inputs, shape.vocab_size, shape.length)
+            chosen += self.secrets.examples()
         return chosen if plan.unit == "example" else [[example] for example in chosen]
 
-    def finish(self, losses: Losses, members: Sequence[Any], non_members: Sequence[Any] | None) -> None:
+    def finish(
+        self, losses: Losses, members: Sequence[Any], non_members: Sequence[Any] | None, model: nn.Module
+    ) -> None:
         """Scores everything on the final model: canaries, and members against held-out examples. Sensitive."""
         if self.rows is not None:
             self.scores["gradient"] = self.rows.scores()
+        if self.basis is not None and self.basis.observed:
+            self.scores["basis"] = self.basis.scores()
         if self._inputs is not None:
             self.scores["input"] = self._inputs.scores(losses)
+        if self.secrets is not None:
+            self.scores["secret-rank"] = self.secrets.by_rank(losses)
+            self.scores["secret-writing"] = self.secrets.by_writing(model)
         if members and non_members:
             values = -np.concatenate([losses(members), losses(non_members)])
             inside = np.arange(len(values)) < len(members)

@@ -352,7 +352,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     try:
         text = file.read_text()
         settings = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read as settings: {error}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{file} must hold one table of settings.")

@@ -121,7 +121,7 @@ def frozen_features(
     from dpsb.models import load_base, resolve_model
 
     _, tokenizer = load_base("minilm", "classification", LABELS)
-    encoder = AutoModel.from_pretrained(resolve_model("minilm"))
+    encoder = AutoModel.from_pretrained(resolve_model("minilm"), use_safetensors=True)
     features, labels = {}, {}
     for split in splits:
         examples = tokenize_classification(read_table(mail_file(split)), Columns(), tokenizer, LABELS, max_length)

@@ -156,6 +156,23 @@ def print_memory(console: Console, memory: Any) -> None:
     console.print(table)
 
 
+def print_scaling(console: Console, scaling: Any) -> None:
+    """A :class:`dpsb.distributed.scaling.ScalingPlan` in words."""
+    cut = "blocks cut over them" if scaling.sharded else "a copy of the base on each"
+    console.print(
+        f"{scaling.world_size} processes, {cut}: {_mib(scaling.total_bytes)} MiB on each, of them "
+        f"{_mib(scaling.weights_bytes)} frozen weights, at token budget {scaling.token_budget}",
+        highlight=False,
+    )
+    console.print(
+        f"a step of each: {scaling.examples_per_step:,.1f} examples, {scaling.flops_per_step / 1e12:,.1f} "
+        f"Tflop, {_mib(int(scaling.sent_per_step))} MiB received; {scaling.steps:,} steps",
+        highlight=False,
+    )
+    if scaling.seconds is not None:
+        console.print(f"computing alone: {scaling.seconds / 3600:,.2f} hours at that speed", highlight=False)
+
+
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f}"
 

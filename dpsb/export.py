@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpsb.adapter_files import adapter_settings, with_adapter
 from dpsb.checkpoint import replacing
 from dpsb.models import HEAD_FILE
 from dpsb.run import RunError
@@ -27,7 +27,6 @@ def export_merged(folder: Path, merged: Path) -> None:
     Raises:
       RunError: If ``folder`` holds no finished adapter or ``merged`` exists.
     """
-    from peft import PeftModel
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     if (folder / "config.json").exists() and (folder / "report.json").exists():
@@ -36,18 +35,22 @@ def export_merged(folder: Path, merged: Path) -> None:
         raise RunError(f"{folder} holds no finished adapter ({_ADAPTER} is missing).")
     if merged.exists():
         raise RunError(f"{merged} exists already; choose another folder.")
-    settings = json.loads((folder / _ADAPTER).read_text())
+    settings = adapter_settings(folder)
     path = settings["base_model_name_or_path"]
     if settings.get("task_type") == "SEQ_CLS":
         labels = _labels(folder)
         base = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=len(labels), id2label=dict(enumerate(labels)), ignore_mismatched_sizes=True
+            path,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
         )
     elif settings.get("task_type") == "FEATURE_EXTRACTION":
-        base = AutoModel.from_pretrained(path)
+        base = AutoModel.from_pretrained(path, use_safetensors=True)
     else:
-        base = AutoModelForCausalLM.from_pretrained(path)
-    model = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+        base = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True)
+    model = with_adapter(base, folder).merge_and_unload()
     merged.parent.mkdir(parents=True, exist_ok=True)
     with replacing(merged) as new:
         model.save_pretrained(new)

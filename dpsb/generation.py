@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpsb.adapter_files import adapter_settings, with_adapter
 from dpsb.data import Columns, DataError, Table, prompt_ids, prompts_and_completions, read_table
 from dpsb.run import LEDGER_NAME, RunError
 from dpsb_accounting import Ledger
@@ -59,7 +59,6 @@ def generate_for_file(
       RunError: If ``folder`` is no finished run of a causal model.
       DataError: If the file cannot be used.
     """
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not (folder / _ADAPTER).exists() or not (folder / LEDGER_NAME).exists():
@@ -68,10 +67,10 @@ def generate_for_file(
     if details.get("task") != "causal-lm":
         raise RunError(f"The run in {folder} is of the task {details.get('task')!r}; only causal-lm generates text.")
     found = references_by_prompt(read_table(data), _columns(details), prompts)
-    settings = json.loads((folder / _ADAPTER).read_text())
+    settings = adapter_settings(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    base: Any = AutoModelForCausalLM.from_pretrained(settings["base_model_name_or_path"])
-    model = base if base_only else PeftModel.from_pretrained(base, str(folder))
+    base: Any = AutoModelForCausalLM.from_pretrained(settings["base_model_name_or_path"], use_safetensors=True)
+    model = base if base_only else with_adapter(base, folder)
     if torch.cuda.is_available():
         model = model.to("cuda")
     answers = generate(

@@ -7,6 +7,7 @@ while it lives. Two sizes of the microbatch are run; the rest lies on a straight
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from dpsb.adapter import Adapter, Factors, Provenance, lora_layers, put_core, tr
 from dpsb.capture import adapter_train_mode, per_example_gradients
 from dpsb.losses import causal_lm_loss, classification_loss
 from dpsb.mechanism import clip_and_sum
-from dpsb.models import HEAD_NAMES, ModelError, add_lora, empty_base, peft_part
+from dpsb.models import HEAD_NAMES, ModelError, add_lora, block_lists, empty_base, peft_part
 from dpsb.probe import without_dropout
 
 TOKEN_BUDGETS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -40,6 +41,8 @@ class MemoryPlan:
       parameters: Number of the base model's parameters.
       dimension: d, the length of theta.
       base_bytes: The frozen weights.
+      blocks_bytes: Those of them that lie in the model's blocks.
+      largest_block_bytes: The largest block.
       adapter_bytes: A, B and theta.
       optimizer_bytes: Gradient, moments and the float64 sum, a vector of length d each.
       max_length: Tokens of every example; all are taken to be that long.
@@ -50,6 +53,8 @@ class MemoryPlan:
     parameters: int
     dimension: int
     base_bytes: int
+    blocks_bytes: int
+    largest_block_bytes: int
     adapter_bytes: int
     optimizer_bytes: int
     max_length: int
@@ -100,6 +105,7 @@ def memory_plan(
         base = empty_base(model, task, _NUM_LABELS, dtype)
         counted = sum(parameter.numel() for parameter in base.parameters())
         base_bytes = _bytes(base)
+        blocks = [_bytes(block) for blocks in block_lists(base) for block in blocks]
         adapted = add_lora(base, task, rank, targets)
         layers = lora_layers(adapted)
         cores = tuple(put_core(name, layer, _empty_factors(layer)) for name, layer in layers.items())
@@ -121,6 +127,8 @@ def memory_plan(
         parameters=counted,
         dimension=dimension,
         base_bytes=base_bytes,
+        blocks_bytes=sum(blocks),
+        largest_block_bytes=max(blocks, default=0),
         adapter_bytes=_bytes(adapted) - base_bytes,
         optimizer_bytes=optimizer_bytes,
         max_length=max_length,
@@ -141,7 +149,9 @@ def _checkpoint(model: nn.Module) -> None:
     part: Any = peft_part(model)
     if not getattr(part, "supports_gradient_checkpointing", False):
         raise ModelError("checkpointing=True: this model has no activation checkpointing.")
-    part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # transformers 5 has a new name for it, 4 has not
+        part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _measured(adapter: Adapter, task: str, size: int, length: int) -> tuple[int, int]:

@@ -251,6 +251,16 @@ def peft_part(model: nn.Module) -> PeftModel:
     return model.encoder if isinstance(model, MeanPooledClassifier) else model
 
 
+def block_lists(model: nn.Module) -> list[nn.ModuleList]:
+    """The outermost lists of a transformer's blocks."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and not inside:
+            found.append((name, module))
+    return [module for _, module in found]
+
+
 def target_shapes(model: nn.Module) -> list[dict[str, int]] | None:
     """The shapes of the weights that the adapter is added to, each with how often it occurs. Public.
 
@@ -275,7 +285,7 @@ def longest_input(base: nn.Module, tokenizer: Any) -> int | None:
 
 def _load(auto_class: Any, path: str, **options: Any) -> Any:
     try:
-        return auto_class.from_pretrained(path, **options)
+        return auto_class.from_pretrained(path, use_safetensors=True, **options)  # a pickle may run code
     except (OSError, ValueError) as error:
         kind = "folder" if Path(path).exists() else "model id (is there a network?)"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

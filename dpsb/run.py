@@ -147,6 +147,7 @@ def fine_tune(
                 token_budget=config.token_budget,
                 ledger=ledger,
                 randomness=randomness,
+                canaries=None if audit is None else audit.basis,
                 on_pass=lambda number, of: callbacks.on_status(f"basis: pass {number} of {of} over the data"),
             )
             adapter = release_basis(out, adapter, planned.make if planned else None, examples)
@@ -183,7 +184,7 @@ def fine_tune(
         if leader is not None:
             leader.stop()
         if audit is not None:
-            audit.finish(losses, prepared.members, prepared.held_out)
+            audit.finish(losses, prepared.members, prepared.held_out, model)
         held_out: dict[str, float] = {}
         if prepared.held_out is not None:
             callbacks.on_status("evaluating on held-out data")

@@ -240,12 +240,7 @@ def private_steps(
                         others=len(canaries or ()),
                         team=team,
                     )
-                if canaries is None:
-                    released = mechanism.release(total, randomness)
-                else:
-                    rows = canaries.rows(planted).to(total.device)
-                    released = mechanism.release(total + mechanism.clip_and_sum(rows), randomness)
-                    canaries.observe(released - total)  # the auditor's attacker knows all other rows
+                released = release_with(mechanism, total, canaries, planted, randomness)
                 released, mechanism = mechanism.read(released)
                 factor = schedule(number / plan.steps)
                 before = {} if checked or factor == 0.0 else adapter.state()
@@ -257,6 +252,22 @@ def private_steps(
                     check_step_moves_model(adapter, before, loss_fn, probe_batch)
                     checked = True
                 yield Progress(number + 1, plan.steps), mechanism.moving_clip_norm
+
+
+def release_with(
+    mechanism: Mechanism,
+    total: torch.Tensor,
+    canaries: Canaries | None,
+    planted: np.ndarray,
+    randomness: Randomness,
+) -> torch.Tensor:
+    """A step's release; canaries that were drawn are among its rows, and are told what they see of it. Released."""
+    if canaries is None:
+        return mechanism.release(total, randomness)
+    rows = canaries.rows(planted).to(total.device)
+    released = mechanism.release(total + mechanism.clip_and_sum(rows), randomness)
+    canaries.observe(released - total)  # the auditor's attacker knows all other rows
+    return released
 
 
 def check_start(adapter: Adapter, plan: Plan, optimizer: torch.optim.Optimizer) -> None:

@@ -214,6 +214,8 @@ class Chain:
 
     def _take_file(self, content: Mapping[str, object]) -> None:
         name, digest = _checks.text(name=content["name"]), _checks.text(sha256=content["sha256"])
+        if not name.isprintable() or name in (".", "..") or set(name) & set("/\\:"):
+            raise ValueError(f"name must be that of a file beside the ledger, without a folder, not {name!r}")
         if name in self.files:
             raise ValueError(f"the file {name!r} is bound already")
         if len(digest) != len(NO_HASH) or set(digest) - set("0123456789abcdef"):

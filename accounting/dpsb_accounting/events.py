@@ -30,6 +30,7 @@ from dpsb_accounting.releases import (
     DiscreteLaplace,
     Laplace,
     PoissonLaplace,
+    PoissonSkellam,
     PureEpsilon,
     RandomizedResponse,
     Zcdp,
@@ -60,6 +61,7 @@ __all__ = [
     "Parallel",
     "PoissonGaussian",
     "PoissonLaplace",
+    "PoissonSkellam",
     "PureEpsilon",
     "RandomSelection",
     "RandomizedResponse",
@@ -198,6 +200,7 @@ Event: TypeAlias = (
     | Laplace
     | PoissonLaplace
     | DiscreteLaplace
+    | PoissonSkellam
     | RandomizedResponse
     | PureEpsilon
     | ApproximateDP
@@ -220,6 +223,7 @@ EVENT_TYPES: Mapping[str, type[Event]] = {
     "laplace": Laplace,
     "poisson_laplace": PoissonLaplace,
     "discrete_laplace": DiscreteLaplace,
+    "poisson_skellam": PoissonSkellam,
     "randomized_response": RandomizedResponse,
     "pure_epsilon": PureEpsilon,
     "approximate_dp": ApproximateDP,

@@ -15,6 +15,7 @@ from dpsb_accounting.events import (
     Gaussian,
     NonPrivate,
     PoissonGaussian,
+    PoissonSkellam,
     contains_non_private,
     event_from_json,
     event_to_json,
@@ -152,12 +153,12 @@ class Plan:
         for phase in self.phases:
             refuse_relation(phase.event, self.neighboring)
         event = self.train.event
-        if not isinstance(event, (Gaussian, PoissonGaussian, NonPrivate)):
+        if not isinstance(event, (Gaussian, PoissonGaussian, PoissonSkellam, NonPrivate)):
             raise ValueError(
-                f"the train event must be Gaussian, PoissonGaussian or NonPrivate, which the trainer can sample, "
-                f"not {event!r}"
+                "the train event must be Gaussian, PoissonGaussian, PoissonSkellam or NonPrivate, which the trainer "
+                f"can sample, not {event!r}"
             )
-        if isinstance(event, PoissonGaussian) and event.sampling_prob != self.sampling_prob:
+        if isinstance(event, (PoissonGaussian, PoissonSkellam)) and event.sampling_prob != self.sampling_prob:
             raise ValueError(
                 f"sampling_prob={self.sampling_prob!r} must equal that of the train event, {event.sampling_prob!r}"
             )
@@ -196,7 +197,7 @@ class Plan:
     def noise_multiplier(self) -> float:
         """Noise standard deviation divided by `l2_clip_norm` of a training step; 0 if it is not private."""
         event = self.train.event
-        return event.noise_multiplier if isinstance(event, (Gaussian, PoissonGaussian)) else 0.0
+        return event.noise_multiplier if isinstance(event, (Gaussian, PoissonGaussian, PoissonSkellam)) else 0.0
 
     @property
     def noise_std(self) -> float:

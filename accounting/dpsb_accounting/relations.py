@@ -17,6 +17,7 @@ from dpsb_accounting.events import (
     Event,
     MatrixMechanism,
     PoissonLaplace,
+    PoissonSkellam,
     RandomizedResponse,
     SampledWithoutReplacementGaussian,
     TruncatedPoissonGaussian,
@@ -107,4 +108,6 @@ def _as_gaussian_sum(event: Event) -> tuple[float, float] | None:
 
 
 def _has_no_pair(event: Event) -> bool:
+    if isinstance(event, PoissonSkellam):
+        return event.sampling_prob < 1
     return isinstance(event, _NO_PAIR_FOR_REPLACEMENT) or any(_has_no_pair(child) for child in children(event))

@@ -1,4 +1,4 @@
-"""Events that are not Gaussian sums: Laplace noise, randomized response, and releases known by their guarantee.
+"""Events that are not Gaussian sums: Laplace and Skellam noise, randomized response, and stated guarantees.
 
 Laplace noise follows the rule of the sums: `noise_multiplier` is its scale divided by the L1 clip norm for every
 relation, and replace_one doubles the sensitivity. A guarantee that is *stated* (PureEpsilon, ApproximateDP, Zcdp) is
@@ -7,6 +7,7 @@ taken to hold for one unit added, removed or zeroed; replace_one then pays for t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dpsb_accounting import _checks
@@ -143,3 +144,41 @@ class Zcdp:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rho", _checks.nonnegative(rho=self.rho))
         object.__setattr__(self, "xi", _checks.nonnegative(xi=self.xi))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoissonSkellam:
+    r"""Each unit is included with probability q; the sum, in whole numbers, gets Skellam noise. Not a Gaussian.
+
+    :math:`M(x) = \mathrm{round}(\tfrac{s}{C}\sum_i b_i x_i) + \mathrm{Skellam}(\mu)` in each of d coordinates, with
+    :math:`\|x_i\| \le C`, :math:`b_i \sim \mathrm{Bernoulli}(q)` independent, and :math:`\mu = (\sigma s)^2` the
+    variance of the noise. Each coordinate z is rounded to :math:`\lfloor z + u \rfloor`, with u in [0, 1) that does not
+    depend on the data. A sum modulo a number is post-processing of it. Only Rényi divergences are used; under
+    replace_one sampling amplifies each of two steps.
+
+    Args:
+        noise_multiplier: :math:`\sigma > 0`, noise standard deviation divided by C. Public.
+        sampling_prob: :math:`q \in (0, 1]`, per unit and per release. Public.
+        clip_steps: s, how many whole numbers the clip norm C is long. Public.
+        dimension: d, of the sum. Public.
+
+    References:
+        Agarwal, Kairouz and Liu (2021), arXiv:2110.04995, Corollary 3.6; see the module `skellam`.
+    """
+
+    noise_multiplier: float
+    sampling_prob: float
+    clip_steps: float
+    dimension: int
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "noise_multiplier", _checks.scale(noise_multiplier=self.noise_multiplier))
+        put(self, "sampling_prob", _checks.probability(sampling_prob=self.sampling_prob))
+        put(self, "clip_steps", _checks.scale(clip_steps=self.clip_steps))
+        put(self, "dimension", _checks.whole(at_least=1, dimension=self.dimension))
+
+    @property
+    def variance(self) -> float:
+        r""":math:`\mu`, of the noise on each coordinate, in squared whole numbers."""
+        return math.pow(self.noise_multiplier * self.clip_steps, 2)

@@ -37,6 +37,15 @@ def private_provenance(clip: Clip, rounds: int) -> Provenance:
     return Provenance(kind="private", access="released", detail={**clip.to_json(), "rounds": rounds})
 
 
+def factors_of(released: dict[str, torch.Tensor], ranks: Mapping[str, int]) -> dict[str, Factors]:
+    """The leading singular directions of noisy gradient sums; these are used up, layer by layer. Released."""
+    generator, factors = public_generator(), {}
+    for name in list(released):
+        U, _, Vh = truncated_svd(released.pop(name), ranks[name], generator)
+        factors[name] = Factors(A=Vh, B=U)
+    return factors
+
+
 def private(examples: Releases, provenance: Provenance, adapter_name: str = "default") -> Basis:
     r"""A and B from the truncated SVD of the noisy clipped gradient sum of every target weight. R starts at 0.
 
@@ -64,15 +73,11 @@ def private(examples: Releases, provenance: Provenance, adapter_name: str = "def
     """
     rounds = int(provenance.detail["rounds"])
     ranks = {name: layer.r[adapter_name] for name, layer in examples.layers.items()}
-    generator = public_generator()
-    factors = {}
     if rounds == 0:
         released = examples.release(dict.fromkeys(examples.layers, WHOLE))
-        for name in list(released):
-            U, _, Vh = truncated_svd(released.pop(name), ranks[name], generator)
-            factors[name] = Factors(A=Vh, B=U)
-        return Basis(factors=factors, provenance=provenance)
+        return Basis(factors=factors_of(released, ranks), provenance=provenance)
 
+    generator, factors = public_generator(), {}
     right = {}
     for name, layer in examples.layers.items():
         width = min(ranks[name] + _OVERSAMPLING, layer.in_features, layer.out_features)

@@ -14,6 +14,7 @@ from torch import nn
 
 from dpsb.adapter import attach, detach
 from dpsb.basis.budget import PHASE
+from dpsb.basis.canaries import BasisCanaries
 from dpsb.basis.per_example import WHOLE, PartlyAdded, Sketch, add_clipped_sum, example_norms, zeros_for
 from dpsb.basis.random import random
 from dpsb.capture import adapter_train_mode
@@ -78,6 +79,7 @@ class PrivateExamples:
       token_budget: Tokens per microbatch: memory and speed only.
       ledger: Open for writing; its plan has a phase "basis" and says in ``plan.basis`` how examples are clipped.
       randomness: Of the draw and of the noise; a seeded one taints the run.
+      canaries: Gradients that belong to no example, to audit the release; they taint the run.
       on_pass: Told the number of each pass and how many there are.
     """
 
@@ -91,6 +93,7 @@ class PrivateExamples:
     token_budget: int
     ledger: Ledger
     randomness: Randomness
+    canaries: BasisCanaries | None = None
     on_pass: Callable[[int, int], None] = lambda _number, _of: None
     _rehearsed: list[bool] = field(default_factory=list)
 
@@ -134,11 +137,20 @@ class PrivateExamples:
         def add(examples: Sequence[Example], length: int) -> None:
             self._add(examples, length, sketches, totals)
 
-        self._charged_pass(add, totals)
+        canaries = self.canaries
+        if canaries is not None:
+            canaries.place({name: total.numel() for name, total in totals.items()})
+        planted = self._charged_pass(add, totals, others=len(canaries or ()))
         mechanism, released = self.mechanism, {}
         for name in list(totals):  # layer by layer, so that the noise of one layer is all that is held besides
             total = totals.pop(name)
-            released[name] = mechanism.release(total.flatten(), self.randomness).view_as(total)
+            flat = total.flatten()
+            if canaries is None:
+                released[name] = mechanism.release(flat, self.randomness).view_as(total)
+                continue
+            noisy = mechanism.release(flat + canaries.part(name, planted, mechanism).to(flat.device), self.randomness)
+            canaries.observe(name, noisy - flat, mechanism, self._sampling_prob)  # the attacker knows all other rows
+            released[name] = noisy.view_as(total)
         return released
 
     def release_preferences(self, candidates: Sequence[Mapping[str, Sketch]]) -> torch.Tensor:
@@ -169,10 +181,26 @@ class PrivateExamples:
         self._charged_pass(add, {"total": total})
         return mechanism.release(total, self.randomness)
 
-    def _charged_pass(self, add: Callable[[Sequence[Example], int], None], totals: Mapping[str, torch.Tensor]) -> None:
-        """Probe and rehearsal on synthetic examples, the charge, and only then ``add`` for every microbatch."""
+    @property
+    def _sampling_prob(self) -> float:
+        event = self.ledger.plan.phase(PHASE).event
+        return event.sampling_prob if isinstance(event, PoissonGaussian) else 1.0
+
+    def _charged_pass(
+        self,
+        add: Callable[[Sequence[Example], int], None],
+        totals: Mapping[str, torch.Tensor],
+        others: int = 0,
+    ) -> np.ndarray:
+        """Probe and rehearsal on synthetic examples, the charge, and only then ``add`` for every microbatch.
+
+        Returns:
+          Which of ``others`` rows that stand for no example were drawn besides. Sensitive as any draw.
+        """
         if self.randomness.tainted:
             self.ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
+        if others:
+            self.ledger.taint("basis_canaries", "gradients that belong to no example were put in to audit the release")
         with training_mode(self.model), without_dropout(self.model):
             if not self._rehearsed:
                 self._check_isolation()
@@ -184,11 +212,14 @@ class PrivateExamples:
             number = self.ledger.charge(PHASE)
             self.on_pass(number + 1, phase.count)
             with messages_withheld("The pass for the basis"):
-                prob = phase.event.sampling_prob if isinstance(phase.event, PoissonGaussian) else 1.0
-                drawn = [self.dataset[int(i)] for i in poisson_draw(len(self.dataset), prob, self.randomness)]
+                size = len(self.dataset)
+                draw = poisson_draw(size + others, self._sampling_prob, self.randomness)
+                drawn = [self.dataset[int(i)] for i in draw if i < size]
                 lengths = padded_lengths(drawn, length_buckets(self.max_length))
                 for positions, length in microbatches(np.arange(len(drawn)), lengths, self.token_budget):
                     add([drawn[i] for i in positions], length)
+        planted: np.ndarray = draw[draw >= size] - size
+        return planted
 
     def _check_isolation(self) -> None:
         """The probe that ``fit`` runs, on cores with a random basis that are taken off again."""

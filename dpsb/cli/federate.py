@@ -66,7 +66,9 @@ def simulate(
                 callbacks=Callbacks(
                     on_status=lambda message: console.print(f"[dim]{escape(message)}[/dim]", highlight=False),
                     on_terms=on_terms,
-                    on_reply=lambda reply: progress.update(task, advance=1, round=f"round {reply.round + 1}"),
+                    on_reply=lambda reply: progress.update(
+                        task, advance=_rounds_done(reply), round=f"round {reply.round + 1}"
+                    ),
                     on_round=lambda record: _show_round(console, record),
                     on_problem=lambda reason: console.print(f"[yellow]{escape(reason)}[/yellow]", highlight=False),
                 ),
@@ -98,6 +100,42 @@ def report(
         from dpsb.federated.report import federation_report
 
         _print(federation_report(out), out, {}, as_json)
+
+    guarded(run)
+
+
+@federate.command()
+def audit(
+    config: Annotated[Path, typer.Option(help="Settings (TOML) of the federation, as for simulate.")],
+    out: Annotated[Path, typer.Option(help="New folder of the audit.")],
+    silo: Annotated[str | None, typer.Option(help="Whose releases are attacked. \\[default: the first]")] = None,
+    canaries: Annotated[int, typer.Option(help="Gradient canaries, at most the number of trained numbers.")] = 3000,
+    confidence: Annotated[float, typer.Option(help="Probability that the bound holds.")] = 0.95,
+    as_json: Json = False,
+) -> None:
+    """Simulates a federation once more with canaries at one silo; writes what that proves about its epsilon.
+
+    Every ledger of the simulation is tainted, and its model is not for release. Exit code 1 if the claim is refuted.
+
+    Example: [bold]dpsb federate audit --config fed.toml --out fed-audit[/bold]
+    """
+
+    def run() -> None:
+        from dpsb.federated.audit import audit_federation
+        from dpsb.federated.config import read_federation
+
+        found = audit_federation(read_federation(config), out, host=silo, canaries=canaries, confidence=confidence)
+        content = found.content
+        if as_json:
+            typer.echo(json.dumps(content, indent=1))
+        else:
+            line = (
+                f"silo {content['silo']}, {content['model']}: epsilon is at least {content['epsilon_lower']:.4g}, "
+                f"claimed is at most {content['claimed_epsilon']:.4g}; page: {found.out}/audit.html"
+            )
+            Console().print(escape(line), highlight=False, soft_wrap=True)
+        if content["refuted"]:
+            raise RuntimeError("the claim is refuted: the attack proves a larger epsilon. Do not rely on it.")
 
     guarded(run)
 
@@ -205,9 +243,15 @@ def _end_like_an_interrupt() -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
+def _rounds_done(reply: Any) -> int:
+    """What a reply adds to the progress: nothing where it is a note of a secure sum."""
+    return 0 if hasattr(reply, "phase") else 1
+
+
 def _answered(reply: Any) -> str:
-    why = getattr(reply, "message", None)
-    return f"round {reply.round + 1}: " + ("sent an update" if why is None else f"refused: {why}")
+    why, phase = getattr(reply, "message", None), getattr(reply, "phase", None)
+    sent = "sent an update" if phase is None else f"a secure sum, {phase}"
+    return f"round {reply.round + 1}: " + (sent if why is None else f"refused: {why}")
 
 
 def _print(federation: Any, out: Path, held_out: Mapping[str, float], as_json: bool) -> None:

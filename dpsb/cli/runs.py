@@ -38,6 +38,22 @@ def plan(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", rich_help_panel="Memory", help="With activation checkpointing.")
     ] = False,
+    world_size: Annotated[
+        int | None,
+        typer.Option(rich_help_panel="Several processes", help="With --model: what each of so many processes takes."),
+    ] = None,
+    shard_base: Annotated[
+        bool,
+        typer.Option("--shard-base", rich_help_panel="Several processes", help="The base's blocks cut over them."),
+    ] = False,
+    token_budget: Annotated[
+        int,
+        typer.Option(rich_help_panel="Several processes", help="Tokens per microbatch on each: a row of the table."),
+    ] = 4096,
+    teraflops: Annotated[
+        float | None,
+        typer.Option(rich_help_panel="Several processes", help="What a process sustains, measured; for the time."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What a budget buys: noise multiplier, sampling probability, steps and cost. Touches no data.
@@ -46,7 +62,7 @@ def plan(
 
     Example: [bold]dpsb plan --epsilon 3 --delta 1e-5 --num-examples 4000 --expected-batch-size 512 --epochs 10[/bold]
     """
-    from dpsb.display import print_memory, print_plan
+    from dpsb.display import print_memory, print_plan, print_scaling
     from dpsb.plan import make_plan, plan_summary
 
     def run() -> None:
@@ -63,14 +79,32 @@ def plan(
             steps=steps,
             neighboring=neighboring,
         )
+        if world_size is not None and model is None:
+            raise ValueError(f"world_size={world_size} needs --model.")
         memory = None if model is None else _memory(model, task, rank, targets, max_length, dtype, checkpointing)
+        scaling = None
+        if memory is not None and world_size is not None:
+            from dpsb.distributed.scaling import scaling_plan
+
+            scaling = scaling_plan(
+                made,
+                memory,
+                world_size=world_size,
+                sharded=shard_base,
+                token_budget=token_budget,
+                teraflops=teraflops,
+                checkpointing=checkpointing,
+            )
         if as_json:
             facts = plan_summary(made) | ({} if memory is None else {"memory": memory.to_json()})
+            facts |= {} if scaling is None else {"scaling": scaling.to_json()}
             typer.echo(json.dumps(facts, indent=1))
             return
         print_plan(Console(), made, cost_table_too=True)
         if memory is not None:
             print_memory(Console(), memory)
+        if scaling is not None:
+            print_scaling(Console(), scaling)
 
     guarded(run)
 

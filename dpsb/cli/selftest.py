@@ -25,6 +25,13 @@ def selftest(
     full: Annotated[
         bool, typer.Option("--full", help="Also train on neighbouring data, resume, reload, search.")
     ] = False,
+    on_private_data: Annotated[
+        str | None,
+        typer.Option(
+            help="For a local debug run only: a file whose first rows take the place of the synthetic ones. Taints the "
+            "result; there is no report of it."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Tests one's model, collator and loss on synthetic examples, before any private data is read.
@@ -37,9 +44,11 @@ def selftest(
     def run() -> None:
         from dpsb.selftest.command import Subject, selftest_subject
 
+        if on_private_data is not None and as_json:
+            raise ValueError("--on-private-data writes no report; leave --json out.")
         names = tuple(name.strip() for name in labels.split(",")) if task == "classification" else ()
         subject = Subject(model, task, names, rank, targets, dtype, max_length)
-        found = selftest_subject(subject, full=full)
+        found = selftest_subject(subject, full=full, private=on_private_data)
         if as_json:
             typer.echo(json.dumps(found.to_json(), indent=1))
         else:
@@ -58,3 +67,8 @@ def _show(console: Console, found: Any) -> None:
         figure = "" if check.figure is None else f"{check.figure:.4g}"
         table.add_row(check.name, marks[check.passed], figure, escape(check.limit), escape(check.detail))
     console.print(table)
+    if found.tainted:
+        console.print(
+            "[red]Tainted:[/] figures and messages above depend on private examples and have no guarantee. They are "
+            "for this screen: do not keep, send or publish them, and choose no setting of a private run by them."
+        )

@@ -20,7 +20,7 @@ from dpsb.frozen_prefix import remember_frozen_prefix
 from dpsb.inputs import Inputs, read_inputs
 from dpsb.mechanism import Mechanism
 from dpsb.probe import Batch, Example
-from dpsb.sampling import bucket_of, length_buckets
+from dpsb.sampling import bucket_of, length_buckets, own_length
 from dpsb.start import attach_again, start_of
 from dpsb_accounting import Plan
 
@@ -94,5 +94,5 @@ def _work(config: RunConfig, inputs: Inputs, adapter: Adapter) -> Work:
 
 
 def _idle_batch(work: Work, synthetic: Sequence[Example]) -> Batch:
-    shortest = min(synthetic, key=lambda example: len(example["input_ids"]))
-    return work.collate([shortest], bucket_of(len(shortest["input_ids"]), work.buckets))
+    shortest = min(synthetic, key=own_length)
+    return work.collate([shortest], bucket_of(own_length(shortest), work.buckets))

@@ -8,6 +8,7 @@ from torch.distributed.fsdp import fully_shard
 
 from dpsb.adapter import Adapter
 from dpsb.distributed.team import Team, TeamError
+from dpsb.models import block_lists
 
 
 def shard_base(adapter: Adapter, team: Team) -> int:
@@ -29,19 +30,9 @@ def shard_base(adapter: Adapter, team: Team) -> int:
     """
     mesh = init_device_mesh(team.device.type, (team.size,))
     own: set[nn.Parameter] = set(adapter.parameters())
-    blocks = [block for blocks in _block_lists(adapter.model) for block in blocks]
+    blocks = [block for blocks in block_lists(adapter.model) for block in blocks]
     if not blocks:
         raise TeamError("shard_base finds no list of blocks in this model to cut over the processes; leave it out.")
     for block in blocks:
         fully_shard(block, mesh=mesh, ignored_params=own & set(block.parameters()))
     return len(blocks)
-
-
-def _block_lists(model: nn.Module) -> list[nn.ModuleList]:
-    """The outermost lists of a transformer's blocks."""
-    found: list[tuple[str, nn.ModuleList]] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and not inside:
-            found.append((name, module))
-    return [module for _, module in found]

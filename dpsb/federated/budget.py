@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dpsb.basis.budget import PHASE
 from dpsb.checkpoint import flush
 from dpsb.federated.messages import Receipt
 from dpsb.federated.spec import PrivacyModel, RoundSpec, SiloPolicy, SpecRefused
 from dpsb.plan import differing
-from dpsb_accounting import Gaussian, Ledger, LedgerError, Phase, Plan, PoissonGaussian
+from dpsb_accounting import Event, Gaussian, Ledger, LedgerError, Phase, Plan, PoissonGaussian, PoissonSkellam
 from dpsb_accounting import epsilon as epsilon_of
 from dpsb_accounting.engines import ResourceLimit
 
@@ -45,7 +46,12 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def plan_for(
-    spec: RoundSpec, policy: SiloPolicy, num_examples: int, basis: Mapping[str, Any], details: Mapping[str, Any]
+    spec: RoundSpec,
+    policy: SiloPolicy,
+    num_examples: int,
+    basis: Mapping[str, Any],
+    details: Mapping[str, Any],
+    dimension: int,
 ) -> Plan:
     """The plan of a whole run, from a round of it: the same in every round, or the round is refused.
 
@@ -58,6 +64,7 @@ def plan_for(
       num_examples: The true number, used where the policy declares none. It then counts as public.
       basis: Provenance of the adapter's basis.
       details: Public facts of model and task.
+      dimension: Of theta.
     """
     count = num_examples if policy.num_examples is None else policy.num_examples
     federated = {
@@ -65,20 +72,20 @@ def plan_for(
         "federation": spec.run_id,
         "silo": policy.silo,
         "local_steps": spec.local_steps,
-        "noise": "gaussian",
+        "noise": "skellam" if spec.clip_steps else "gaussian",
         **_noise_of(spec),
     }
     if spec.model is PrivacyModel.CLIENT_LEVEL:
         return _client_plan(spec, policy, basis, {**details, "federated": federated})
-    facts = {
-        "federated": federated,
-        "rounds": spec.rounds,
-        "spare_rounds": policy.spare_rounds,
-        "basis_sha256": spec.basis_sha256,
-    }
-    event = PoissonGaussian(noise_multiplier=spec.noise_multiplier, sampling_prob=spec.sampling_prob)
+    facts = {"federated": federated, "rounds": spec.rounds, "spare_rounds": policy.spare_rounds}
+    steps = (spec.rounds + policy.spare_rounds) * spec.local_steps
+    paid: tuple[Phase, ...] = ()
+    if spec.basis is None:
+        facts["basis_sha256"] = spec.basis_sha256
+    else:  # its hash is known, and bound to the ledger, once it is there
+        paid = (Phase(PHASE, Gaussian(noise_multiplier=spec.basis.noise_multiplier), 1),)
     return Plan(
-        phases=(Phase("train", event, (spec.rounds + policy.spare_rounds) * spec.local_steps),),
+        phases=(*paid, Phase("train", _event(spec, dimension), steps)),
         delta=policy.delta,
         target_epsilon=policy.max_epsilon,
         neighboring=policy.relation,
@@ -91,6 +98,14 @@ def plan_for(
         basis=dict(basis),
         details={**details, **facts},
     )
+
+
+def _event(spec: RoundSpec, dimension: int) -> Event:
+    """What one step of a round is to accounting: noise in whole numbers is never taken for Gaussian."""
+    noise, prob = spec.noise_multiplier, spec.sampling_prob
+    if not spec.clip_steps:
+        return PoissonGaussian(noise_multiplier=noise, sampling_prob=prob)
+    return PoissonSkellam(noise_multiplier=noise, sampling_prob=prob, clip_steps=spec.clip_steps, dimension=dimension)
 
 
 def _noise_of(spec: RoundSpec) -> dict[str, Any]:

@@ -12,17 +12,20 @@ from typing import Any
 
 import torch
 
-from dpsb.adapter import Adapter, attach
+from dpsb.adapter import Adapter, attach, lora_layers
 from dpsb.artifacts import write_adapter
+from dpsb.basis.private import rounds_for
 from dpsb.basis.stage import Setup, plan_basis
+from dpsb.basis_spec import parse_basis
 from dpsb.checkpoint import replacing
 from dpsb.config import RunConfig
 from dpsb.data import Collator, Table
 from dpsb.evaluate import evaluate
 from dpsb.federated.card import federation_card
 from dpsb.federated.config import FederateConfig
+from dpsb.federated.paid_basis import provenance_of
 from dpsb.federated.report import Federation, write_report
-from dpsb.federated.spec import FederatedError
+from dpsb.federated.spec import FederatedError, PaidBasis
 from dpsb.federated.trainer import Trainer
 from dpsb.models import HEAD_NAMES, add_lora, load_base
 from dpsb.prepare import Prepared, labels_of, loss_of, prepare, synthetic_of, targets_of
@@ -30,7 +33,7 @@ from dpsb.run import run_details
 from dpsb.start import START_NAME, attach_saved, start_of
 from dpsb_accounting.files import write_whole
 
-SETTINGS_NAME, ADAPTER = "federation.json", "adapter"
+SETTINGS_NAME, ADAPTER, PAID_START = "federation.json", "adapter", "paid-start.safetensors"
 
 Status = Callable[[str], None]
 
@@ -121,12 +124,17 @@ def finish(out: Path, built: Built, config: FederateConfig, federation: Federati
       Metrics on held-out rows, if there are any; outside the guarantee.
     """
     trainer, run = built.trainer, config.run
+    start = out / START_NAME
+    if federation.state.basis:
+        trainer.rebase(federation.state.basis, provenance_of(next(iter(_paid(federation)))))
+        start = out / PAID_START
+        write_whole(start, start_of(trainer.adapter))
     adapter = trainer.adapter
     adapter.load_state(federation.state.theta)
     for stale in out.glob(f"{ADAPTER}.new"):
         shutil.rmtree(stale)
     with replacing(out / ADAPTER) as folder:
-        write_adapter(folder, adapter, federation.state.run_id, built.tokenizer, out / START_NAME)
+        write_adapter(folder, adapter, federation.state.run_id, built.tokenizer, start)
         (folder / "README.md").write_text(federation_card(config, federation))
     rows, metrics = next(iter(built.prepared.values())).held_out, {}
     if rows is not None:
@@ -135,8 +143,16 @@ def finish(out: Path, built: Built, config: FederateConfig, federation: Federati
     return metrics
 
 
+def _paid(federation: Federation) -> list[PaidBasis]:
+    return [terms.basis for terms in federation.state.terms.silos.values() if terms.basis is not None]
+
+
 def _new_adapter(run: RunConfig, model: torch.nn.Module, prepared: Prepared, collate: Collator) -> Adapter:
-    """The adapter on a basis that needs no private example."""
+    """The adapter on a basis that needs no private example; a random one stands in for one that silos pay for."""
+    if parse_basis(run.basis).kind == "private":
+        if rounds_for(lora_layers(model), run.basis_rounds):
+            raise FederatedError("A weight is wider than 1024 on both sides; silos release no whole gradients of it.")
+        run = replace(run, basis="random", basis_share=None)
     planned = plan_basis(
         Setup(
             config=run,

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from dpsb.basis.budget import PHASE, basis_noise_multiplier, default_share
 from dpsb.federated.config import FederateConfig
-from dpsb.federated.spec import FederatedError, PrivacyModel, SiloPolicy
+from dpsb.federated.secure.whole_numbers import clip_steps_for
+from dpsb.federated.spec import FederatedError, PaidBasis, PrivacyModel, SiloPolicy
 from dpsb.federated.terms import SiloTerms, Terms
 from dpsb.plan import noise_multiplier_for, relation_for
+from dpsb_accounting import Gaussian, Phase, PoissonSkellam, ResourceLimit
+from dpsb_accounting import epsilon as epsilon_of
 
+_CLOSE = 1.001  # calibrated noise of whole numbers is within that factor of the least
+_MOST_NOISE = 1e4
 _FAR = 1e9  # a sum of many clipped rows, with noise, is longer than any update of theta
 
 
-def terms_of(config: FederateConfig, sizes: Mapping[str, int]) -> tuple[Terms, dict[str, SiloPolicy]]:
+def terms_of(config: FederateConfig, sizes: Mapping[str, int], dimension: int) -> tuple[Terms, dict[str, SiloPolicy]]:
     """What each silo is asked, with noise calibrated to its own budget; and its policy.
 
     Args:
       config: Settings.
       sizes: The silos' true numbers of examples; public where no N is declared, else not used.
+      dimension: Of theta.
 
     Raises:
       FederatedError: If a batch is larger than its silo.
@@ -30,6 +38,25 @@ def terms_of(config: FederateConfig, sizes: Mapping[str, int]) -> tuple[Terms, d
     sizes = {name: config.silos[name].num_examples or sizes[name] for name in config.silos}
     delta, relation = _delta(config, sizes, model), _relation(config, model)
     asked = {name: _asked(config, name, size, delta, relation, model) for name, size in sizes.items()}
+    clip_steps = 0
+    if federation.noise == "skellam":
+        clip_steps = _clip_steps(asked, dimension)
+        steps = federation.rounds + federation.spare_rounds
+        asked = {
+            name: replace(
+                each,
+                noise_multiplier=whole_noise_multiplier(
+                    each,
+                    target_epsilon=config.epsilon(name),
+                    delta=delta,
+                    steps=steps,
+                    neighboring=relation,
+                    clip_steps=clip_steps,
+                    dimension=dimension,
+                ),
+            )
+            for name, each in asked.items()
+        }
     if model is not PrivacyModel.SILO_LOCAL:  # one noise for all: the largest that any silo needs
         noise = max(terms.noise_multiplier for terms in asked.values())
         asked = {name: replace(terms, noise_multiplier=noise) for name, terms in asked.items()}
@@ -49,6 +76,7 @@ def terms_of(config: FederateConfig, sizes: Mapping[str, int]) -> tuple[Terms, d
         min_silos=config.min_silos,
         dropouts=federation.dropouts,
         colluders=federation.colluders,
+        clip_steps=clip_steps,
         max_update_norm=1000.0 if model is PrivacyModel.SILO_LOCAL else _FAR,
     )
     policies = {
@@ -93,18 +121,85 @@ def _asked(config: FederateConfig, name: str, size: int, delta: float, relation:
         raise FederatedError(f"expected_batch_size={batch} exceeds the {size} examples of silo {name!r}.")
     rounds = federation.rounds + federation.spare_rounds
     whole = model is PrivacyModel.CLIENT_LEVEL
+    paid = _paid_basis(config, name, delta, relation) if config.basis_is_paid else None
+    before = () if paid is None else (Phase(PHASE, Gaussian(noise_multiplier=paid.noise_multiplier), 1),)
     noise = noise_multiplier_for(
         target_epsilon=config.epsilon(name),
         delta=delta,
         sampling_prob=1.0 if whole else batch / size,
         steps=rounds if whole else rounds * federation.local_steps,
         neighboring=relation,
+        before=before,
     )
-    return SiloTerms(sampling_prob=batch / size, noise_multiplier=noise, expected_batch_size=batch)
+    return SiloTerms(sampling_prob=batch / size, noise_multiplier=noise, expected_batch_size=batch, basis=paid)
+
+
+def _paid_basis(config: FederateConfig, name: str, delta: float, relation: str) -> PaidBasis:
+    """The silo's release for the basis: the share of its own budget that a run of its own would give it."""
+    run, epsilon = config.run, config.epsilon(name)
+    share = run.basis_share or default_share("private", epsilon)
+    noise = basis_noise_multiplier(epsilon=epsilon, delta=delta, share=share, neighboring=relation)
+    clip, clipping = (1.0, "automatic") if run.basis_clip_norm is None else (run.basis_clip_norm, "flat")
+    return PaidBasis(noise_multiplier=noise, l2_clip_norm=clip, clipping=clipping, share=share)
+
+
+def _clip_steps(asked: Mapping[str, SiloTerms], dimension: int) -> int:
+    """One grid for all silos; it has room for four times the noise that would do if it were Gaussian."""
+    batch = sum(each.expected_batch_size for each in asked.values())
+    return clip_steps_for(dimension, batch, 4 * max(each.noise_multiplier for each in asked.values()))
+
+
+def whole_noise_multiplier(
+    asked: SiloTerms,
+    *,
+    target_epsilon: float,
+    delta: float,
+    steps: int,
+    neighboring: str,
+    clip_steps: int,
+    dimension: int,
+) -> float:
+    """The noise with which Skellam noise in whole numbers keeps to a budget, by its own bound; at most 0.1 % too much.
+
+    Args:
+      asked: With the sampling probability, and the noise that would do if it were Gaussian: the search begins there.
+      target_epsilon: The budget.
+      delta: Of the budget.
+      steps: How many releases there are.
+      neighboring: Relation.
+      clip_steps: How many whole numbers C is long.
+      dimension: Of theta.
+
+    Raises:
+      FederatedError: If no noise keeps to it.
+    """
+
+    def upper(noise: float) -> float:
+        event = PoissonSkellam(
+            noise_multiplier=noise, sampling_prob=asked.sampling_prob, clip_steps=clip_steps, dimension=dimension
+        )
+        try:
+            return epsilon_of([(event, steps)], delta, neighboring).upper
+        except ResourceLimit:
+            return math.inf
+
+    low = high = asked.noise_multiplier
+    while upper(high) > target_epsilon:
+        low, high = high, 1.25 * high
+        if high > _MOST_NOISE:
+            raise FederatedError(f"No Skellam noise keeps to epsilon={target_epsilon!r} over {steps} rounds.")
+    while high > low * _CLOSE:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if upper(middle) <= target_epsilon else (middle, high)
+    return high
 
 
 def policy_text(policy: SiloPolicy) -> str:
     """A policy as the TOML file that :func:`dpsb.federated.spec.read_policy` reads."""
     lines = ["# What this silo allows at most; see docs/federated.md. A server can only ask for less."]
-    lines += [f"{name} = {json.dumps(value)}" for name, value in policy.to_json().items()]
+    content = policy.to_json()
+    peers = content.pop("peers", {})
+    lines += [f"{name} = {json.dumps(value)}" for name, value in content.items()]
+    if peers:
+        lines += ["", "[peers]", *(f"{name} = {json.dumps(key)}" for name, key in peers.items())]
     return "\n".join(lines) + "\n"

@@ -16,6 +16,7 @@ from dpsb.federated.spec import (
     SILO_NAME,
     FederatedError,
     PrivacyModel,
+    check_choice,
     check_match,
     check_positive,
     check_whole,
@@ -23,6 +24,8 @@ from dpsb.federated.spec import (
     model_named,
 )
 from dpsb.federated.terms import SERVER_OPTIMIZERS
+
+NOISES = ("gaussian", "skellam")
 
 EMBEDDED_DATA = "mail"
 """In a federation's settings: the embedded mail, ``data = "mail"`` for training and ``eval_data = "mail"`` for test."""
@@ -41,7 +44,6 @@ _NOT_FEDERATED = {
     "precondition": "is not there for federations yet",
     "head_share": "is not there for federations yet",
     "checkpoint_every": "is after each round",
-    "basis_share": "is for a basis that is paid for",
 }
 
 
@@ -88,6 +90,8 @@ class FederationSettings:
       spare_rounds: Rounds' worth of steps that each silo pays for besides, for what crashes waste.
       dropouts: ``secagg``: how many silos may be missing in a sum that is opened.
       colluders: ``secagg``: how many silos may help the server, at least 1.
+      noise: ``secagg``: ``"gaussian"``, and whoever adds up is trusted; or ``"skellam"``: in whole numbers, through a
+        secure sum. Experimental.
     """
 
     rounds: int = 8
@@ -102,8 +106,12 @@ class FederationSettings:
     spare_rounds: int = 0
     dropouts: int = 0
     colluders: int = 1
+    noise: str = "gaussian"
 
     def __post_init__(self) -> None:
+        check_choice(NOISES, noise=self.noise)
+        if self.noise != "gaussian" and self.model != PrivacyModel.SECAGG.value:
+            raise FederatedError(f"noise={self.noise!r} is of model secagg, not of {self.model}.")
         check_whole(1, rounds=self.rounds, local_steps=self.local_steps)
         check_whole(0, split_seed=self.split_seed, spare_rounds=self.spare_rounds, dropouts=self.dropouts)
         check_whole(1, colluders=self.colluders)
@@ -171,15 +179,34 @@ class FederateConfig:
         if math.isinf(run.epsilon):
             raise FederatedError("epsilon=inf has no meaning in a federation: nothing would protect a silo.")
         spec = parse_basis(run.basis)
-        if spec.kind in RELEASED or spec.kind == "leak" or (spec.kind == "lora-sb" and not spec.sources):
+        if run.basis_share != usual["basis_share"] and spec.kind != "private":
+            raise FederatedError(f"basis_share={run.basis_share!r} is for a basis that is paid for.")
+        if spec.kind == "private":
+            self._check_paid_basis()
+        elif spec.kind in RELEASED or spec.kind == "leak" or (spec.kind == "lora-sb" and not spec.sources):
             raise FederatedError(
                 f"basis={run.basis!r} is computed from private data; in a federation use a data-free basis (weight, "
-                "random, complementary, hadamard) or public:FILE."
+                "random, complementary, hadamard), public:FILE, or private, for which every silo pays."
             )
         if run.basis_choice == "private":
             raise FederatedError("basis_choice='private' reads private data; leave it at 'public'.")
         if run.labels == "from-data":
             raise FederatedError("labels='from-data' would join the silos' labels; declare them.")
+
+    def _check_paid_basis(self) -> None:
+        run = self.run
+        if self.federation.model != PrivacyModel.SILO_LOCAL.value:
+            raise FederatedError(f"basis={run.basis!r} is for model silo_local, not for {self.federation.model}.")
+        if run.basis_rounds or run.basis_sampling_prob != 1.0 or run.remember_frozen_blocks:
+            raise FederatedError(
+                f"basis={run.basis!r} takes one release of whole gradients of all examples from each silo here: leave "
+                "out basis_rounds, basis_sampling_prob and remember_frozen_blocks."
+            )
+
+    @property
+    def basis_is_paid(self) -> bool:
+        """Whether every silo pays for a release that the basis is made from."""
+        return parse_basis(self.run.basis).kind == "private"
 
     @property
     def min_silos(self) -> int:
@@ -212,9 +239,12 @@ def read_federation(path: Path, out: str | None = None, *, needs_data: bool = Tr
     """
     try:
         content = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FederatedError(f"{path} cannot be read as the settings of a federation: {error}") from None
     tables = {name: content.pop(name, {}) for name in ("federation", "silos")}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise FederatedError(f"{path}: expected a table [{name}], got {table!r}.")
     silos: dict[str, SiloSettings] = {}
     for name, settings in tables["silos"].items():
         if not isinstance(settings, dict):

@@ -9,15 +9,22 @@ from pathlib import Path
 
 import torch
 
+from dpsb.basis.budget import PHASE
 from dpsb.federated.aggregate import fed_sb
 from dpsb.federated.budget import alone
 from dpsb.federated.judge import Verdict, judge
-from dpsb.federated.messages import SUM, RoundMessage, Transport, Update, bytes_of
+from dpsb.federated.messages import SUM, RoundMessage, State, Transport, Update, bytes_of, theta_digest
+from dpsb.federated.paid_basis import basis_from, released_layout
+from dpsb.federated.secure.masks import SecureSumError
+from dpsb.federated.secure.opening import SecureSum
+from dpsb.federated.secure.whole_numbers import to_real
 from dpsb.federated.server import RoundRecord, ServerError, ServerState, load_state, save_state, server_step
-from dpsb.federated.spec import PrivacyModel
+from dpsb.federated.spec import PrivacyModel, RoundSpec
 from dpsb.federated.terms import Terms, differing
 from dpsb.mechanism import Mechanism
 from dpsb.randomness import Randomness, SystemRandomness
+
+_FAR = 1e12  # a release for the basis is a sum over all examples, with noise on every coordinate of every weight
 
 
 class TooFewSilos(ServerError):
@@ -48,6 +55,8 @@ class Coordinator:
       transport: Brings messages to the silos.
       randomness: Of the server's noise in ``trusted_server``; a seeded one voids the claim.
       on_round: Told after each round.
+      shapes: Out, in and rank of each target weight; needed where the silos pay for the basis. Public.
+      on_opened: Given the noisy sum of each round in the models that open one. Released.
     """
 
     def __init__(
@@ -60,11 +69,13 @@ class Coordinator:
         *,
         randomness: Randomness | None = None,
         on_round: Callable[[RoundRecord], None] = lambda _record: None,
+        shapes: Mapping[str, tuple[int, int, int]] | None = None,
+        on_opened: Callable[[torch.Tensor], None] = lambda _sum: None,
     ) -> None:
         self.out, self._terms, self._transport = Path(out), terms, transport
         self._theta, self._basis_sha256 = dict(theta), basis_sha256
         self._randomness = randomness or SystemRandomness()
-        self._on_round = on_round
+        self._on_round, self._on_opened, self._shapes = on_round, on_opened, dict(shapes or {})
 
     def run(self) -> ServerState:
         """Does all rounds that are left.
@@ -75,6 +86,9 @@ class Coordinator:
         """
         with alone(self.out):
             state = self.begin()
+            if state.terms.basis_is_paid and not state.basis:
+                state = self._pay_for_basis(state)
+                save_state(self.out, state)
             while state.round < state.terms.rounds:
                 state = self._round(state)
                 save_state(self.out, state)
@@ -100,7 +114,7 @@ class Coordinator:
             save_state(self.out, state)
             return state
         odd = differing(state.terms, self._terms)
-        if odd or state.basis_sha256 != self._basis_sha256:
+        if odd or (not state.basis and state.basis_sha256 != self._basis_sha256):
             raise ServerError(
                 f"{self.out} holds a run whose {', '.join(odd) or 'basis'} differ from what is asked now; terms "
                 "cannot change on resume."
@@ -112,28 +126,26 @@ class Coordinator:
         return self._randomness.tainted and self._terms.model is not PrivacyModel.SILO_LOCAL
 
     def _round(self, state: ServerState) -> ServerState:
-        verdict, sent = self._collect(state)
+        verdict, sent, secure = self._collect(state)
         if verdict.left:
             state = replace(state, left={**state.left, **verdict.left})
         updates = {name: verdict.updates[name] for name in sorted(verdict.updates)}
         receipts = {**state.receipts, **{name: update.receipt for name, update in updates.items()}}
         state = replace(state, receipts=receipts)
         save_state(self.out, state)  # before anything is made of the replies: a silo may not fall back behind them
-        if len(updates) < state.terms.min_silos:
-            reasons = "; ".join(f"{name}: {why}" for name, why in sorted({**verdict.lost, **verdict.left}.items()))
-            raise TooFewSilos(
-                f"Round {state.round} has {len(updates)} usable replies, min_silos is {state.terms.min_silos} "
-                f"({reasons or 'no silo is left'}). What was charged stays charged; resume to ask again."
-            )
-        if state.terms.model is PrivacyModel.SECAGG:
+        self._need(state, updates, verdict, f"Round {state.round}")
+        opened = None
+        if secure is not None:
+            opened = _unmasked(state, updates, secure)
+        elif state.terms.model is PrivacyModel.SECAGG:
             state = self._open(state, tuple(updates))
-        theta, moments = self._next_theta(state, updates)
+        theta, moments = self._next_theta(state, updates, opened)
         record = RoundRecord(
             round=state.round,
             silos=tuple(updates),
             lost={**verdict.lost, **verdict.left},
-            bytes_up=sum(bytes_of(update.tensors) for update in updates.values()),
-            bytes_down=sent * bytes_of(state.theta),
+            bytes_up=sum(bytes_of(update.tensors) for update in updates.values()) + (secure.bytes_up if secure else 0),
+            bytes_down=sent * bytes_of(state.theta) + (secure.bytes_down if secure else 0),
             notes=tuple(verdict.notes),
         )
         return replace(
@@ -143,6 +155,41 @@ class Coordinator:
             moments=moments,
             history=(*state.history, record),
         )
+
+    def _pay_for_basis(self, state: ServerState) -> ServerState:
+        """The basis from each silo's one release: the leading directions of their mean.
+
+        Post-processing of what they sent. Asked again after a crash, silos send the same bytes; the releases of fewer
+        than ``min_silos`` make no basis.
+        """
+        specs = state.terms.specs(state.run_id, 0, state.theta, state.basis_sha256, PHASE)
+        layout = released_layout(self._shapes)
+        verdict, sent = self._asked(state, specs, [name for name in specs if name not in state.left], layout)
+        if verdict.left:
+            state = replace(state, left={**state.left, **verdict.left})
+        updates = {name: verdict.updates[name] for name in sorted(verdict.updates)}
+        receipts = {**state.receipts, **{name: update.receipt for name, update in updates.items()}}
+        state = replace(state, receipts=receipts)
+        save_state(self.out, state)
+        self._need(state, updates, verdict, "The basis")
+        basis = basis_from(fed_sb([update.tensors for update in updates.values()]), self._shapes)
+        record = RoundRecord(
+            round=0,
+            silos=tuple(updates),
+            lost={**verdict.lost, **verdict.left},
+            bytes_up=sum(bytes_of(update.tensors) for update in updates.values()),
+            bytes_down=sent * bytes_of(state.theta),
+            notes=tuple(verdict.notes),
+        )
+        return replace(state, basis=basis, basis_sha256=theta_digest(basis), basis_record=record)
+
+    def _need(self, state: ServerState, updates: Mapping[str, Update], verdict: Verdict, what: str) -> None:
+        if len(updates) < state.terms.min_silos:
+            reasons = "; ".join(f"{name}: {why}" for name, why in sorted({**verdict.lost, **verdict.left}.items()))
+            raise TooFewSilos(
+                f"{what} has {len(updates)} usable replies, min_silos is {state.terms.min_silos} "
+                f"({reasons or 'no silo is left'}). What was charged stays charged; resume to ask again."
+            )
 
     def _open(self, state: ServerState, names: tuple[str, ...]) -> ServerState:
         """Puts on disk whose sum is opened, before it is: the same round is never opened for another set of silos.
@@ -161,23 +208,49 @@ class Coordinator:
         save_state(self.out, state)
         return state
 
-    def _collect(self, state: ServerState) -> tuple[Verdict, int]:
-        """Asks the silos that have not left; those that gave nothing usable again, ``attempts`` times in all."""
+    def _collect(self, state: ServerState) -> tuple[Verdict, int, SecureSum | None]:
+        """Asks the silos that have not left for a round; in a secure sum, those that sent their shares for it."""
         specs = state.terms.specs(state.run_id, state.round, state.theta, state.basis_sha256)
-        whole, sent = Verdict(), 0
         pending = [name for name in specs if name not in state.left]
-        for _ in range(state.terms.attempts):
+        if not state.terms.clip_steps:
+            return *self._asked(state, specs, pending, state.theta), None
+        secure = SecureSum(specs, self._transport, state.terms.attempts)
+        members = secure.share(pending)
+        there = list(members) if len(members) >= state.terms.min_silos else []
+        verdict, sent = self._asked(state, specs, there, state.theta, secure)
+        verdict.lost |= {name: secure.lost.get(name, "no reply") for name in pending if name not in members}
+        return verdict, sent, secure
+
+    def _asked(
+        self,
+        state: ServerState,
+        specs: Mapping[str, RoundSpec],
+        pending: list[str],
+        layout: State,
+        secure: SecureSum | None = None,
+    ) -> tuple[Verdict, int]:
+        """Asks silos; those that gave nothing usable again, ``attempts`` times in all. Replies are like ``layout``."""
+        whole, sent = Verdict(), 0
+        trained = {name for record in state.history for name in record.silos}
+        for _ in range(state.terms.attempts if pending else 0):
             messages = [
-                RoundMessage(silo=name, spec=specs[name], theta=state.theta, receipt=state.receipts.get(name))
+                RoundMessage(
+                    silo=name,
+                    spec=specs[name],
+                    theta=state.theta,
+                    receipt=state.receipts.get(name),
+                    summing=None if secure is None else secure.masking(name),
+                    basis={} if name in trained else state.basis,
+                )
                 for name in pending
             ]
             sent += len(messages)
             found = judge(
                 self._transport.send(messages),
                 {name: specs[name] for name in pending},
-                state.theta,
+                layout,
                 state.receipts,
-                max_update_norm=state.terms.max_update_norm,
+                max_update_norm=state.terms.max_update_norm if layout is state.theta else _FAR,
             )
             whole.updates |= found.updates
             whole.left |= found.left
@@ -190,11 +263,11 @@ class Coordinator:
         return whole, sent
 
     def _next_theta(
-        self, state: ServerState, updates: Mapping[str, Update]
+        self, state: ServerState, updates: Mapping[str, Update], opened: torch.Tensor | None
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         terms, theta = state.terms, state.theta
         if terms.model is not PrivacyModel.SILO_LOCAL:
-            mean = self._noisy_mean(terms, theta, updates)
+            mean = self._noisy_mean(terms, theta, updates, opened)
             if terms.model is PrivacyModel.CLIENT_LEVEL:
                 return server_step(theta, {name: -value for name, value in mean.items()}, state, own_rates=False)
             return server_step(theta, mean, state, own_rates=True)
@@ -205,19 +278,44 @@ class Coordinator:
         return server_step(theta, difference, state, own_rates=False)
 
     def _noisy_mean(
-        self, terms: Terms, theta: Mapping[str, torch.Tensor], updates: Mapping[str, Update]
+        self,
+        terms: Terms,
+        theta: Mapping[str, torch.Tensor],
+        updates: Mapping[str, Update],
+        opened: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
         """The silos' vectors added up, with one noise, divided by a public number.
 
-        In ``secagg`` the noise is in the silos' shares; the sum is as it would come out of a secure aggregation. The
-        divisor is the expected batch of those that took part, in ``client_level`` the number of all clients.
+        In ``secagg`` the noise is in the silos' shares: in ``opened``, the sum that a secure sum of whole numbers gave,
+        or without that in the sum of the vectors, as it would come out of a secure aggregation. The divisor is the
+        expected batch of those that took part, in ``client_level`` the number of all clients.
         """
-        total = torch.stack([update.tensors[SUM] for update in updates.values()]).sum(dim=0)
+        total = opened
+        if total is None:
+            total = torch.stack([update.tensors[SUM] for update in updates.values()]).sum(dim=0)
         if terms.model is not PrivacyModel.SECAGG:
             noise = terms.noise_multiplier
             mechanism = Mechanism(l2_clip_norm=terms.l2_clip_norm, noise_multiplier=noise, clipping="flat")
             total = mechanism.release(total, self._randomness)
+        self._on_opened(total)
         divisor = sum(terms.silos[name].expected_batch_size for name in updates)
         mean = total / (len(terms.silos) if terms.model is PrivacyModel.CLIENT_LEVEL else divisor)
         parts = mean.split([tensor.numel() for tensor in theta.values()])
         return {name: part.view_as(tensor) for (name, tensor), part in zip(theta.items(), parts, strict=True)}
+
+
+def _unmasked(state: ServerState, updates: Mapping[str, Update], secure: SecureSum) -> torch.Tensor:
+    """The sum that the silos open together, in the units of C. Released: their shares of the noise are in it.
+
+    Raises:
+      TooFewSilos: If too few silos help; the round is discarded.
+    """
+    vectors = {name: update.tensors[SUM].numpy().view("uint32") for name, update in updates.items()}
+    try:
+        opened = secure.open(updates, vectors)
+    except SecureSumError as error:
+        raise TooFewSilos(
+            f"The sum of round {state.round} is discarded: {error} What was charged stays charged; resume to ask "
+            "again, which is charged anew."
+        ) from None
+    return to_real(opened, state.terms.l2_clip_norm, state.terms.clip_steps)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dpsb.federated.messages import SUM, Receipt, Refusal, Reply, State, Update, theta_digest
+from dpsb.federated.messages import SUM, Note, Receipt, Refusal, Reply, State, Update, theta_digest
 from dpsb.federated.spec import PrivacyModel, RoundSpec
 
 LEAVES = ("spec", "budget", "ledger")
@@ -61,6 +61,8 @@ def judge(
             verdict.notes.append(f"a reply of {reply.silo!r}, which was not asked, was ignored")
         elif (reply.run_id, reply.round) != (spec.run_id, spec.round):
             verdict.notes.append(f"a reply of {reply.silo!r} to another round was ignored")
+        elif isinstance(reply, Note):
+            verdict.notes.append(f"a late note of {reply.silo!r} to a secure sum was ignored")
         elif isinstance(reply, Refusal):
             _refused(reply, verdict)
         elif reply.silo in differing:
@@ -107,7 +109,7 @@ def wrong_receipt(reply: Update, spec: RoundSpec, held: Receipt | None) -> str:
     """Why the receipt of a reply does not continue the one that is held; empty if it does."""
     new = reply.receipt
     least = (1 if held is None else held.length) + spec.charges + 1  # the charges, and the line binding the reply
-    if held is not None and held.round == spec.round:  # the round was asked for before and could not be closed
+    if held is not None and held.round == spec.position:  # the round was asked for before and could not be closed
         least = held.length
     if held is not None and new.ledger_id != held.ledger_id:
         return "the receipt is of another ledger than before"
@@ -125,7 +127,8 @@ def wrong_tensors(reply: Update, spec: RoundSpec, theta: State, max_update_norm:
     summed = spec.model is not PrivacyModel.SILO_LOCAL
     wanted: State = theta
     if summed:
-        wanted = {SUM: torch.zeros(sum(tensor.numel() for tensor in theta.values()), dtype=torch.float64)}
+        dtype = torch.int32 if spec.clip_steps else torch.float64
+        wanted = {SUM: torch.zeros(sum(tensor.numel() for tensor in theta.values()), dtype=dtype)}
     if set(reply.tensors) != set(wanted):
         return "the reply's tensors have other names"
     for name, tensor in reply.tensors.items():
@@ -133,6 +136,8 @@ def wrong_tensors(reply: Update, spec: RoundSpec, theta: State, max_update_norm:
             return f"the reply's tensor {name} has another shape or type"
         if not bool(torch.isfinite(tensor).all()):
             return "the reply holds a number that is not finite"
+    if spec.clip_steps:
+        return ""  # under its masks a vector has no size
     if spec.model is PrivacyModel.CLIENT_LEVEL:
         max_update_norm = min(max_update_norm, spec.l2_clip_norm * (1 + 1e-9))
     squares = sum(float((t.double() - wanted[n].double()).square().sum()) for n, t in reply.tensors.items())
@@ -142,4 +147,6 @@ def wrong_tensors(reply: Update, spec: RoundSpec, theta: State, max_update_norm:
 
 
 def _same(one: Update, other: Update) -> bool:
-    return one.receipt == other.receipt and theta_digest(one.tensors) == theta_digest(other.tensors)
+    return (one.receipt, dict(one.notes)) == (other.receipt, dict(other.notes)) and theta_digest(
+        one.tensors
+    ) == theta_digest(other.tensors)

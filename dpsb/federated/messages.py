@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import Any, Protocol
 
 import torch
 
 from dpsb.adapter import Adapter
-from dpsb.federated.spec import SHA256, RoundSpec, check_match, check_whole, checked_fields
+from dpsb.federated.spec import RUN_ID, SHA256, RoundSpec, check_choice, check_match, check_whole, checked_fields
+
+_NOTE = re.compile(r"([0-9a-f]{2})*")
 
 State = Mapping[str, torch.Tensor]
 """Tensors by name: theta, or in a summed model the one vector under :data:`SUM`."""
 
 SUM = "sum"
+
+PHASES = ("share", "mask", "agree", "open")
+"""Of a secure sum; see :mod:`dpsb.federated.secure.party`. A vector goes with ``mask``, notes alone with the others."""
 
 REFUSALS = ("spec", "budget", "ledger", "state", "busy", "reply_lost", "failed")
 """Why a silo did not do its round; ``failed`` tells nothing more, because what failed may depend on private data."""
@@ -75,20 +81,44 @@ class Receipt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Summing:
+    """The part of a message that belongs to a secure sum.
+
+    Args:
+      session: Of the sum, 32 hexadecimal digits, drawn by the server.
+      phase: One of :data:`PHASES`.
+      notes: From each other silo to this one, by name, hexadecimal. The server passes them on and cannot read shares.
+    """
+
+    session: str
+    phase: str
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_match(RUN_ID, session=self.session)
+        check_choice(PHASES, phase=self.phase)
+        check_notes(self.notes)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundMessage:
     """The coordinator's request to one silo.
 
     Args:
       silo: Whom it is for.
       spec: What to do.
-      theta: Where to start.
+      theta: Where to start; empty in the phases of a secure sum that need none.
       receipt: The last receipt that the coordinator holds of this silo; the silo refuses if its ledger is behind.
+      summing: Where in a secure sum the message belongs; None without one.
+      basis: A and B of a basis that the silos paid for, where the silo may not have it yet; empty otherwise.
     """
 
     silo: str
     spec: RoundSpec
     theta: State
     receipt: Receipt | None = None
+    summing: Summing | None = None
+    basis: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +131,10 @@ class Update:
       round: Likewise.
       theta_sha256: Of the theta it started from.
       tensors: Theta after the local steps; in a summed model the clipped sum. Released in ``silo_local``; sensitive in
-        ``trusted_server`` and ``client_level``.
+        ``trusted_server`` and ``client_level``; under masks in a secure sum.
       receipt: The ledger after the round.
       follows: The hash of the ledger's line at which the coordinator's own receipt ended; None without one.
+      notes: In a secure sum, to each other member, hexadecimal.
     """
 
     silo: str
@@ -113,6 +144,34 @@ class Update:
     tensors: State
     receipt: Receipt
     follows: str | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_notes(self.notes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """What a silo says in a phase of a secure sum that needs no vector.
+
+    Args:
+      silo: Who says it.
+      run_id: Of the message.
+      round: Of the message.
+      session: Of the sum.
+      phase: Which.
+      notes: To each other silo, by name, hexadecimal; in ``open``, for the server, shares by whose secret they are of.
+    """
+
+    silo: str
+    run_id: str
+    round: int
+    session: str
+    phase: str
+    notes: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        check_notes(self.notes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +193,7 @@ class Refusal:
     message: str
 
 
-Reply = Update | Refusal
+Reply = Update | Note | Refusal
 
 
 class Transport(Protocol):
@@ -143,6 +202,12 @@ class Transport(Protocol):
     def send(self, messages: Sequence[RoundMessage]) -> Iterable[Reply]:
         """Sends all the messages and returns the replies that came in time, in any order."""
         ...
+
+
+def check_notes(notes: Mapping[str, str]) -> None:
+    """Refuses notes that are no hexadecimal texts by name."""
+    for name, note in dict(notes).items():
+        check_match(_NOTE, **{f"the note of {name!r}": note})
 
 
 def bytes_of(tensors: State) -> int:

@@ -24,9 +24,9 @@ class ReplyLost(RuntimeError):
     """The reply of a round was paid for and bound to the ledger, and its file is gone or is another one."""
 
 
-def reply_name(spec: RoundSpec) -> str:
-    """The file of a round's reply, one for each round and theta that it started from."""
-    return f"reply-{spec.round:06d}-{spec.theta_sha256}.safetensors"
+def reply_name(spec: RoundSpec, suffix: str = "") -> str:
+    """The file of a reply: one for each round and theta, for the basis, and for each secure sum."""
+    return f"reply-{spec.round:06d}-{spec.theta_sha256}{suffix and '-'}{suffix}.safetensors"
 
 
 def settle(home: Path, ledger: Ledger) -> None:
@@ -55,13 +55,13 @@ def last_round(ledger: Ledger) -> int:
     return max((int(name.split("-")[1]) for name in ledger.files if name.startswith("reply-")), default=-1)
 
 
-def find(home: Path, ledger: Ledger, spec: RoundSpec) -> dict[str, torch.Tensor] | None:
+def find(home: Path, ledger: Ledger, spec: RoundSpec, suffix: str = "") -> dict[str, torch.Tensor] | None:
     """The reply of this round to this theta, if there was one.
 
     Raises:
       ReplyLost: If the ledger binds a reply that is gone or changed.
     """
-    name = reply_name(spec)
+    name = reply_name(spec, suffix)
     if name not in ledger.files:
         return None
     try:
@@ -73,11 +73,11 @@ def find(home: Path, ledger: Ledger, spec: RoundSpec) -> dict[str, torch.Tensor]
     return load(content)
 
 
-def store(home: Path, ledger: Ledger, spec: RoundSpec, tensors: State) -> None:
+def store(home: Path, ledger: Ledger, spec: RoundSpec, tensors: State, suffix: str = "") -> None:
     """Puts a reply down whole, readable by the silo alone, then binds it to the ledger."""
     facts = {**metadata(ledger), "format": "dpsb-reply/1", "federation": spec.run_id, "round": str(spec.round)}
     content = bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=facts))
-    path = home / reply_name(spec)
+    path = home / reply_name(spec, suffix)
     write_whole(path, content, mode=0o600)
     ledger.bind_file(path.name, sha256(content).hexdigest())
 

@@ -55,6 +55,14 @@ class Federation:
                 "down": sum(record.bytes_down for record in self.state.history),
             },
         }
+        if self.state.basis_record is not None:
+            record = self.state.basis_record
+            content["basis"] = {
+                "silos": list(record.silos),
+                "lost": dict(record.lost),
+                "sha256": self.state.basis_sha256,
+                "bytes_up": record.bytes_up,
+            }
         if held_out:
             content["held_out"] = {"metrics": dict(held_out), "note": "outside the guarantee"}
         return content

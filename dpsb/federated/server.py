@@ -19,6 +19,7 @@ from dpsb.models import in_head
 
 SERVER = "server"
 _SCHEMA = "dpsb-federation/1"
+_BASIS = "basis.safetensors"
 _BETAS, _SMALL = (0.9, 0.999), 1e-8
 
 
@@ -74,6 +75,8 @@ class ServerState:
       history: The rounds so far.
       tainted: Whether noise of the server came from a seed.
       opened: The round whose sum was opened last, and whose contributions were in it; None before. ``secagg``.
+      basis: A and B that the silos paid for, once they are there; empty otherwise.
+      basis_record: Whose releases the basis was made from; None otherwise. Its round is that which follows.
     """
 
     run_id: str
@@ -87,6 +90,8 @@ class ServerState:
     history: tuple[RoundRecord, ...] = ()
     tainted: bool = False
     opened: tuple[int, tuple[str, ...]] | None = None
+    basis: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    basis_record: RoundRecord | None = None
 
 
 def save_state(out: Path, state: ServerState) -> None:
@@ -103,10 +108,13 @@ def save_state(out: Path, state: ServerState) -> None:
         "history": [record.to_json() for record in state.history],
         "tainted": state.tainted,
         "opened": state.opened,
+        "basis": None if state.basis_record is None else state.basis_record.to_json(),
     }
     with replacing(out / SERVER) as folder:
         save_file({name: tensor.contiguous() for name, tensor in state.theta.items()}, folder / "theta.safetensors")
         save_file(dict(state.moments), folder / "moments.safetensors")
+        if state.basis:
+            save_file(dict(state.basis), folder / _BASIS)
         (folder / "server.json").write_text(json.dumps(facts, indent=1))
 
 
@@ -123,6 +131,7 @@ def load_state(out: Path) -> ServerState | None:
         facts = json.loads((folder / "server.json").read_text())
         theta = load_file(folder / "theta.safetensors")
         moments = load_file(folder / "moments.safetensors")
+        basis = load_file(folder / _BASIS) if facts.get("basis") is not None else {}
         if facts["schema"] != _SCHEMA:
             raise ServerError(f"{folder} has schema {facts['schema']!r}, not {_SCHEMA!r}.")
         return ServerState(
@@ -137,8 +146,10 @@ def load_state(out: Path) -> ServerState | None:
             history=tuple(_record(entry) for entry in facts["history"]),
             tainted=facts["tainted"],
             opened=None if facts["opened"] is None else (facts["opened"][0], tuple(facts["opened"][1])),
+            basis=basis,
+            basis_record=None if facts.get("basis") is None else _record(facts["basis"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ServerError(f"{folder} cannot be read ({type(error).__name__}); start a new run elsewhere.") from None
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from dpsb.data import read_table
 from dpsb.federated.building import SETTINGS_NAME, Built, build, finish
 from dpsb.federated.calibrate import policy_text, terms_of
+from dpsb.federated.canaries import FederationCanaries
 from dpsb.federated.config import FederateConfig, silo_config
 from dpsb.federated.coordinator import Coordinator
 from dpsb.federated.local import LocalTransport
 from dpsb.federated.messages import Reply
 from dpsb.federated.report import REPORT_NAME, SILOS, Federation, federation_report
+from dpsb.federated.secure.masks import own_key, public_of
 from dpsb.federated.server import RoundRecord, ServerError
 from dpsb.federated.silo import Silo
 from dpsb.federated.spec import POLICY_NAME, FederatedError, SiloPolicy
@@ -48,7 +50,13 @@ class Callbacks:
     on_problem: Callable[[str], None] = lambda _reason: None
 
 
-def simulate(config: FederateConfig, *, engine: str = "local", callbacks: Callbacks = Callbacks()) -> Simulated:
+def simulate(
+    config: FederateConfig,
+    *,
+    engine: str = "local",
+    callbacks: Callbacks = Callbacks(),
+    canaries: FederationCanaries | None = None,
+) -> Simulated:
     """Runs a federation in ``config.run.out``, or goes on with the one that is there.
 
     Each silo has a folder with its policy, its ledger and its replies, as it would on a machine of its own; they share
@@ -59,6 +67,7 @@ def simulate(config: FederateConfig, *, engine: str = "local", callbacks: Callba
       engine: ``"local"``, or ``"flower"``: the coordinator is then a ServerApp in Flower's simulation, and each message
         goes through its engine to a ClientApp and on to the silo's worker, as in a deployment.
       callbacks: Where progress goes.
+      canaries: Of an audit, in one process; the federation is then there to be audited and claims nothing.
 
     Raises:
       FederatedError, ServerError, DataError, ModelError, ProbeError, LedgerError: With one sentence each.
@@ -77,7 +86,10 @@ def simulate(config: FederateConfig, *, engine: str = "local", callbacks: Callba
     trainer = built.trainer
     data = {name: prepared.examples for name, prepared in built.prepared.items()}
     callbacks.on_status("calibrating the silos' noise")
-    terms, policies = terms_of(config, {name: len(examples) for name, examples in data.items()})
+    dimension = sum(tensor.numel() for tensor in trainer.start.values())
+    terms, policies = terms_of(config, {name: len(examples) for name, examples in data.items()}, dimension)
+    if terms.clip_steps:
+        policies = _acquainted(policies, out)
     callbacks.on_terms(terms, policies)
     randomness = randomness_of(config.run)
     silos = {}
@@ -85,7 +97,15 @@ def simulate(config: FederateConfig, *, engine: str = "local", callbacks: Callba
         folder = out / SILOS / name
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / POLICY_NAME, policy_text(policy).encode())
-        silos[name] = Silo(folder, policy, trainer, data[name], randomness=randomness, on_problem=callbacks.on_problem)
+        silos[name] = Silo(
+            folder,
+            policy,
+            trainer,
+            data[name],
+            randomness=randomness,
+            canaries=None if canaries is None else canaries.at(name),
+            on_problem=callbacks.on_problem,
+        )
     callbacks.on_status("checking the model on synthetic examples")
     with remember_frozen_prefix(trainer.adapter.model) if config.run.remember_frozen_blocks else nullcontext():
         trainer.check()
@@ -97,6 +117,8 @@ def simulate(config: FederateConfig, *, engine: str = "local", callbacks: Callba
             LocalTransport(silos, callbacks.on_reply),
             randomness=randomness,
             on_round=callbacks.on_round,
+            shapes=trainer.shapes,
+            on_opened=(lambda _sum: None) if canaries is None else canaries.opened,
         )
         if engine == "local":
             coordinator.run()
@@ -120,6 +142,16 @@ def _built(config: FederateConfig, out: Path, callbacks: Callbacks) -> Built:
     runs = {name: replace(silo_config(config, name), basis="weight") for name in names}
     runs[names[0]] = replace(silo_config(config, names[0]), eval_data=config.run.eval_data)
     return build(config, tables, runs, out, callbacks.on_status)
+
+
+def _acquainted(policies: Mapping[str, SiloPolicy], out: Path) -> dict[str, SiloPolicy]:
+    """The policies with all silos' public keys, which real silos give each other."""
+    keys = {}
+    for name in policies:
+        folder = out / SILOS / name
+        folder.mkdir(parents=True, exist_ok=True)
+        keys[name] = public_of(own_key(folder)).hex()
+    return {name: replace(policy, peers=keys) for name, policy in policies.items()}
 
 
 def _by_flower(coordinator: Coordinator, silos: Mapping[str, Silo], callbacks: Callbacks) -> None:

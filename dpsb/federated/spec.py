@@ -11,7 +11,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,27 @@ class PrivacyModel(enum.StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PaidBasis:
+    """One release of noisy clipped gradients by each silo, for a basis of all; see :mod:`dpsb.federated.paid_basis`.
+
+    Args:
+      noise_multiplier: Of that release.
+      l2_clip_norm: Of the gradients of all weights together.
+      clipping: ``"flat"`` or ``"automatic"``.
+      share: Of the silo's budget, as it was asked for.
+    """
+
+    noise_multiplier: float
+    l2_clip_norm: float = 1.0
+    clipping: str = "automatic"
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_positive(noise_multiplier=self.noise_multiplier, l2_clip_norm=self.l2_clip_norm, share=self.share)
+        check_choice(("flat", "automatic"), clipping=self.clipping)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundSpec:
     r"""One round as the server asks one silo for it. Public, all of it.
 
@@ -72,6 +93,10 @@ class RoundSpec:
       clients: K, how many silos a sum has; of use in ``secagg`` and ``client_level``.
       dropouts: t, how many of them may be missing in a sum that is opened; ``secagg``.
       colluders: k, how many may tell the server their share of the noise, at least 1; ``secagg``.
+      clip_steps: How many whole numbers C is long, where ``secagg`` adds Skellam noise in whole numbers under masks; 0:
+        Gaussian noise, and whoever adds up is trusted.
+      basis: The release that pays for the basis, in every round of the run; None where it is public. ``silo_local``.
+      stage: ``"train"``, or ``"basis"``: that release, before round 0.
 
     Raises:
       FederatedError: If a field is out of range.
@@ -94,6 +119,9 @@ class RoundSpec:
     clients: int = 1
     dropouts: int = 0
     colluders: int = 1
+    clip_steps: int = 0
+    basis: PaidBasis | None = None
+    stage: str = "train"
 
     def __post_init__(self) -> None:
         check_match(RUN_ID, run_id=self.run_id)
@@ -122,8 +150,31 @@ class RoundSpec:
                 f"Of clients={self.clients!r} none is left that certainly adds noise, with dropouts={self.dropouts!r} "
                 f"and colluders={self.colluders!r}."
             )
+        check_whole(0, clip_steps=self.clip_steps)
+        if self.clip_steps:
+            self._check_whole_numbers()
+        check_choice(("train", "basis"), stage=self.stage)
+        if self.basis is not None and self.model is not PrivacyModel.SILO_LOCAL:
+            raise FederatedError(f"A paid basis is of silo_local, not of model {self.model.value}.")
+        if self.stage == "basis" and (self.basis is None or self.round):
+            raise FederatedError("The stage of the basis comes before round 0 of a run that pays for one.")
         if self.model is PrivacyModel.CLIENT_LEVEL and self.clients < 2:
             raise FederatedError(f"Model client_level hides one of several clients, not of clients={self.clients!r}.")
+
+    def _check_whole_numbers(self) -> None:
+        if self.model is not PrivacyModel.SECAGG:
+            raise FederatedError(f"clip_steps={self.clip_steps!r} is of secagg, not of model {self.model.value}.")
+        if 2 * (self.clients - self.dropouts) <= self.clients + self.colluders:
+            raise FederatedError(
+                f"With clients={self.clients!r}, dropouts={self.dropouts!r} and colluders={self.colluders!r} a server "
+                "could have two different sums of the same vectors opened: 2 (clients - dropouts) must exceed clients "
+                "+ colluders."
+            )
+
+    @property
+    def position(self) -> int:
+        """What receipts call the round; the release for the basis has a number of its own, past the last."""
+        return self.rounds if self.stage == "basis" else self.round
 
     @property
     def honest(self) -> int:
@@ -133,7 +184,7 @@ class RoundSpec:
     @property
     def charges(self) -> int:
         """What a round costs a silo: one charge for each step, or for the whole update where that is clipped."""
-        return 1 if self.model is PrivacyModel.CLIENT_LEVEL else self.local_steps
+        return 1 if self.model is PrivacyModel.CLIENT_LEVEL or self.stage == "basis" else self.local_steps
 
     def to_json(self) -> dict[str, Any]:
         """The specification as JSON."""
@@ -142,7 +193,10 @@ class RoundSpec:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RoundSpec:
         """The inverse of :meth:`to_json`; refuses unknown and missing fields."""
-        return cls(**checked_fields(cls, content, "a round's specification"))
+        values = checked_fields(cls, content, "a round's specification")
+        if values.get("basis") is not None:
+            values["basis"] = PaidBasis(**checked_fields(PaidBasis, values["basis"], "a paid basis"))
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +221,8 @@ class SiloPolicy:
       min_clients: Least K - t, the parties of an opened sum, in ``secagg``.
       min_colluders: Least k in ``secagg``.
       runs: Ids of the runs that it takes part in; empty: any, within ``max_epsilon``.
+      peers: By name the public keys, 64 hexadecimal digits, of the other silos of a secure sum (``secagg`` with integer
+        noise), which the silo must have from these and not from the server: who gives it other keys, reads its vector.
 
     Raises:
       FederatedError: If a field is out of range.
@@ -187,6 +243,7 @@ class SiloPolicy:
     min_clients: int = 3
     min_colluders: int = 1
     runs: tuple[str, ...] = ()
+    peers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_match(SILO_NAME, silo=self.silo)
@@ -216,6 +273,12 @@ class SiloPolicy:
         for run in self.runs:
             check_match(RUN_ID, runs=run)
         object.__setattr__(self, "runs", tuple(self.runs))
+        if not isinstance(self.peers, Mapping):
+            raise FederatedError(f"Expected peers={self.peers!r} to be a table of names and public keys.")
+        object.__setattr__(self, "peers", dict(self.peers))
+        for name, key in self.peers.items():
+            check_match(SILO_NAME, peers=name)
+            check_match(SHA256, **{f"peers.{name}": key})
 
     @property
     def relation(self) -> str:
@@ -258,11 +321,16 @@ class SiloPolicy:
             raise SpecRefused(
                 f"Silo {self.silo!r} wants colluders of at least {self.min_colluders}, not {spec.colluders}."
             )
+        if spec.clip_steps and len(set(self.peers) | {self.silo}) != spec.clients:
+            raise SpecRefused(
+                f"The policy of silo {self.silo!r} has the public keys of {len(set(self.peers) - {self.silo})} other "
+                f"silos; a secure sum of {spec.clients} takes those of all others, got from these themselves."
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The policy as JSON, without what is not set."""
         content = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-        return {name: value for name, value in content.items() if value is not None}
+        return {name: value for name, value in content.items() if value is not None and value != {}}
 
 
 def read_policy(path: Path) -> SiloPolicy:
@@ -273,14 +341,14 @@ def read_policy(path: Path) -> SiloPolicy:
     """
     try:
         content = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FederatedError(f"{path} cannot be read as a silo's policy: {error}") from None
     return SiloPolicy(**checked_fields(SiloPolicy, content, str(path)))
 
 
 def checked_fields(kind: type[Any], content: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The content, if all its keys are fields of the dataclass ``kind`` and none without a default is missing."""
-    known = {field.name: field.default is MISSING and field.default_factory is MISSING for field in fields(kind)}
+    known = {each.name: each.default is MISSING and each.default_factory is MISSING for each in fields(kind)}
     for name in sorted(set(content) - set(known)):
         raise FederatedError(f"{where}: unknown key {name!r}; known are {', '.join(sorted(known))}.")
     for name, required in known.items():

@@ -11,6 +11,7 @@ from dpsb.federated.spec import (
     OPTIMIZERS,
     SILO_NAME,
     FederatedError,
+    PaidBasis,
     PrivacyModel,
     RoundSpec,
     check_choice,
@@ -33,11 +34,13 @@ class SiloTerms:
       sampling_prob: q.
       noise_multiplier: sigma; of the silo's own noise, or in ``trusted_server`` of the server's, the same for all.
       expected_batch_size: M, the silo's part of the divisor where sums are added up; of no use in ``silo_local``.
+      basis: Its release for a basis that all silos pay for; None where the basis is public.
     """
 
     sampling_prob: float
     noise_multiplier: float
     expected_batch_size: int = 1
+    basis: PaidBasis | None = None
 
     def __post_init__(self) -> None:
         check_positive(sampling_prob=self.sampling_prob, noise_multiplier=self.noise_multiplier)
@@ -67,6 +70,7 @@ class Terms:
       attempts: How often a silo is asked in a round before it counts as lost.
       dropouts: t of ``secagg``: how many silos may be missing in a sum that is opened.
       colluders: k of ``secagg``: how many silos may help the server, at least 1.
+      clip_steps: Of ``secagg`` with Skellam noise in whole numbers: how many of these C is long; 0: Gaussian noise.
       max_update_norm: Replies that are further from theta than this, or sums that are longer, are not used.
     """
 
@@ -86,6 +90,7 @@ class Terms:
     attempts: int = 2
     dropouts: int = 0
     colluders: int = 1
+    clip_steps: int = 0
     max_update_norm: float = 1000.0
 
     def __post_init__(self) -> None:
@@ -104,6 +109,8 @@ class Terms:
             raise FederatedError(f"Expected min_silos={self.min_silos!r} between 1 and the {len(self.silos)} silos.")
         if self.model is not PrivacyModel.SILO_LOCAL:
             self._check_summed()
+        if len({terms.basis is None for terms in self.silos.values()}) > 1:
+            raise FederatedError("Either all silos pay for the basis or none does.")
         for name in self.silos:
             self.spec(name, "0" * 32, 0, "0" * 64, "0" * 64)  # the other fields are checked there
 
@@ -119,8 +126,10 @@ class Terms:
         if len(noise) != 1:
             raise FederatedError(f"Model {self.model.value} has one noise, not noise_multiplier={sorted(noise)}.")
 
-    def spec(self, silo: str, run_id: str, number: int, theta_sha256: str, basis_sha256: str) -> RoundSpec:
-        """A round as it is asked of a silo."""
+    def spec(
+        self, silo: str, run_id: str, number: int, theta_sha256: str, basis_sha256: str, stage: str = "train"
+    ) -> RoundSpec:
+        """A round as it is asked of a silo; or its release for the basis."""
         asked = self.silos[silo]
         factor = self.factor(number) if self.server_optimizer == "none" else 1.0
         return RoundSpec(
@@ -141,16 +150,26 @@ class Terms:
             clients=len(self.silos),
             dropouts=self.dropouts,
             colluders=self.colluders,
+            clip_steps=self.clip_steps,
+            basis=asked.basis,
+            stage=stage,
         )
 
     def factor(self, number: int) -> float:
         """What the learning rates of a round are multiplied with."""
         return SCHEDULES[self.schedule](number / self.rounds)
 
-    def specs(self, run_id: str, number: int, theta: State, basis_sha256: str) -> dict[str, RoundSpec]:
+    def specs(
+        self, run_id: str, number: int, theta: State, basis_sha256: str, stage: str = "train"
+    ) -> dict[str, RoundSpec]:
         """A round as it is asked of all silos."""
         digest = theta_digest(theta)
-        return {silo: self.spec(silo, run_id, number, digest, basis_sha256) for silo in self.silos}
+        return {silo: self.spec(silo, run_id, number, digest, basis_sha256, stage) for silo in self.silos}
+
+    @property
+    def basis_is_paid(self) -> bool:
+        """Whether the silos' releases make the basis."""
+        return any(terms.basis is not None for terms in self.silos.values())
 
     @property
     def noise_multiplier(self) -> float:
@@ -165,11 +184,15 @@ class Terms:
     def from_json(cls, content: Mapping[str, Any]) -> Terms:
         """The inverse of :meth:`to_json`; refuses unknown and missing fields."""
         values = checked_fields(cls, content, "the terms of a federation")
-        silos = {
-            name: SiloTerms(**checked_fields(SiloTerms, terms, f"silo {name!r}"))
-            for name, terms in values["silos"].items()
-        }
+        silos = {name: _silo_terms(name, terms) for name, terms in values["silos"].items()}
         return cls(**{**values, "silos": silos})
+
+
+def _silo_terms(name: str, content: Mapping[str, Any]) -> SiloTerms:
+    values = checked_fields(SiloTerms, content, f"silo {name!r}")
+    if values.get("basis") is not None:
+        values["basis"] = PaidBasis(**checked_fields(PaidBasis, values["basis"], "a paid basis"))
+    return SiloTerms(**values)
 
 
 def differing(one: Terms, other: Terms) -> list[str]:

@@ -8,21 +8,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import save
 
-from dpsb.adapter import Adapter, set_gradient
+from dpsb.adapter import Adapter, Basis, Factors, Provenance, attach, detach, lora_layers, set_gradient
+from dpsb.basis.per_example import WHOLE
+from dpsb.basis.release import PrivateExamples
 from dpsb.capture import adapter_train_mode
 from dpsb.clipped_sums import charged_sum, clipped_sum
-from dpsb.federated.messages import SUM, basis_digest
+from dpsb.federated.canaries import SiloCanaries
+from dpsb.federated.messages import SUM, basis_digest, theta_digest
+from dpsb.federated.paid_basis import GRADIENT, factors_from
+from dpsb.federated.secure.whole_numbers import round_sum, share_mean, skellam
 from dpsb.federated.spec import PrivacyModel, RoundSpec
 from dpsb.losses import LossFn
 from dpsb.mechanism import Mechanism, clip_and_sum
-from dpsb.models import in_head
+from dpsb.models import HEAD_NAMES, in_head
 from dpsb.probe import Collate, Example, without_dropout
 from dpsb.randomness import Randomness
 from dpsb.sampling import length_buckets, poisson_draw
 from dpsb.selftest.start import check_before_run
-from dpsb.train import probe_every_bucket, training_mode
+from dpsb.train import probe_every_bucket, release_with, training_mode
 from dpsb.withheld import messages_withheld
 from dpsb_accounting import Ledger
 
@@ -55,6 +62,7 @@ class Trainer:
         self.start = {name: tensor.cpu() for name, tensor in self.adapter.state().items()}
         self.basis_sha256 = basis_digest(self.adapter)
         self._checked = False
+        self._paid: Mapping[str, torch.Tensor] = {}
         self._turn = threading.Lock()
 
     def check(self) -> None:
@@ -86,6 +94,7 @@ class Trainer:
         ledger: Ledger,
         spec: RoundSpec,
         randomness: Randomness,
+        canaries: SiloCanaries | None = None,
     ) -> dict[str, torch.Tensor]:
         """One round: every step is charged before it is drawn, by the very function that :func:`dpsb.train.fit` uses.
 
@@ -95,6 +104,7 @@ class Trainer:
           ledger: The silo's, open; at least ``spec.local_steps`` charges are left.
           spec: What to do; its mechanism is that of the ledger's plan.
           randomness: Of draws and noise.
+          canaries: Of an audit.
 
         Returns:
           In ``silo_local`` theta after the local steps: released. In the other models one float64 vector under the name
@@ -109,28 +119,106 @@ class Trainer:
                 if spec.model is PrivacyModel.CLIENT_LEVEL:
                     return {SUM: self._clipped_update(theta, dataset, ledger, spec, randomness)}
                 if spec.model is not PrivacyModel.SILO_LOCAL:
-                    total = self._sum(dataset, ledger, Mechanism.from_plan(ledger.plan), randomness)
+                    mechanism = Mechanism.from_plan(ledger.plan)
+                    total, drawn = self._sum(dataset, ledger, mechanism, randomness, canaries)
+                    total = total if canaries is None else canaries.add(total, drawn, mechanism)
+                    if spec.clip_steps:
+                        return {SUM: noisy_whole_sum(total, spec, randomness)}
                     return {SUM: (total + noise_share(spec, total.numel(), randomness).to(total.device)).cpu()}
-                self._private_steps(dataset, ledger, spec, randomness)
+                self._private_steps(dataset, ledger, spec, randomness, canaries)
             return {name: tensor.cpu() for name, tensor in adapter.state().items()}
 
+    def release_gradients(
+        self, dataset: Sequence[Example], ledger: Ledger, randomness: Randomness
+    ) -> dict[str, torch.Tensor]:
+        """The one charged release for a paid basis, of the weights' gradients at the public start; float32."""
+        with self._turn:
+            stand_in = self._basis()
+            self.adapter.load_state(self.start)
+            detach(self.adapter)
+            try:
+                examples = PrivateExamples(
+                    model=self.adapter.model,
+                    layers=lora_layers(self.adapter.model),
+                    dataset=dataset,
+                    loss_fn=self.loss_fn,
+                    collate=self.collate,
+                    synthetic=self.synthetic,
+                    max_length=self.max_length,
+                    token_budget=self.token_budget,
+                    ledger=ledger,
+                    randomness=randomness,
+                )
+                released = examples.release(dict.fromkeys(examples.layers, WHOLE))
+            finally:
+                self._attach(stand_in)
+        return {f"{GRADIENT}{name}": gradient.float().cpu().contiguous() for name, gradient in released.items()}
+
+    def rebase(self, tensors: Mapping[str, torch.Tensor], provenance: Provenance) -> None:
+        """Puts the adapter on a basis that silos paid for.
+
+        Raises:
+          FederatedError: If it does not fit the adapter's weights.
+        """
+        factors = factors_from(tensors, self.shapes)
+        with self._turn:
+            detach(self.adapter)
+            self._attach(Basis(factors=factors, provenance=provenance))
+            self._paid, self.basis_sha256 = dict(tensors), theta_digest(tensors)
+
+    @property
+    def on_paid_basis(self) -> bool:
+        """Whether the adapter is on a basis that silos paid for, not on a public one or what stands in for it."""
+        return bool(self._paid)
+
+    def basis_content(self) -> bytes:
+        """The paid basis as it came, as a safetensors file. Released."""
+        return bytes(save(dict(self._paid)))
+
+    def _attach(self, basis: Basis) -> None:
+        self.adapter = attach(self.adapter.model, basis, allow=HEAD_NAMES)
+        self.adapter.load_state(self.start)
+
+    def _basis(self) -> Basis:
+        factors = {name: Factors(A=each.A, B=each.B) for name, each in self.adapter.factors().items()}
+        return Basis(factors=factors, provenance=self.adapter.provenance)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Out, in and rank of each target weight. Public."""
+        return {
+            name: (each.B.shape[0], each.A.shape[1], each.A.shape[0]) for name, each in self.adapter.factors().items()
+        }
+
     def _private_steps(
-        self, dataset: Sequence[Example], ledger: Ledger, spec: RoundSpec, randomness: Randomness
+        self,
+        dataset: Sequence[Example],
+        ledger: Ledger,
+        spec: RoundSpec,
+        randomness: Randomness,
+        canaries: SiloCanaries | None,
     ) -> None:
         """Moves theta by the round's steps; each of them released before it is used."""
         adapter, plan = self.adapter, ledger.plan
         mechanism, optimizer = Mechanism.from_plan(plan), local_optimizer(adapter, spec)
         for _ in range(spec.local_steps):
-            released = mechanism.release(self._sum(dataset, ledger, mechanism, randomness), randomness)
+            total, drawn = self._sum(dataset, ledger, mechanism, randomness, canaries)
+            rows = None if canaries is None else canaries.rows
+            released = release_with(mechanism, total, rows, drawn, randomness)
             set_gradient(adapter, released / plan.expected_batch_size)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     def _sum(
-        self, dataset: Sequence[Example], ledger: Ledger, mechanism: Mechanism, randomness: Randomness
-    ) -> torch.Tensor:
-        """The clipped sum of one charged step. Sensitive."""
-        _, total, _ = charged_sum(
+        self,
+        dataset: Sequence[Example],
+        ledger: Ledger,
+        mechanism: Mechanism,
+        randomness: Randomness,
+        canaries: SiloCanaries | None,
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        """The clipped sum of one charged step, and which canaries its draw took. Sensitive."""
+        _, total, drawn = charged_sum(
             self.adapter,
             dataset,
             ledger,
@@ -140,8 +228,9 @@ class Trainer:
             length_buckets(self.max_length),
             self.token_budget,
             randomness,
+            others=0 if canaries is None else len(canaries.rows or ()),
         )
-        return total
+        return total, drawn
 
     def _clipped_update(
         self,
@@ -173,6 +262,12 @@ class Trainer:
             now = adapter.state()
             update = torch.cat([(now[name].cpu().double() - theta[name].double()).flatten() for name in now])
             return clip_and_sum(update[None, :], spec.l2_clip_norm)
+
+
+def noisy_whole_sum(total: torch.Tensor, spec: RoundSpec, randomness: Randomness) -> torch.Tensor:
+    """A clipped sum in whole numbers with the silo's own share of Skellam noise, int64. Secret until it is masked."""
+    rounded = round_sum(total, spec.l2_clip_norm, spec.clip_steps, spec.clients)
+    return torch.from_numpy(rounded + skellam(len(rounded), share_mean(spec), randomness))
 
 
 def noise_share(spec: RoundSpec, dimension: int, randomness: Randomness) -> torch.Tensor:

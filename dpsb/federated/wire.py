@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from dpsb.federated.messages import REFUSALS, SUM, Receipt, Refusal, RoundMessage, State, Update
-from dpsb.federated.spec import FederatedError, RoundSpec, checked_fields
+from dpsb.federated.messages import REFUSALS, SUM, Note, Receipt, Refusal, RoundMessage, State, Summing, Update
+from dpsb.federated.paid_basis import GRADIENT
+from dpsb.federated.spec import FederatedError, RoundSpec, check_whole, checked_fields
 
 _MAGIC = b"dpsbfed1"
 _MOST_META = 1 << 16
+_Message = TypeVar("_Message", RoundMessage, Update, Refusal)
 
 
 class WireError(FederatedError):
     """Bytes that are no message, or not one for this adapter."""
 
 
-def pack(message: RoundMessage | Update | Refusal) -> bytes:
+def pack(message: RoundMessage | Update | Note | Refusal) -> bytes:
     """The message as bytes: magic, length of the framing, zlib-compressed JSON, and the numbers in order of the names.
 
     What an :class:`Update` holds in a summed model is sensitive, and so are its bytes.
@@ -28,22 +30,35 @@ def pack(message: RoundMessage | Update | Refusal) -> bytes:
     if isinstance(message, RoundMessage):
         receipt = None if message.receipt is None else message.receipt.to_json()
         meta: dict[str, Any] = {"round": {"silo": message.silo, "spec": message.spec.to_json(), "receipt": receipt}}
+        if message.summing is not None:
+            meta["round"]["summing"] = {**vars(message.summing), "notes": dict(message.summing.notes)}
         tensors: State = message.theta
     elif isinstance(message, Update):
         fields = ("silo", "run_id", "round", "theta_sha256", "follows")
         meta = {"update": {**{name: getattr(message, name) for name in fields}, "receipt": message.receipt.to_json()}}
+        if message.notes:
+            meta["update"]["notes"] = dict(message.notes)
         tensors = message.tensors
+    elif isinstance(message, Note):
+        meta, tensors = {"note": {**vars(message), "notes": dict(message.notes)}}, {}
     else:
         meta, tensors = {"refusal": dict(vars(message))}, {}
-    if set(tensors) == {SUM}:
-        meta["sum"] = True
+    if isinstance(message, RoundMessage) and message.basis:
+        meta["basis"] = _shapes(message.basis)
+    if any(name.startswith(GRADIENT) for name in tensors):
+        meta["sum"] = _shapes(tensors)
+    elif set(tensors) == {SUM}:
+        meta["sum"] = "whole" if tensors[SUM].dtype == torch.int32 else "real"
+    elif not tensors:
+        meta["sum"] = "none"
     framing = zlib.compress(json.dumps(meta, separators=(",", ":")).encode(), 9)
-    return b"".join(
-        (_MAGIC, len(framing).to_bytes(4, "big"), framing, *(_raw(tensors[name]) for name in sorted(tensors)))
-    )
+    parts = [_raw(tensors[name]) for name in sorted(tensors)]
+    if isinstance(message, RoundMessage):
+        parts += [_raw(message.basis[name]) for name in sorted(message.basis)]
+    return b"".join((_MAGIC, len(framing).to_bytes(4, "big"), framing, *parts))
 
 
-def unpack(content: bytes, like: State) -> RoundMessage | Update | Refusal:
+def unpack(content: bytes, like: State) -> RoundMessage | Update | Note | Refusal:
     """The inverse of :func:`pack`.
 
     Args:
@@ -51,33 +66,67 @@ def unpack(content: bytes, like: State) -> RoundMessage | Update | Refusal:
       like: Theta, for names, shapes and types.
 
     Raises:
-      WireError: If the bytes are none of the three, are cut off, or hold another number of numbers.
+      WireError: If the bytes are none of the four, are cut off, or hold another number of numbers.
     """
     meta, raw = _split(content)
-    total = sum(tensor.numel() for tensor in like.values())
-    layout: State = {SUM: torch.empty(total, dtype=torch.float64)} if meta.pop("sum", False) is True else like
+    layout, basis = _layout(meta.pop("sum", None), like), _layout(meta.pop("basis", "none"), like)
     try:
         ((kind, fields),) = meta.items()
-        if kind == "refusal":
+        if kind in ("refusal", "note"):
             if raw:
-                raise WireError("A refusal holds numbers.")
+                raise WireError(f"A {kind} holds numbers.")
+            if kind == "note":
+                return Note(**checked_fields(Note, fields, "a note"))
             refusal = Refusal(**checked_fields(Refusal, fields, "a refusal"))
             if refusal.kind not in REFUSALS or not str(refusal.message).isprintable():
                 raise WireError("A refusal has no known kind, or a message that a terminal might obey.")
-            return refusal
-        tensors = _tensors(raw, layout)
+            return _checked(refusal)
+        split = sum(tensor.numel() * tensor.element_size() for tensor in layout.values())
+        tensors, factors = _tensors(raw[:split], layout), _tensors(raw[split:], basis)
         if kind == "update":
             receipt = Receipt.from_json(fields.pop("receipt"))
-            return Update(**checked_fields(Update, {**fields, "receipt": receipt, "tensors": tensors}, "an update"))
+            filled = {**fields, "receipt": receipt, "tensors": tensors}
+            return _checked(Update(**checked_fields(Update, filled, "an update")))
         if kind == "round":
             spec = RoundSpec.from_json(fields.pop("spec"))
-            given = fields.pop("receipt")
+            given, summing = fields.pop("receipt"), fields.pop("summing", None)
             receipt_or_none = None if given is None else Receipt.from_json(given)
-            filled = {**fields, "spec": spec, "receipt": receipt_or_none, "theta": tensors}
-            return RoundMessage(**checked_fields(RoundMessage, filled, "a round's message"))
+            filled = {**fields, "spec": spec, "receipt": receipt_or_none, "theta": tensors, "basis": factors}
+            if summing is not None:
+                filled["summing"] = Summing(**checked_fields(Summing, summing, "a secure sum"))
+            return _checked(RoundMessage(**checked_fields(RoundMessage, filled, "a round's message")))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WireError(f"The message has wrong fields ({error}).") from None
     raise WireError(f"A message of kind {kind!r} is not known.")
+
+
+def _shapes(tensors: State) -> list[list[Any]]:
+    return [[name, *tensors[name].shape] for name in sorted(tensors)]
+
+
+def _layout(kind: object, like: State) -> State:
+    """Names, shapes and types of the numbers: theta's, one vector's, none, or matrices that are named."""
+    if kind == "none":
+        return {}
+    if isinstance(kind, list):
+        try:
+            return {str(name): torch.empty(int(rows), int(columns), device="meta") for name, rows, columns in kind}
+        except (TypeError, ValueError, RuntimeError):
+            raise WireError("The message names matrices without a shape.") from None
+    if kind not in ("whole", "real"):
+        return like
+    total = sum(tensor.numel() for tensor in like.values())
+    return {SUM: torch.empty(total, dtype=torch.int32 if kind == "whole" else torch.float64)}
+
+
+def _checked(message: _Message) -> _Message:
+    """The message, if what names and numbers it are texts that may be shown, and whole numbers."""
+    for name in ("silo", "run_id", "theta_sha256", "message", "follows"):
+        value = getattr(message, name, "")
+        if not (isinstance(value, str) and value.isprintable()) and not (name == "follows" and value is None):
+            raise WireError(f"The message's {name} is no text that can be shown.")
+    check_whole(0, round=getattr(message, "round", 0))
+    return message
 
 
 def framing_bytes(content: bytes) -> int:
@@ -111,7 +160,8 @@ def _tensors(raw: bytes, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
         raise WireError(f"The message holds {len(raw)} bytes of numbers, this adapter has {sum(sizes.values())}.")
     found, start = {}, 0
     for name, size in sizes.items():
-        part = torch.frombuffer(bytearray(raw[start : start + size]), dtype=like[name].dtype) if size else like[name]
+        empty = torch.empty(0, dtype=like[name].dtype)
+        part = torch.frombuffer(bytearray(raw[start : start + size]), dtype=like[name].dtype) if size else empty
         found[name] = part.reshape(like[name].shape)
         start += size
     return {name: found[name] for name in like}

@@ -96,7 +96,7 @@ def serve(
 
 
 def _answer(connection: socket.socket, silo: Silo, on_reply: Callable[[Reply], None]) -> None:
-    largest = sum(tensor.numel() * tensor.element_size() for tensor in silo.start.values()) + _SLACK
+    largest = sum(tensor.numel() * tensor.element_size() for tensor in silo.start.values()) + silo.basis_bytes + _SLACK
     kind, content = receive(connection, largest)
     if kind == NAME:
         send(connection, NAME, silo.name.encode())

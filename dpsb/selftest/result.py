@@ -46,10 +46,12 @@ class SelfTest:
     Args:
       subject: What was tested.
       checks: In the order in which they ran.
+      tainted: Whether private examples were used: figures and messages are then sensitive, for the operator's screen.
     """
 
     subject: str
     checks: tuple[Check, ...]
+    tainted: bool = False
 
     @property
     def ok(self) -> bool:
@@ -64,6 +66,13 @@ class SelfTest:
         return next(check for check in self.checks if check.name == name)
 
     def to_json(self) -> dict[str, object]:
+        """The result for a report.
+
+        Raises:
+          ValueError: If it is tainted: there is no report of a self-test on private examples.
+        """
+        if self.tainted:
+            raise ValueError("A self-test on private examples writes no report: its figures depend on them.")
         content = {
             "subject": self.subject,
             "passed": self.ok,

@@ -9,11 +9,15 @@ from plans import BASIS, STEP, make_plan, two_phases
 from dpsb_accounting import (
     ApproximateDP,
     Gaussian,
+    Laplace,
+    Ledger,
     NonPrivate,
+    Parallel,
     Phase,
     PoissonGaussian,
     RandomSelection,
     ResourceLimit,
+    accountant,
     delta,
     engines,
     epsilon,
@@ -279,3 +283,48 @@ def test_a_missed_count_is_noticed():
     forgotten = Composition.of([(STEP, 1)])
     low = max(tail.epsilon(1e-5) for tail in binned.tails(whole, "zero_out", 1e-3, 1 << 22))
     assert engines.upper_epsilon(forgotten, 1e-5, "zero_out")[0] < low
+
+
+def test_what_was_spent_is_asked_at_the_plans_delta_or_another(tmp_path):
+    """Left out, delta is the plan's; given, it is the one given; the ends of its interval are none."""
+    path = tmp_path / "ledger.jsonl"
+    with Ledger.create(path, make_plan()) as ledger:
+        ledger.charge("train")
+        ledger.charge("train")
+    record = Ledger.read(path)
+    assert accountant.spent(record).delta == make_plan().delta == 1e-5
+    other = accountant.spent(record, delta=1e-3)
+    assert other.delta == 1e-3
+    assert other.upper == epsilon([(make_plan().train.event, 2)], 1e-3).upper < accountant.spent(record).upper
+    for end in (0.0, 1.0):
+        with pytest.raises(ValueError, match="delta"):
+            accountant.spent(record, delta=end)
+        with pytest.raises(ValueError, match="delta"):
+            epsilon(make_plan(), delta=end)
+
+
+@pytest.mark.parametrize("entry", [[STEP, 2], (STEP,), (STEP, 2, 3), "ab"], ids=["list", "one", "three", "text"])
+def test_an_entry_of_a_schedule_is_a_pair(entry):
+    with pytest.raises(ValueError, match=r"schedule must hold phases, events or \(event, count\) pairs"):
+        epsilon([entry], 1e-5)
+
+
+@pytest.mark.parametrize("noises", [(5.0, 2.0), (2.0, 5.0), (5.0, 2.0, 9.0)])
+def test_of_parallel_events_the_worst_counts_wherever_it_stands(noises):
+    together = Parallel(events=tuple(Gaussian(noise_multiplier=noise) for noise in noises))
+    found, worst = epsilon([together], 1e-5), epsilon([Gaussian(noise_multiplier=2.0)], 1e-5)
+    assert found.upper == pytest.approx(worst.upper, rel=1e-6)
+    assert found.lower <= worst.upper <= found.upper * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("noise", [1.0, 40.0])
+def test_of_parallel_events_that_none_dominates_the_worst_counts_too(noise, turned):
+    """With each of the two noises another of the two parts is the worst."""
+    parts = (STEP, Laplace(noise_multiplier=noise))
+    alone = [epsilon([part], 1e-5) for part in parts]
+    found = epsilon([Parallel(events=parts[::-1] if turned else parts)], 1e-5)
+    assert found.upper == pytest.approx(max(bound.upper for bound in alone), rel=1e-9)
+    assert found.lower == pytest.approx(max(bound.lower for bound in alone), rel=1e-9)
+    assert found.method.startswith("worst of 2 parallel alternatives: ")
+    assert found.method.endswith(max(alone, key=lambda bound: bound.upper).method)

@@ -7,7 +7,7 @@ import pytest
 from federations import silo, silos, step, write_ledger
 from plans import BASIS
 
-from dpsb_accounting import Gaussian, NonPrivate, Phase, cli, epsilon
+from dpsb_accounting import Gaussian, NonPrivate, Phase, PoissonSkellam, cli, epsilon
 from dpsb_accounting.events import SampledWithoutReplacementGaussian
 from dpsb_accounting.federated import client_level, secagg, silo_local, trusted_server
 from dpsb_accounting.federated.persons import drawn_records
@@ -246,3 +246,10 @@ def test_reports_are_json(ledgers):
         "incomplete_rounds",
         "assumptions",
     }
+
+
+def test_client_level_knows_no_integer_noise():
+    event = PoissonSkellam(noise_multiplier=1.0, sampling_prob=0.5, clip_steps=1000, dimension=10)
+    party = silo("server", event, 5, unit="client")
+    with pytest.raises(ValueError, match="integer noise, which is accounted for by secagg only"):
+        client_level([party], participation="poisson")

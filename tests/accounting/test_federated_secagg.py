@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import BASIS
 
-from dpsb_accounting import Gaussian, NonPrivate, Phase, epsilon, skellam
+from dpsb_accounting import Gaussian, NonPrivate, Phase, PoissonSkellam, epsilon, skellam
 from dpsb_accounting.events import Laplace
 from dpsb_accounting.federated import Losses, secagg
 
@@ -191,6 +191,34 @@ def test_integer_noise_counts_taints_losses_and_other_phases():
     assert tainted.per_silo[0].epsilon.upper > plain
     raw = (Phase("basis", NonPrivate(reason="raw gradients"), 1),)
     assert not secagg(silos(3, steps=20, stated=INTEGER, before=raw), **ONE).claim
+
+
+WHOLE = PoissonSkellam(noise_multiplier=1.5, sampling_prob=0.1, clip_steps=2.0**14, dimension=256)
+
+
+def test_the_event_of_integer_noise_is_accounted_for_as_what_is_left_of_it():
+    lost = {"local_steps": 1, "dropouts": 1, "colluders": 1}
+    sure = secagg(silos(6, WHOLE, 20, stated={"noise": "skellam"}), noise_of="guaranteed", **lost)
+    assert sure.epsilon.upper == pytest.approx(epsilon([(WHOLE, 20)], 1e-5).upper, rel=1e-9)
+    assert sure.epsilon.upper > epsilon([(step(1.5, 0.1), 20)], 1e-5).upper, "it is not the Gaussian one"
+    assert "skellam" in " ".join(sure.assumptions).lower()
+    assert "The noisy vectors are added as they are" not in " ".join(sure.assumptions)
+    total = secagg(silos(6, WHOLE, 20), noise_of="sum", **lost)
+    assert total.epsilon.upper > sure.epsilon.upper
+    alone = next(party for party in sure.parties if "without secure aggregation" in party.name)
+    assert alone.epsilon.upper > sure.epsilon.upper
+
+
+def test_whole_numbers_that_differ_are_no_sum():
+    other = PoissonSkellam(noise_multiplier=1.5, sampling_prob=0.1, clip_steps=2.0**13, dimension=256)
+    with pytest.raises(ValueError, match="round a sum to the same whole numbers"):
+        secagg([silo("a", WHOLE, 5), silo("b", other, 5)], **ONE)
+    with pytest.raises(ValueError, match="say that its noise is 'skellam'"):
+        secagg(silos(3, WHOLE, 5, stated={"noise": "gaussian"}), **ONE)
+    with pytest.raises(ValueError, match="the same kind of noise"):
+        secagg([silo("a", WHOLE, 5), silo("b", steps=5)], **ONE)
+    with pytest.raises(ValueError, match="records of one person in several"):
+        secagg(silos(3, WHOLE, 5), silos_per_person=2, **ONE)
 
 
 @pytest.mark.parametrize("fact", ["scale", "dimension", "share_variance"])

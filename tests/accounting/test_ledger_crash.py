@@ -193,3 +193,28 @@ def test_a_writer_waits_for_whoever_only_looks(path):
         looked.start()
         Ledger.open(path).close()
         looked.join()
+
+
+@pytest.mark.parametrize(
+    "begin", [lambda path: Ledger.create(path, make_plan()), lambda path: fill(path) and Ledger.open(path)]
+)
+def test_the_file_is_only_appended_to_and_no_child_inherits_it(path, begin):
+    with begin(path) as ledger:
+        descriptor = ledger._descriptor
+        assert fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND
+        assert fcntl.fcntl(descriptor, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+        assert not path.stat().st_mode & 0o022, "nobody else may write it"
+        assert len(ledger.run_id) == 32
+
+
+@pytest.mark.parametrize(
+    "change", [lambda path: os.truncate(path, path.stat().st_size - 5), lambda path: path.write_bytes(b"")]
+)
+def test_a_ledger_that_became_shorter_stops_the_run(path, change):
+    with Ledger.create(path, make_plan()) as ledger:
+        ledger.charge("train")
+        change(path)
+        with pytest.raises(LedgerError, match="changed by another program"):
+            ledger.charge("train")
+        with pytest.raises(LedgerError, match="can no longer be written"):
+            ledger.charge("train")

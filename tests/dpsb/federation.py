@@ -25,8 +25,8 @@ class Killed(BaseException):
     """Stands for a process that dies: nothing may catch it."""
 
 
-def trainer(tiny, kind="bert"):
-    adapter = tiny.adapter(tiny.base(kind))
+def trainer(tiny, kind="bert", **options):
+    adapter = tiny.adapter(tiny.base(kind), **options)
     made = Trainer(
         adapter=adapter,
         loss_fn=tiny.loss[kind],

@@ -266,3 +266,15 @@ def test_saved_activations_are_those_of_the_frozen_model(tiny, kind):
     print(f"{kind}: saved activations {kept / frozen:.4f} of the frozen model's")
     assert kept <= 1.05 * frozen
     assert {shape[-1] for shape in shapes} <= {rank}
+
+
+@pytest.mark.parametrize("said", [1, 4, 6, 50])
+def test_rows_of_another_number_of_examples_are_refused(tiny, said):
+    """More or fewer than the block was opened for: a reshape would mix the gradients of several examples."""
+    adapter, batch = tiny.adapter(tiny.base("bert")), tiny.batch("bert")
+    adapter.model.train()
+    adapter_train_mode(adapter)
+    with per_example_gradients(adapter, said) as rows:
+        tiny.loss["bert"](adapter.model, batch).sum().backward()
+        with pytest.raises(RuntimeError, match="another number of examples"):
+            rows.get()

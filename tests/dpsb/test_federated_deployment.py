@@ -11,13 +11,15 @@ import time
 
 import pyarrow.parquet as pq
 import pytest
+import workbench
 from cryptography import x509
 from typer.testing import CliRunner
 
 from dpsb.cli import app
 from dpsb.demo import mail_file
 from dpsb.federated.flower.keys import make_certificates
-from dpsb_accounting import verify
+from dpsb.federated.server import load_state
+from dpsb_accounting import Ledger, verify
 
 pytest.importorskip("flwr")
 
@@ -112,6 +114,28 @@ def test_keys_that_a_crash_left_without_certificates_are_made_anew(tmp_path):
     assert (tmp_path / "ca.key").stat().st_mode & 0o777 == 0o600
 
 
+def start_silos(tmp_path, fed, node_ports, silos):
+    """Each silo's folder carried away from the server, with its part of the mail, and its process."""
+    table = pq.read_table(mail_file("train"))
+    for number, name in enumerate(NAMES):
+        folder = tmp_path / name
+        shutil.move(fed / "for-silos" / name, folder)
+        data = folder / "mail.parquet"
+        pq.write_table(table.slice(number * 900, 900), data)
+        (folder / "silo.toml").write_text(f"data = {json.dumps(str(data))}\n")
+        node = folder / "node" / "node.toml"
+        node.write_text(node.read_text().replace(f"port = {9100 + number}", f"port = {node_ports[number]}"))
+        silos[name] = command("silo", folder, start_new_session=True)
+
+
+def stop(silos):
+    """Ends the silos' processes; returns what they printed."""
+    for process in silos.values():
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+    return {name: process.communicate(timeout=60)[0] for name, process in silos.items()}
+
+
 @pytest.mark.slow
 def test_three_silos_and_one_that_is_killed(tmp_path):
     """One silo dies by SIGKILL in its first round and is not started again: the others finish."""
@@ -119,22 +143,9 @@ def test_three_silos_and_one_that_is_killed(tmp_path):
     fed = tmp_path / "fed"
     done = invoke("init", "--config", config(tmp_path), "--out", fed, "--port", port)
     assert done.exit_code == 0, done.output
-    table = pq.read_table(mail_file("train"))
     silos = {}
     try:
-        for number, name in enumerate(NAMES):
-            folder = tmp_path / name
-            shutil.move(fed / "for-silos" / name, folder)
-            data = folder / "mail.parquet"
-            pq.write_table(table.slice(number * 900, 900), data)
-            (folder / "silo.toml").write_text(f"data = {json.dumps(str(data))}\n")
-            node = (
-                (folder / "node" / "node.toml")
-                .read_text()
-                .replace(f"port = {9100 + number}", f"port = {node_ports[number]}")
-            )
-            (folder / "node" / "node.toml").write_text(node)
-            silos[name] = command("silo", folder, start_new_session=True)
+        start_silos(tmp_path, fed, node_ports, silos)
         server = command("server", fed, "--port", port, "--patience", 120, "--timeout", 90, "--json")
         ledgers = list((tmp_path / "south").glob("runs/*/ledger.jsonl"))
         last = time.monotonic() + 240
@@ -145,10 +156,7 @@ def test_three_silos_and_one_that_is_killed(tmp_path):
         output, _ = server.communicate(timeout=420)
         assert server.returncode == 0, output
     finally:
-        for process in silos.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-        texts = {name: process.communicate(timeout=60)[0] for name, process in silos.items()}
+        texts = stop(silos)
     report = json.loads((fed / "report.json").read_text())
     assert report["claim"] is True, texts
     assert report["epsilon"]["upper"] <= 3.0
@@ -163,3 +171,49 @@ def test_three_silos_and_one_that_is_killed(tmp_path):
     assert (fed / "adapter" / "adapter_model.safetensors").exists()
     for text in texts.values():
         assert "Subject:" not in text
+
+
+def waited(condition, seconds, process):
+    """Waits until a condition holds, or the process has ended, or time is over; whether it holds."""
+    last = time.monotonic() + seconds
+    while not condition() and time.monotonic() < last and process.poll() is None:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_goes_on_at_the_round_that_was_open(tmp_path):
+    """SIGKILL in the second round of two; started again by the same command, with silos that stayed up."""
+    model = f'model = "{workbench.bert_folder()}"\nlabels = "ham,spam"\nepsilon = 3.0\nexpected_batch_size = 16\n'
+    text = f"{model}max_length = 16\n\n[federation]\nrounds = 2\nlocal_steps = 1\nmin_silos = 2\n"
+    port, *node_ports = free_ports(4)
+    fed, silos = tmp_path / "fed", {}
+    done = invoke("init", "--config", config(tmp_path, text), "--out", fed, "--port", port)
+    assert done.exit_code == 0, done.output
+    serve = ("server", fed, "--port", port, "--timeout", 90, "--json", "--patience")
+    try:
+        start_silos(tmp_path, fed, node_ports, silos)
+        server = command(*serve, 120, start_new_session=True)
+        assert waited(lambda: load_state(fed).round >= 1, 240, server), server.communicate(timeout=5)[0]
+        os.killpg(server.pid, signal.SIGKILL)
+        server.communicate(timeout=60)
+        time.sleep(5)  # its ServerApp notices within a second; a round that it still closes is closed
+        before = load_state(fed)
+        assert before.round == 1
+        assert not (fed / "report.json").exists()
+        server = command(*serve, 20, start_new_session=True)
+        output, _ = server.communicate(timeout=300)
+        assert server.returncode == 0, output
+    finally:
+        texts = stop(silos)
+    after = load_state(fed)
+    assert after.run_id == before.run_id
+    assert [record.round for record in after.history] == [0, 1], texts
+    assert after.history[: before.round] == before.history, "no closed round was done again"
+    report = json.loads((fed / "report.json").read_text())
+    assert report["claim"] is True
+    assert report["epsilon"]["upper"] <= 3.0
+    for name in NAMES:
+        (path,) = (tmp_path / name).glob("runs/*/ledger.jsonl")
+        assert verify(path).ok
+        assert Ledger.read(path).charged("train") == 2, "what the server forgot, silos answered from their disks"

@@ -64,19 +64,37 @@ def test_a_simulation_through_the_engine_is_that_of_plain_calls(tmp_path, monkey
     monkeypatch.setattr("dpsb.federated.calibrate.noise_multiplier_for", lambda **_facts: 2.0)
     monkeypatch.setattr("dpsb.federated.trainer.check_before_run", lambda *_args: None)
     replies = []
-    config = read_federation(settings(tmp_path, split_file(tmp_path), SPLIT))
+    config = read_federation(settings(tmp_path, f'{split_file(tmp_path)}\nbasis = "private"', SPLIT))
     done = run_simulation(config, engine="flower", callbacks=Callbacks(on_reply=replies.append))
     report = json.loads((done.out / "report.json").read_text())
     assert report["claim"] is True
+    assert report["basis"]["silos"] == ["silo-1", "silo-2", "silo-3"]
     assert report["rounds"]["done"] == 2
     assert [len(entry["silos"]) for entry in report["rounds"]["history"]] == [3, 3]
     assert all(row["charged"] == row["planned"] == 4 for row in report["silos"])
-    assert len(replies) == 6
+    assert len(replies) == 3 * (1 + 2), "the release for the basis, and two rounds"
     assert (done.out / "adapter" / "adapter_model.safetensors").exists()
     for name in ("silo-1", "silo-2", "silo-3"):
         (ledger,) = (done.out / "silos" / name).glob("runs/*/ledger.jsonl")
         assert verify(ledger).ok
         assert not (done.out / "silos" / name / "worker.sock").exists()
+
+
+@pytest.mark.slow
+def test_a_secure_sum_through_the_engine(tmp_path, monkeypatch):
+    """Four phases a round, each through a grid, a ClientApp and a socket; silos' secrets stay in their workers."""
+    monkeypatch.setattr("dpsb.federated.calibrate.noise_multiplier_for", lambda **_facts: 1.0)
+    monkeypatch.setattr("dpsb.federated.trainer.check_before_run", lambda *_args: None)
+    replies = []
+    summed = f'{SPLIT}\nmodel = "secagg"\nnoise = "skellam"\nserver_optimizer = "adam"\nlocal_steps = 1'
+    path = settings(tmp_path, split_file(tmp_path), summed)
+    path.write_text(path.read_text().replace("local_steps = 2\n", ""))
+    done = run_simulation(read_federation(path), engine="flower", callbacks=Callbacks(on_reply=replies.append))
+    report = json.loads((done.out / "report.json").read_text())
+    assert report["claim"] is True
+    assert [len(entry["silos"]) for entry in report["rounds"]["history"]] == [3, 3]
+    assert all(row["charged"] == row["planned"] == 2 for row in report["silos"])
+    assert len(replies) == 2 * 3 * 4
 
 
 def test_an_engine_that_does_not_exist_is_refused(tmp_path):

@@ -138,10 +138,10 @@ def test_a_ledger_put_back_while_the_server_was_down_is_refused(fed, monkeypatch
 
     inner = federation.Coordinator._next_theta
 
-    def deadly(self, state, updates):
+    def deadly(self, state, *rest):
         if state.round == 1:
             raise Killed
-        return inner(self, state, updates)
+        return inner(self, state, *rest)
 
     monkeypatch.setattr(federation.Coordinator, "_next_theta", deadly)
     with pytest.raises(Killed):

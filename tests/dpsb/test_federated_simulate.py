@@ -18,7 +18,7 @@ from dpsb.federated.server import load_state
 from dpsb.federated.simulate import simulate
 from dpsb.federated.spec import FederatedError, read_policy
 from dpsb.federated.split import split_table
-from dpsb_accounting import Ledger, verify
+from dpsb_accounting import Ledger, PoissonGaussian, epsilon, verify
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +103,28 @@ def test_models_with_sums_in_one_process(tmp_path, model, more):
     assert done.federation.report.terms.unit == ("client" if model == "client_level" else "example")
 
 
+def test_noise_in_whole_numbers_in_one_process(tmp_path, monkeypatch):
+    """Calibrated by its own bound: the claim keeps to the budget that Gaussian noise of that size would not fill."""
+    pytest.importorskip("flwr")
+    monkeypatch.setattr("dpsb.federated.calibrate.noise_multiplier_for", lambda **_facts: 0.8)  # if it were Gaussian
+    federation = f'{SPLIT}\nmodel = "secagg"\nnoise = "skellam"\nserver_optimizer = "adam"\nlocal_steps = 1'
+    path = settings(tmp_path, split_file(tmp_path), federation)
+    path.write_text(path.read_text().replace("local_steps = 2\n", "").replace("epsilon = 8.0", "epsilon = 2.0"))
+    done = simulate(read_federation(path))
+    report = done.federation.report
+    assert report.claim
+    assert 1.9 < report.epsilon.upper <= 2.0
+    event = Ledger.read(next((done.out / "silos" / "silo-1").glob("runs/*/ledger.jsonl"))).plan.train.event
+    gaussian = PoissonGaussian(noise_multiplier=event.noise_multiplier, sampling_prob=event.sampling_prob)
+    assert epsilon([(gaussian, 2)], report.terms.delta, "zero_out").upper < 1.9
+    assert (done.out / "silos" / "silo-1" / "sum.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_noise_in_whole_numbers_is_of_one_model(tmp_path):
+    with pytest.raises(FederatedError, match="noise='skellam' is of model secagg, not of silo_local"):
+        read_federation(settings(tmp_path, split_file(tmp_path), f'{SPLIT}\nnoise = "skellam"'))
+
+
 def test_a_killed_simulation_goes_on(tmp_path):
     """kill -9 in the second round, in the middle of a silo's steps; the spare round pays for what that wasted."""
     path = settings(tmp_path, split_file(tmp_path), f"{SPLIT}\nspare_rounds = 1")
@@ -141,7 +163,8 @@ def test_a_killed_simulation_goes_on(tmp_path):
         ('warm_start = "public.parquet"', SPLIT, "warm_start='public.parquet' is not there for federations yet"),
         ('precondition = "public.parquet"', SPLIT, "precondition='public.parquet' is not there for federations yet"),
         ('method = "lora"', SPLIT, "method='lora' is not federated here"),
-        ('basis = "private"', SPLIT, "is computed from private data"),
+        ('basis = "hybrid"', SPLIT, "is computed from private data"),
+        ("basis_share = 0.1", SPLIT, "basis_share=0.1 is for a basis that is paid for"),
         ('basis = "leak"\nallow_non_private_basis = true', SPLIT, "is computed from private data"),
         ("epsilon_ = 3", SPLIT, "unknown key 'epsilon_'"),
         ("", "silos = 1", "Say who takes part"),

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import workbench
+from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 
@@ -307,3 +308,33 @@ def test_train_interrupt_resume_save_and_load(tiny, tmp_path, scheme):
         expected = resumed.model.train()(**inputs).logits
     torch.testing.assert_close(loaded, expected, rtol=1e-4, atol=1e-4)
     assert float((loaded - untrained).abs().max()) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*")
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_under_a_trainer(tmp_path, scheme):
+    """An SFTTrainer that evaluates between its steps; nothing but the cores changes, and no test of its own fails."""
+    installed({"int8": "torchao", "nf4": "bitsandbytes"}[scheme])
+    import trainers
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if scheme == "int8":
+        quantization = importlib.import_module("torchao.quantization")
+        model = trainers.language_model()
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), filter_fn=linears)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+        path = workbench.llama_folder()
+        model = AutoModelForCausalLM.from_pretrained(path, quantization_config=config, device_map="cpu")
+    trainer = trainers.build_sft(
+        tmp_path,
+        model=model,
+        args={"eval_strategy": "steps", "eval_steps": 1},
+        eval_dataset=Dataset.from_list(trainers.rows("pairs", seed=1, count=8)),
+    )
+    before = trainers.theta(trainer.adapter)
+    trainer.train()
+    trainer.save_model()
+    assert Ledger.read(tmp_path / "ledger.jsonl").charged("train") == 3
+    assert not torch.equal(trainers.theta(trainer.adapter), before)
+    assert (tmp_path / "adapter_model.safetensors").exists()

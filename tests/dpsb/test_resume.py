@@ -338,3 +338,18 @@ def test_a_real_process_killed_at_a_random_moment(tmp_path, notes):
     assert json.loads(finished.stdout)["spent"]["steps"] == 400
     assert verify(out / "ledger.jsonl").ok
     assert artifacts.CORE_NAME in workbench.written(out)
+
+
+SOAK = Path(__file__).resolve().parents[1] / "benchmarks" / "soak.py"
+
+
+@pytest.mark.slow
+def test_the_ledger_equals_what_was_released_whenever_the_run_was_killed():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(SOAK), "--steps", "200", "--seconds", "1.5"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["steps"] == 200
+    assert found["kills"] >= 2
+    assert found["releases"] + found["spent_without_release"] == 200

@@ -10,7 +10,7 @@ from scipy import stats
 from dpsb.data import Collator
 from dpsb.mechanism import clip_and_sum
 from dpsb.randomness import SeededRandomness, SystemRandomness
-from dpsb.sampling import bucket_of, length_buckets, microbatches, poisson_draw
+from dpsb.sampling import DEFAULT_BUCKETS, bucket_of, length_buckets, microbatches, poisson_draw
 
 
 def draws(count, num_rows, q, seed=0):
@@ -189,3 +189,16 @@ def test_token_budget_does_not_change_recomputed_rows(tiny):
     (one, *others), norm = clipped_sums(tiny, (1, 64, 100, 10_000), recompute=True)
     for other in others:
         assert float((one - other).norm()) <= 1e-5 * norm
+
+
+def test_the_buckets_are_powers_of_two_and_halfway_between():
+    """Public constants, in every plan's details: a changed one makes another plan."""
+    wanted = sorted({2**k for k in range(4, 14)} | {3 * 2**k for k in range(3, 12)})
+    assert list(DEFAULT_BUCKETS) == wanted
+
+
+@pytest.mark.parametrize("length", [0, -3])
+def test_there_is_no_bucket_for_no_token(length):
+    with pytest.raises(ValueError, match="of at least 1 token"):
+        length_buckets(length)
+    assert length_buckets(1) == (1,)

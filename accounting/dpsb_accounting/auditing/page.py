@@ -56,6 +56,8 @@ class Attack:
         bounds: Lower bounds on epsilon, each at a confidence at which the largest may be quoted; may be empty.
         roc: Its ROC.
         expected: For each method the bound that an honest mechanism is expected to show, where that is known.
+        claimed_epsilon: What the attack is held against, where it attacks a part of the run that has a claim of its
+            own; None for the claim of the whole.
     """
 
     name: str
@@ -63,11 +65,20 @@ class Attack:
     bounds: Sequence[LowerBound]
     roc: Roc
     expected: Mapping[str, float] = field(default_factory=dict)
+    claimed_epsilon: float | None = None
 
     @property
     def epsilon(self) -> float:
         """The largest of the bounds, 0 if there is none."""
         return max((bound.epsilon for bound in self.bounds), default=0.0)
+
+    def held_against(self, claimed_epsilon: float) -> float:
+        """The claim that the attack may refute: its part's own, or that of the whole run."""
+        return claimed_epsilon if self.claimed_epsilon is None else self.claimed_epsilon
+
+    def refutes(self, claimed_epsilon: float) -> bool:
+        """Whether the attack proves more than what it is held against."""
+        return self.epsilon > self.held_against(claimed_epsilon)
 
 
 def to_html(
@@ -90,7 +101,7 @@ def to_html(
         notes: Sentences on how the audit was made and what it cost.
     """
     best = max((attack.epsilon for attack in attacks), default=0.0)
-    refuted = best > claimed_epsilon
+    refuted = any(attack.refutes(claimed_epsilon) for attack in attacks)
     kind = "verdict refuted" if refuted else "verdict"
     headline = "The claim is refuted" if refuted else "No attack contradicts the claim"
     verdict = f"Claimed is that epsilon is at most {claimed_epsilon:.4g} (at delta {delta:.3g}). "
@@ -100,7 +111,14 @@ def to_html(
         verdict += f"The strongest attack proves that it is at least {best:.3g} (confidence {confidence:.0%}). "
     if refuted:
         verdict += "One of the two is wrong: do not rely on the claim."
-        if all(bound.mu is not None for a in attacks for bound in a.bounds if bound.refutes(claimed_epsilon)):
+        for attack in attacks:
+            if attack.claimed_epsilon is not None and attack.refutes(claimed_epsilon):
+                verdict += (
+                    f" ({attack.name} attack a part whose own claim is {attack.claimed_epsilon:.4g}, and prove that it "
+                    f"is at least {attack.epsilon:.3g}.)"
+                )
+        against = [(bound, attack.held_against(claimed_epsilon)) for attack in attacks for bound in attack.bounds]
+        if all(bound.mu is not None for bound, claim in against if bound.refutes(claim)):
             verdict += " (Only bounds that assume a Gaussian trade-off, see below, exceed it.)"
     else:
         verdict += (
@@ -164,7 +182,7 @@ def _bounds_table(attacks: Sequence[Attack], claimed: float) -> str:
             attack.name,
             bound.method,
             f"{bound.epsilon:.4g}",
-            f"{bound.epsilon / claimed:.0%}",
+            f"{bound.epsilon / attack.held_against(claimed):.0%}",
             f"{attack.expected[bound.method]:.4g}" if bound.method in attack.expected else "",
             f"{bound.confidence:.4g}",
         )
@@ -230,6 +248,7 @@ def to_json(claimed_epsilon: float, delta: float, confidence: float, attacks: Se
             "bounds": [bound.to_json() for bound in attack.bounds],
             "expected_epsilon_lower": dict(attack.expected),
             "roc": attack.roc.to_json(),
+            **({} if attack.claimed_epsilon is None else {"claimed_epsilon": attack.claimed_epsilon}),
         }
         for attack in attacks
     ]
@@ -241,6 +260,6 @@ def to_json(claimed_epsilon: float, delta: float, confidence: float, attacks: Se
         "confidence": confidence,
         "epsilon_lower": best,
         "ratio": best / claimed_epsilon,
-        "refuted": best > claimed_epsilon,
+        "refuted": any(attack.refutes(claimed_epsilon) for attack in attacks),
         "attacks": found,
     }

@@ -22,6 +22,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from dpsb_accounting import skellam
 from dpsb_accounting.composition import Composition, alternatives
 from dpsb_accounting.engines import plain, pld, renyi
 from dpsb_accounting.engines.answer import Unavailable
@@ -29,6 +30,7 @@ from dpsb_accounting.events import (
     ApproximateDP,
     Event,
     Laplace,
+    PoissonSkellam,
     PureEpsilon,
     RandomSelection,
     SampledWithoutReplacementGaussian,
@@ -111,6 +113,8 @@ def _release(event: Event, neighboring: str) -> tuple[Array, float]:
         return _pure(steps * event.epsilon), min(slack, 1.0)
     if isinstance(event, Laplace):
         return _laplace(event.noise_multiplier / steps), 0.0
+    if isinstance(event, PoissonSkellam):
+        return _skellam(event, neighboring), 0.0
     if isinstance(event, SampledWithoutReplacementGaussian):
         return _without_replacement(event), 0.0
     if isinstance(event, UserMixture):
@@ -135,6 +139,16 @@ def _laplace(scale: float) -> Array:
         found = RdpAccountant(list(ORDERS)).compose(LaplaceDpEvent(scale)).rdp + _ROUNDING
     pure: Array = np.fmin(found, 1 / scale)
     return pure
+
+
+def _skellam(event: PoissonSkellam, neighboring: str) -> Array:
+    """At the next whole order, since a divergence is no larger at a smaller one. Replacing takes no amplification."""
+    moved = skellam.sensitivity_after_rounding(
+        l2_clip_norm=1, scale=event.clip_steps, dimension=event.dimension, neighboring=neighboring
+    )
+    prob = 1.0 if neighboring == "replace_one" else event.sampling_prob
+    found = [skellam.sampled_renyi(max(2, math.ceil(order)), event.variance, moved, prob) for order in ORDERS]
+    return np.array(found)
 
 
 def _without_replacement(event: SampledWithoutReplacementGaussian) -> Array:

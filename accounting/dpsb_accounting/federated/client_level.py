@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dpsb_accounting import _checks
 from dpsb_accounting.bound import Bound
-from dpsb_accounting.events import Event, Gaussian, NonPrivate, PoissonGaussian
+from dpsb_accounting.events import Event, Gaussian, NonPrivate, PoissonGaussian, PoissonSkellam
 from dpsb_accounting.federated.report import (
     FederatedReport,
     Party,
@@ -141,6 +141,8 @@ def _check(silos: Sequence[Silo], terms: Terms, participation: str, noise_by: st
         silo.says("noise", "gaussian")
         for phase in silo.phases:
             event = phase.event
+            if isinstance(event, PoissonSkellam):
+                raise ValueError(f"phase {phase.name!r} adds integer noise, which is accounted for by secagg only")
             if not isinstance(event, NonPrivate):
                 require_plain(event, phase.name)
             sampled = isinstance(event, PoissonGaussian) and event.sampling_prob < 1

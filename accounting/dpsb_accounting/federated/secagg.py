@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dpsb_accounting import _checks, skellam
 from dpsb_accounting.bound import Bound
-from dpsb_accounting.events import Gaussian, NonPrivate, PoissonGaussian
+from dpsb_accounting.events import Gaussian, NonPrivate, PoissonGaussian, PoissonSkellam
 from dpsb_accounting.federated.persons import person_parts
 from dpsb_accounting.federated.report import (
     FederatedReport,
@@ -38,6 +38,10 @@ _REAL_NUMBERS = (
     "The noisy vectors are added as they are. Rounding each of them for a sum of whole numbers is another mechanism, "
     "for which the plans must state integer noise."
 )
+_WHOLE_NUMBERS = (
+    "Each party's sum is rounded to whole numbers, and its share of Skellam noise is added in whole numbers; the "
+    "bound is that of Skellam noise, with sensitivity after rounding."
+)
 
 
 def secagg(
@@ -61,7 +65,8 @@ def secagg(
     Guarantees: noise that a dropped, colluding or tainted party may have added counts for nothing; phases other than
         "train" count with the smaller of the stated and the shared noise; several local steps between two
         aggregations are refused, because the second step shows the first one's result, which only one share protects.
-        Where the plans state integer (Skellam) noise, its own bound is used, without amplification by sampling.
+        Integer (Skellam) noise has its own bound: that of the event `PoissonSkellam`, or, where plans with another
+        event state it beside that event, one without amplification by sampling.
 
     Args:
         parties: All K of them, or all but some that were in no sum. Public.
@@ -101,12 +106,9 @@ def secagg(
     together = _checks.whole(at_least=1, silos_per_person=silos_per_person)
     if together > len(silos):
         raise ValueError(f"silos_per_person must be at most {len(silos)}, the number of silos, not {together!r}")
-    integer = {silo.stated.get("noise", "gaussian") for silo in silos}
-    if integer == {"skellam"}:
+    whole = _check_kind(silos)
+    if whole and not isinstance(silos[0].train.event, PoissonSkellam):
         return _integer(silos, terms, losses, noise_of, together)
-    if integer != {"gaussian"}:
-        kinds = ", ".join(sorted(repr(kind) for kind in integer))
-        raise ValueError(f"all silos must add the same kind of noise, 'gaussian' or 'skellam', not {kinds}")
     views = _views(silos, losses, noise_of)
     rows = tuple(row(silo, inside, terms) for silo, (inside, _, _) in zip(silos, views, strict=True))
     total = worst([entry.epsilon for entry in rows])
@@ -125,9 +127,29 @@ def secagg(
         ),
         incomplete_rounds=incomplete_rounds(silos),
         statement=_statement(total, losses, together, terms) if total is not None else no_claim(rows),
-        assumptions=(*_ASSUMPTIONS, _REAL_NUMBERS, f"The noise multiplier in the plans is that of the {noise_of}."),
+        assumptions=(
+            *_ASSUMPTIONS,
+            _WHOLE_NUMBERS if whole else _REAL_NUMBERS,
+            f"The noise multiplier in the plans is that of the {noise_of}.",
+        ),
         terms=terms,
     )
+
+
+def _check_kind(silos: Sequence[Silo]) -> bool:
+    """Whether the noise is in whole numbers; refuses plans of which only some say so, or round differently."""
+    events = [silo.train.event for silo in silos]
+    kinds = {
+        str(silo.stated.get("noise", "skellam" if isinstance(event, PoissonSkellam) else "gaussian"))
+        for silo, event in zip(silos, events, strict=True)
+    }
+    if len(kinds) > 1 or not kinds <= {"gaussian", "skellam"}:
+        named = ", ".join(sorted(map(repr, kinds)))
+        raise ValueError(f"all silos must add the same kind of noise, 'gaussian' or 'skellam', not {named}")
+    grids = {(event.clip_steps, event.dimension) if isinstance(event, PoissonSkellam) else None for event in events}
+    if len(grids) > 1 or (kinds == {"gaussian"} and grids != {None}):
+        raise ValueError("all silos must round a sum to the same whole numbers, and say that its noise is 'skellam'")
+    return kinds == {"skellam"}
 
 
 def _party(name: str, sees: str, schedules: Sequence[tuple[Phase, ...]], terms: Terms, together: int) -> Party:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpsb_accounting import _checks
-from dpsb_accounting.events import Event, Gaussian, NonPrivate, PoissonGaussian
+from dpsb_accounting.events import Event, Gaussian, NonPrivate, PoissonGaussian, PoissonSkellam
 from dpsb_accounting.federated.silo import NOISE_OF, Silo
 from dpsb_accounting.plan import Phase
 
@@ -120,7 +120,7 @@ def scaled(phase: Phase, factor: float) -> Phase:
     """Returns the phase with its noise multiplied by `factor`.
 
     Raises:
-        ValueError: If its event is not a plain sum with Gaussian noise, whose noise could be shared.
+        ValueError: If its event is not a plain sum with Gaussian or Skellam noise, whose noise could be shared.
     """
     event = phase.event
     if isinstance(event, NonPrivate):
@@ -130,16 +130,16 @@ def scaled(phase: Phase, factor: float) -> Phase:
 
 
 def require_plain(event: Event, phase: str) -> None:
-    """Raises ValueError unless the event is a sum with Gaussian noise, of all or of Poisson-sampled units."""
-    if not isinstance(event, (Gaussian, PoissonGaussian)):
+    """Raises ValueError unless it is a sum with Gaussian or Skellam noise, of all or of Poisson-sampled units."""
+    if not isinstance(event, (Gaussian, PoissonGaussian, PoissonSkellam)):
         raise ValueError(
             f"phase {phase!r} releases a {type(event).__name__}; in this model each release must be a Gaussian or a "
-            "PoissonGaussian"
+            "PoissonGaussian, or in secagg a PoissonSkellam"
         )
 
 
 def _with_noise(event: Event, factor: float) -> Event:
-    if isinstance(event, (Gaussian, PoissonGaussian)):
+    if isinstance(event, (Gaussian, PoissonGaussian, PoissonSkellam)):
         return dataclasses.replace(event, noise_multiplier=event.noise_multiplier * factor)
     return event
 
@@ -149,4 +149,4 @@ def _noise(silo: Silo, phase: str) -> float:
     if isinstance(event, NonPrivate):
         raise ValueError(f"silo {silo.name!r} adds no noise in phase {phase!r}: {event.reason}")
     require_plain(event, phase)
-    return event.noise_multiplier if isinstance(event, (Gaussian, PoissonGaussian)) else 0.0
+    return event.noise_multiplier if isinstance(event, (Gaussian, PoissonGaussian, PoissonSkellam)) else 0.0

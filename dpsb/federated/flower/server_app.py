@@ -15,8 +15,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from dpsb.federated.coordinator import Coordinator
 from dpsb.federated.flower.transport import FlowerTransport
+from dpsb.federated.paid_basis import shapes_of
 from dpsb.federated.report import copy_of_ledger
 from dpsb.federated.server import RoundRecord, ServerError, load_state
+from dpsb.start import START_NAME
 from dpsb_accounting import LedgerError
 from dpsb_accounting.chain import read_chain
 from dpsb_accounting.files import write_whole
@@ -49,7 +51,10 @@ def coordinate(grid: Grid, out: Path, *, token: str, patience: float, timeout: f
                 _keep_ledgers(out, transport.ledgers(run_id))
 
         run_id = state.run_id
-        coordinator = Coordinator(out, state.terms, state.theta, state.basis_sha256, transport, on_round=fetch)
+        shapes = shapes_of(out / START_NAME) if state.terms.basis_is_paid else None
+        coordinator = Coordinator(
+            out, state.terms, state.theta, state.basis_sha256, transport, on_round=fetch, shapes=shapes
+        )
         coordinator.run()
         _keep_ledgers(out, transport.ledgers(run_id))
         reason = None

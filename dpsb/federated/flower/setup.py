@@ -22,6 +22,7 @@ from dpsb.federated.flower.keys import CA, make_certificates, make_node_key
 from dpsb.federated.local import LocalTransport
 from dpsb.federated.messages import Reply
 from dpsb.federated.report import REPORT_NAME, Federation, federation_report
+from dpsb.federated.secure.masks import own_key, public_of
 from dpsb.federated.server import ServerError
 from dpsb.federated.silo import Silo
 from dpsb.federated.spec import POLICY_NAME, FederatedError, check_whole, checked_fields, read_policy
@@ -100,7 +101,8 @@ def initialize(config: FederateConfig, hosts: Sequence[str], port: int, on_statu
     sizes = {name: int(silo.num_examples or 0) for name, silo in config.silos.items()}
     built = build_without_data(config, out, on_status)
     on_status("calibrating the silos' noise")
-    terms, policies = terms_of(config, sizes)
+    dimension = sum(tensor.numel() for tensor in built.trainer.start.values())
+    terms, policies = terms_of(config, sizes, dimension)
     Coordinator(out, terms, built.trainer.start, built.trainer.basis_sha256, LocalTransport({})).begin()
     make_certificates(out / TLS, list(dict.fromkeys((*hosts, *LOOPBACK))), _DAYS)  # the server asks its own SuperLink
     (out / NODES).mkdir()
@@ -152,6 +154,9 @@ def open_silo(
     own = SiloFile(**_toml(folder / SILO_FILE, SiloFile))
     if policy.silo not in config.silos:
         raise FederatedError(f"{folder / POLICY_NAME} is for silo {policy.silo!r}, which the federation does not know.")
+    if config.federation.noise == "skellam":
+        key = public_of(own_key(folder)).hex()
+        on_status(f'public key of silo {policy.silo!r}, for the others\' policies: [peers] {policy.silo} = "{key}"')
     run = replace(config.run, data=own.data, eval_data=None, basis="weight", num_examples=policy.num_examples)
     built = build(config, {policy.silo: read_table(own.data)}, {policy.silo: run}, folder, on_status)
     examples = built.prepared[policy.silo].examples

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from dpsb.federated.channel import WorkerError
 from dpsb.federated.flower.client_app import RECORD, content_of
-from dpsb.federated.messages import Refusal, Reply, RoundMessage, Update
+from dpsb.federated.messages import Note, Refusal, Reply, RoundMessage, Update
 from dpsb.federated.wire import WireError, pack, unpack
 
 _PAUSE = 1.0
@@ -75,7 +75,7 @@ class FlowerTransport:
                 reply = unpack(content, likes[owners[node]])
             except WireError:
                 continue  # as good as lost
-            if isinstance(reply, (Update, Refusal)) and reply.silo == owners[node]:
+            if isinstance(reply, (Update, Note, Refusal)) and reply.silo == owners[node]:
                 self._on_reply(reply)
                 yield reply
 
