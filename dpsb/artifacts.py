@@ -39,7 +39,7 @@ _PACKAGED = {
     SMOLLM2: (f'packaged_folder("{SMOLLM2}")', "from dpsb.packaged import packaged_folder\n"),
 }
 """How a model card loads a base model that comes in a package: expression and import."""
-_HUB_NAME = {MINILM: "sentence-transformers/all-MiniLM-L6-v2", SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+HUB_NAMES = {MINILM: "sentence-transformers/all-MiniLM-L6-v2", SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def save_run(out: Path, adapter: Adapter, report: Report, ledger: LedgerRecord, tokenizer: Any) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ base = {auto_class}.from_pretrained({base}{options})
 model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER").eval()"""
     return f"""---
 library_name: {"transformers" if whole else "peft"}
-base_model: {_HUB_NAME.get(str(details.get("model")), details.get("model", ""))}
+base_model: {HUB_NAMES.get(str(details.get("model")), details.get("model", ""))}
 tags:
 {"" if whole else _LORA_TAG}- differential-privacy
 - dpsb

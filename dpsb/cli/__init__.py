@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from dpsb.cli import auditing, basis, compare, curve, federate, generate, runs, selftest, serving, train
+from dpsb.cli import auditing, basis, compare, curve, federate, generate, hub, runs, selftest, serving, train
 from dpsb.cli._shared import app
 
-COMMANDS = (runs, train, basis, compare, curve, federate, generate, selftest, auditing, serving)
+COMMANDS = (runs, train, basis, compare, curve, federate, generate, selftest, auditing, serving, hub)
 """Importing them registers their commands."""
 
 __all__ = ["COMMANDS", "app", "main"]

@@ -30,10 +30,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --version: of all that it rests on, as JSON.")] = False,
 ) -> None:
     if version:
-        typer.echo(f"dpsb {__version__}")
+        from dpsb.versions import versions
+
+        typer.echo(json.dumps(versions(), indent=1) if as_json else f"dpsb {__version__}")
         raise typer.Exit
+    if as_json:
+        fail("--json before a command goes with --version only; a command takes its own --json.")
     del context
 
 

@@ -1,0 +1,194 @@
+"""What of a run goes to the Hub, and nothing else: a list of names, and a copy that was read through first."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpsb.artifacts import CORE_NAME, HUB_NAMES
+from dpsb.models import HEAD_FILE
+from dpsb.run import LEDGER_NAME, SETTINGS_NAME, RunError
+from dpsb.serving.adapters import CONFIG, WEIGHTS
+from dpsb_accounting import Ledger, LedgerRecord
+
+REPORT, CARD, SIGNATURE = "report.json", "README.md", "signature.json"
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+ALLOWED = (WEIGHTS, CONFIG, CORE_NAME, HEAD_FILE, LEDGER_NAME, REPORT, CARD, SIGNATURE, *TOKENIZER)
+"""Every name that may go. Whatever else a folder holds stays: checkpoints, settings, states, logs, data."""
+_NEEDED = (WEIGHTS, CONFIG, LEDGER_NAME, REPORT, CARD)
+_KEPT = {
+    SETTINGS_NAME: "settings, with local paths",
+    "checkpoint": "a state for --resume",
+    "start.safetensors": "a state for --resume",
+    "basis.safetensors": "a state for --resume",
+}
+_PATH = re.compile(r"(?:/|~/|\.{1,2}/|[A-Za-z]:[\\/]|\\\\)\S")
+"""How a name of a local file begins; a Hub id is ``name`` or ``owner/name``."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What would go to the Hub.
+
+    Args:
+      folder: The run.
+      files: Names and contents, as they would go.
+      changed: Of those that differ from the run's: name, and what was changed. The run's own files stay as they are.
+      kept: What stays, and why.
+    """
+
+    folder: Path
+    files: Mapping[str, bytes]
+    changed: Mapping[str, str]
+    kept: Mapping[str, str]
+
+
+def plan_upload(
+    folder: Path, *, base_model: str | None = None, without_claim: bool = False, local_paths: bool = False
+) -> Upload:
+    """Decides what of a finished run may be published. Sends nothing.
+
+    Guarantees:
+      * Only names in :data:`ALLOWED`, never a folder inside the run's, never a link.
+      * Metrics on held-out people, which the guarantee does not cover, are taken out of the report.
+      * Where the adapter names its base model by a local folder, the Hub's name is put there; any other local path in a
+        file of text is an error.
+
+    Args:
+      folder: A finished run of an adapter.
+      base_model: The base model's name on the Hub, if it was loaded from a folder.
+      without_claim: Also a run that claims nothing (seeded, or without noise).
+      local_paths: Also a ledger that names the base model by a local path. A ledger cannot be changed afterwards.
+
+    Raises:
+      RunError: If the run is not finished, claims nothing, or would give away a local path.
+    """
+    for name in _NEEDED:
+        if not (folder / name).is_file():
+            raise RunError(f"{folder} is no finished run of an adapter: {name} is missing.")
+    record = Ledger.read(folder / LEDGER_NAME)
+    if not without_claim and (record.taints or not record.plan.is_private):
+        raise RunError(f"The run in {folder} claims no privacy; --without-claim pushes it anyway.")
+    files, kept = {}, {}
+    for path in sorted(folder.iterdir()):
+        if path.name in ALLOWED and path.is_file() and not path.is_symlink():
+            files[path.name] = path.read_bytes()
+        else:
+            kept[path.name] = _KEPT.get(path.name, "not on the list of what is published")
+    changed = _without_metrics(files) | _with_base_model(files, record, base_model)
+    if changed and files.pop(SIGNATURE, None) is not None:
+        kept[SIGNATURE] = f"it is for the run's own files, and {', '.join(changed)} would differ"
+    _check_paths(files, local_paths)
+    return Upload(folder, files, changed, kept)
+
+
+def push(upload: Upload, repo: str, *, private: bool = True, api: Any = None) -> str:
+    """Sends what was planned, through huggingface_hub and with the token that it finds.
+
+    Args:
+      upload: From :func:`plan_upload`.
+      repo: ``"owner/name"``; made if it is not there.
+      private: Whether a repository that is made is private.
+      api: A ``huggingface_hub.HfApi``, or something like it.
+
+    Returns:
+      Where it is.
+
+    Raises:
+      RunError: If the Hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi() if api is None else api
+    with tempfile.TemporaryDirectory(prefix="dpsb-push-") as scratch:
+        for name, content in upload.files.items():
+            (Path(scratch) / name).write_bytes(content)
+        try:
+            api.create_repo(repo_id=repo, private=private, exist_ok=True, repo_type="model")
+            done = api.upload_folder(
+                repo_id=repo,
+                repo_type="model",
+                folder_path=scratch,
+                allow_patterns=sorted(upload.files),
+                commit_message="Adapter, ledger and privacy report of a dpsb run",
+            )
+        except HfHubHTTPError as error:
+            status = getattr(getattr(error, "response", None), "status_code", "no answer")
+            raise RunError(f"The Hub refused {repo!r} ({status}); is the token for it (`hf auth login`)?") from None
+        except OSError as error:
+            raise RunError(f"The Hub cannot be reached ({type(error).__name__}).") from None
+    return str(getattr(done, "repo_url", None) or repo)
+
+
+def _without_metrics(files: dict[str, bytes]) -> dict[str, str]:
+    """Takes held-out metrics out of the report: they are computed on people, without noise."""
+    report = json.loads(files[REPORT])
+    if "held_out" not in report:
+        return {}
+    del report["held_out"]
+    files[REPORT] = (json.dumps(report, indent=2) + "\n").encode()
+    return {REPORT: "held-out metrics taken out"}
+
+
+def _with_base_model(files: dict[str, bytes], record: LedgerRecord, given: str | None) -> dict[str, str]:
+    """Puts the base model's name on the Hub in the place of a local folder."""
+    stated = str(record.plan.details.get("model", ""))
+    found = str(json.loads(files[CONFIG]).get("base_model_name_or_path") or "")
+    local = [name for name in dict.fromkeys((found, stated)) if _PATH.match(name)]
+    name = given or HUB_NAMES.get(stated)
+    if not local:
+        return {}
+    if name is None:
+        raise RunError("The adapter names its base model by a local folder; give its name on the Hub: --base-model ID.")
+    changed = {}
+    for file in files:
+        if _is_text(file) and file not in (LEDGER_NAME, SIGNATURE):
+            text = new = files[file].decode()
+            for path in local:
+                new = new.replace(json.dumps(path)[1:-1], name).replace(path, name)
+            if new != text:
+                files[file] = new.encode()
+                changed[file] = f"base model named {name}"
+    return changed
+
+
+def _check_paths(files: Mapping[str, bytes], local_paths: bool) -> None:
+    for name, content in files.items():
+        if name not in (CONFIG, REPORT, LEDGER_NAME, "tokenizer_config.json") or (local_paths and name == LEDGER_NAME):
+            continue
+        for line in content.decode().splitlines() if name == LEDGER_NAME else [content.decode()]:
+            if (key := next(_local(json.loads(line)), None)) is not None:
+                more = "; --local-paths publishes it, as a ledger cannot be changed" if name == LEDGER_NAME else ""
+                raise RunError(f"{name} would give away a local path ({key}){more}.")
+
+
+def _local(value: Any, key: str = "") -> Iterator[str]:
+    """Where local paths stand in JSON, without what they say."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _local(inner, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _local(inner, key)
+    elif isinstance(value, str) and _PATH.match(value):
+        yield key
+
+
+def _is_text(name: str) -> bool:
+    return not name.endswith((".safetensors", "tokenizer.model"))
