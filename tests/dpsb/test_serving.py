@@ -113,7 +113,7 @@ def test_a_thousand_tenants_take_little_more_than_their_cores(runs, tmp_path):
     claim = module._claim_of(runs / "one")
     for i in range(20):
         R = {layer: torch.randn(16, 16) for layer in layers}
-        module._write_tenant(tmp_path / "tenants" / f"t{i}.safetensors", CoreAdapter({}, A, B, R, {}, {}), claim)
+        module._write_tenant(tmp_path / "tenants" / f"t{i}.safetensors", CoreAdapter({}, A, B, R, {}, {}, {}), claim)
     taken = sum(path.stat().st_size for path in (tmp_path / "tenants").iterdir())
     assert taken <= 1.05 * 20 * 36 * 16 * 16 * 4
 
@@ -194,8 +194,9 @@ def test_a_delta_that_promises_nothing_to_one_of_the_runs_is_refused(runs):
     record = Ledger.read(runs / "causal" / "ledger.jsonl")
     other = Ledger.read(runs / "causal2" / "ledger.jsonl")
     many = replace(other.plan, num_examples=10**6, delta=1e-7, expected_batch_size=200_000)
+    plans = {record.run_id: record.plan, other.run_id: many}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(other), "plan", property(lambda self: many if self.run_id == other.run_id else record.plan))
+        patch.setattr(type(other), "plan", property(lambda self: plans[self.run_id]))
         with pytest.raises(RunError, match="is not below 1/N of run"):
             combined_bound([record, other], disjoint_people=True)
 
