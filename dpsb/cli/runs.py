@@ -172,8 +172,8 @@ def export(
         if merged is None and vllm is None:
             raise ValueError("Give --merged FOLDER or --vllm FOLDER.")
         if merged is not None:
-            export_merged(folder, merged)
-            typer.echo(f"wrote {merged}")
+            moved = export_merged(folder, merged)
+            typer.echo(f"wrote {merged}; merging moves the output on random tokens by {moved:.1g} of its norm")
         if vllm is not None:
             rank = export_for_vllm(folder, vllm)
             typer.echo(f"wrote {vllm}; start the server with --enable-lora --max-lora-rank {rank} or more")

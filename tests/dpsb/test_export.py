@@ -46,7 +46,7 @@ def finished(tmp_path_factory):
             run.fine_tune(workbench.run_config(out, task, learning_rate=0.3, **changes))
             runs[kind] = {"out": out, "trained": logits_here(kept["adapter"].model, kept["tok"])}
             runs[kind]["adapter"] = kept["adapter"]
-            export_merged(out, home / f"{kind}-merged")
+            assert export_merged(out, home / f"{kind}-merged") < 1e-5
     scripts = [plain_script(kind, runs[kind]["out"], home / f"{kind}-merged") for kind in KINDS]
     program = "import json, sys, torch\nfound = {}\n" + "\n".join(scripts)
     program += "\nassert not [name for name in sys.modules if name.startswith('dpsb')]\nprint(json.dumps(found))\n"
