@@ -316,3 +316,9 @@ def test_without_torch_the_import_names_the_extra():
         assert (done.returncode, done.stdout) == (1, "accounting works\n")
         assert done.stderr.strip().splitlines()[-1].startswith(f"{kind}: {sentence}")
         assert ("Traceback" in done.stderr) == (kind == "ImportError")
+
+
+def test_arguments_say_what_they_are():
+    """typer 0.20 with click 8.5 leaves their help out: the pins must go together."""
+    told = CliRunner().invoke(app, ["unpack", "--help"]).output
+    assert "Whose adapter." in told
