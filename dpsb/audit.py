@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import norm
@@ -106,17 +107,31 @@ def audit_run(
         "of members against held-out examples are computed on people. Keep this page, audit.json and the scores as you "
         "keep the data.",
     ]
-    content = to_json(claimed, plan.delta, confidence, attacks)
+    further: dict[str, Any] = {"canary_run": {"ledger": f"{CANARY_RUN}/ledger.jsonl", "released": False}}
     if canaries.secrets is not None:
-        content["secrets"] = found = canaries.secrets.summary()
+        further["secrets"] = found = canaries.secrets.summary()
         notes.append(
             f"Of the secrets that were put in, the model writes {found['written_inserted']:.1%} to the last token, of "
             f"those left out {found['written_left_out']:.1%}; exposure {found['exposure_inserted']:.2f} and "
             f"{found['exposure_left_out']:.2f} bits (1.44 where the model knows nothing of them)."
         )
-    content |= {"notes": notes, "canary_run": {"ledger": f"{CANARY_RUN}/ledger.jsonl", "released": False}}
+    return write_audit(out, f"Audit of {Path(config.out).name}", plan, claimed, confidence, attacks, notes, further)
+
+
+def write_audit(
+    out: Path,
+    title: str,
+    plan: Plan,
+    claimed: float,
+    confidence: float,
+    attacks: Sequence[Attack],
+    notes: Sequence[str],
+    further: Mapping[str, Any],
+) -> Audit:
+    """Writes ``audit.json``, with ``further`` facts, and ``audit.html``, each whole or not at all."""
+    content = to_json(claimed, plan.delta, confidence, attacks) | {**further, "notes": list(notes)}
     page = to_html(
-        title=f"Audit of {Path(config.out).name}",
+        title=title,
         claimed_epsilon=claimed,
         delta=plan.delta,
         confidence=confidence,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
-from dpsb.audit import Audit, white_box
+from dpsb.audit import Audit, white_box, write_audit
 from dpsb.federated.budget import LEDGER_NAME, RUNS
 from dpsb.federated.canaries import FederationCanaries
 from dpsb.federated.config import FederateConfig
@@ -16,8 +15,6 @@ from dpsb.federated.simulate import Callbacks, simulate
 from dpsb.federated.spec import FederatedError, PrivacyModel
 from dpsb_accounting import Ledger, Phase, Plan, auditing
 from dpsb_accounting import epsilon as epsilon_of
-from dpsb_accounting.auditing.page import to_html, to_json
-from dpsb_accounting.files import write_whole
 
 CANARY_RUN = "canary-run"
 
@@ -75,19 +72,9 @@ def audit_federation(
         f"The claim is that of the silo's whole plan of {plan.steps} steps; {record.charged('train')} were made.",
         "For the operator, not for release: the simulation read the private data again and claims nothing.",
     ]
-    content = to_json(claimed, plan.delta, confidence, attacks)
-    content |= {"notes": notes, "silo": host, "model": config.federation.model}
-    page = to_html(
-        title=f"Audit of silo {host} in {Path(config.run.out).name}",
-        claimed_epsilon=claimed,
-        delta=plan.delta,
-        confidence=confidence,
-        attacks=attacks,
-        notes=notes,
-    )
-    write_whole(out / "audit.json", (json.dumps(content, indent=1) + "\n").encode())
-    write_whole(out / "audit.html", page.encode())
-    return Audit(out, content, tuple(attacks))
+    title = f"Audit of silo {host} in {Path(config.run.out).name}"
+    further = {"silo": host, "model": config.federation.model}
+    return write_audit(out, title, plan, claimed, confidence, attacks, notes, further)
 
 
 def made_of(plan: Plan, steps: int) -> Plan:
