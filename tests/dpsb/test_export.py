@@ -9,7 +9,9 @@ import sys
 import pytest
 import torch
 import workbench
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from dpsb import run
 from dpsb.export import export_merged
@@ -167,3 +169,24 @@ def test_the_model_card(finished):
         assert math.isfinite(report["epsilon"]["upper"])
         assert "dpsb-accounting verify ledger.jsonl" in card
         assert not re.search("accuracy|perplexity|cross_entropy|OUTSIDE THE GUARANTEE", card)
+
+
+def test_in_half_precision_the_plain_adapter_is_the_trained_one_to_its_rounding(tmp_path, monkeypatch):
+    """R is fp32 in training; what PEFT loads is B R rounded to bf16. Stated in docs/serving.md: 2 % of the logits."""
+    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
+    kept = {}
+    monkeypatch.setattr(run, "save_run", lambda *a, save=run.save_run: (kept.update(adapter=a[1]), save(*a))[1])
+    out = tmp_path / "run"
+    run.fine_tune(workbench.run_config(out, "causal-lm", learning_rate=0.3, dtype="bfloat16"))
+    ids = torch.randint(5, 20, (3, 9), generator=torch.Generator().manual_seed(1))
+    base = AutoModelForCausalLM.from_pretrained(workbench.llama_folder(), dtype=torch.bfloat16)
+    with torch.no_grad():
+        trained = kept["adapter"].model.eval()(input_ids=ids).logits.float()
+        loaded = PeftModel.from_pretrained(base, str(out)).eval()
+        plain = loaded(input_ids=ids).logits.float()
+        with loaded.disable_adapter():
+            without = loaded(input_ids=ids).logits.float()
+    moved = float((plain - trained).norm() / trained.norm())
+    assert moved <= 2e-2
+    assert float((without - trained).norm() / trained.norm()) > 5 * moved, "the adapter does more than the rounding"
+    assert export_merged(out, tmp_path / "merged") <= 2e-2
