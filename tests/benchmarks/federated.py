@@ -27,7 +27,6 @@ import statistics
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +64,24 @@ class Setting:
         return dict(json.loads(self.text))
 
 
-@lru_cache(maxsize=1)
 def bench_of(setting: Setting, method: str) -> Bench:
-    """The bench of a method, kept from one job to the next."""
-    common = setting.content
-    files = {name: Path(common[name]) for name in ("validation", "test")}
-    return Bench(RunConfig(**common["config"]), method, common["rounds"], files)
+    """The bench of a method, kept from one job to the next; the one before it is given up."""
+    if (setting, method) not in _kept:
+        forget()
+        common = setting.content
+        files = {name: Path(common[name]) for name in ("validation", "test")}
+        _kept[setting, method] = Bench(RunConfig(**common["config"]), method, common["rounds"], files)
+    return _kept[setting, method]
+
+
+def forget() -> None:
+    """Gives up what is kept."""
+    for bench in _kept.values():
+        bench.close()
+    _kept.clear()
+
+
+_kept: dict[tuple[Setting, str], Bench] = {}
 
 
 def file_of(out: Path, job: Job) -> Path:

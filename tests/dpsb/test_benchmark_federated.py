@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import workbench
 
 EPSILON = 8.0
@@ -14,7 +15,9 @@ EPSILON = 8.0
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    return import_module("federated")
+    module = import_module("federated")
+    yield module
+    module.forget()
 
 
 @pytest.fixture
@@ -42,7 +45,6 @@ def test_one_round_of_every_method(script, setting, tmp_path):
     for method in script.NAMES:
         jobs = [script.Job(method=method, silos=3, split="iid", epsilon=EPSILON, learning_rate=0.05, repeat=1)]
         script.do_all(setting, tmp_path, [jobs], processes=1)
-    script.bench_of.cache_clear()
     rows = script.rows_in(tmp_path)
     assert {row["method"] for row in rows} == set(script.NAMES)
     for row in rows:
@@ -81,3 +83,31 @@ def test_the_rate_is_chosen_on_tuning_runs_only(script, tmp_path):
         row = {"learning_rate": job.learning_rate, "accuracy": accuracy, "cross_entropy": 1.0}
         script.file_of(tmp_path, job).write_text(json.dumps(row))
     assert script.chosen_rate(tmp_path, "fedit") == script.tuning_jobs("fedit")[1].learning_rate
+
+
+@pytest.mark.parametrize("method", ["fed_sb", "ffa_lora", "fedex_lora", "flora", "fedsvd"])
+def test_the_global_model_is_the_mean_of_the_silos_models(script, setting, method):
+    """Base and adapter together, as the model computes them, after a second round too."""
+    combine = import_module("federated_rule").combine
+    bench = script.bench_of(setting, method)
+    rule, generator = bench.rule, torch.Generator().manual_seed(3)
+
+    def weights():
+        return {n: each.get_base_layer().weight.double() + delta(each) for n, each in rule.layers.items()}
+
+    def delta(layer):
+        return layer.get_delta_weight("default").detach().double()
+
+    for turn in range(2):
+        theta, silos, states = bench.adapter.state(), [], []
+        for _ in range(3):
+            state = {n: value + 0.3 * torch.randn(value.shape, generator=generator) for n, value in theta.items()}
+            bench.adapter.load_state(state)
+            silos.append(weights())
+            states.append(rule.pairs(state))
+        bench.adapter.load_state(theta)
+        rule.put(combine(method, states, turn), {})
+        for name, found in weights().items():
+            wanted = sum(each[name] for each in silos) / 3
+            assert (found - wanted).norm() <= 1e-6 * wanted.norm()
+            assert (found - silos[0][name]).norm() > 1e-2 * wanted.norm()
