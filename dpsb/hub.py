@@ -13,22 +13,11 @@ from typing import Any
 from dpsb.artifacts import CORE_NAME, HUB_NAMES
 from dpsb.models import HEAD_FILE
 from dpsb.run import LEDGER_NAME, SETTINGS_NAME, RunError
-from dpsb.serving.adapters import CONFIG, WEIGHTS
+from dpsb.serving.adapters import CONFIG, TOKENIZER_FILES, WEIGHTS
 from dpsb_accounting import Ledger, LedgerRecord
 
 REPORT, CARD, SIGNATURE = "report.json", "README.md", "signature.json"
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
-ALLOWED = (WEIGHTS, CONFIG, CORE_NAME, HEAD_FILE, LEDGER_NAME, REPORT, CARD, SIGNATURE, *TOKENIZER)
+ALLOWED = (WEIGHTS, CONFIG, CORE_NAME, HEAD_FILE, LEDGER_NAME, REPORT, CARD, SIGNATURE, *TOKENIZER_FILES)
 """Every name that may go. Whatever else a folder holds stays: checkpoints, settings, states, logs, data."""
 _NEEDED = (WEIGHTS, CONFIG, LEDGER_NAME, REPORT, CARD)
 _KEPT = {

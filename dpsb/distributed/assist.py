@@ -19,8 +19,8 @@ from dpsb.distributed.work import Work
 from dpsb.frozen_prefix import remember_frozen_prefix
 from dpsb.inputs import Inputs, read_inputs
 from dpsb.mechanism import Mechanism
-from dpsb.probe import Batch, Example
-from dpsb.sampling import bucket_of, length_buckets, own_length
+from dpsb.probe import Example
+from dpsb.sampling import length_buckets
 from dpsb.start import attach_again, start_of
 from dpsb_accounting import Plan
 
@@ -48,7 +48,7 @@ def lead(
     check_same_data(team, digest_of(work))
     if work.sharded:
         shard_base(adapter, team)
-    return Leader(team, work, _idle_batch(work, synthetic))
+    return Leader(team, work, synthetic)
 
 
 def assist(team: Team) -> None:
@@ -89,8 +89,3 @@ def _work(config: RunConfig, inputs: Inputs, adapter: Adapter) -> Work:
         token_budget=config.token_budget,
         sharded=config.shard_base,
     )
-
-
-def _idle_batch(work: Work, synthetic: Sequence[Example]) -> Batch:
-    shortest = min(synthetic, key=own_length)
-    return work.collate([shortest], bucket_of(own_length(shortest), work.buckets))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -13,7 +14,8 @@ from dpsb.distributed.team import Team, TeamError
 from dpsb.distributed.work import Work, part_of_sum
 from dpsb.fingerprint import fingerprint
 from dpsb.mechanism import Mechanism
-from dpsb.probe import Batch
+from dpsb.probe import Example
+from dpsb.sampling import bucket_of, own_length
 
 
 class Order(IntEnum):
@@ -31,11 +33,13 @@ class Leader:
     Args:
       team: The processes.
       work: What all of them hold alike.
-      idle_batch: Synthetic; passed through a sharded model while others work.
+      synthetic: The shortest is passed through a sharded model while others work.
     """
 
-    def __init__(self, team: Team, work: Work, idle_batch: Batch) -> None:
-        self._team, self._work, self._idle = team, work, idle_batch
+    def __init__(self, team: Team, work: Work, synthetic: Sequence[Example]) -> None:
+        self._team, self._work = team, work
+        shortest = min(synthetic, key=own_length)
+        self._idle = work.collate([shortest], bucket_of(own_length(shortest), work.buckets))
 
     def clipped_sum(self, number: int, mechanism: Mechanism, draw: np.ndarray) -> torch.Tensor:
         """The clipped sum over a draw: every process its part, at the leader's theta and C."""

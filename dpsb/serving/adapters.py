@@ -20,8 +20,19 @@ from dpsb_accounting import Ledger, LedgerError
 from dpsb_accounting.positions import check_files
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_A, _B = ".lora_A.weight", ".lora_B.weight"
-TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "chat_template*")
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+"""By name and not by pattern: what is packed, exported or pushed may be published, and a token may be a secret."""
 _MEANING = ("labels", "pooling", "max_length", "task")
 _NEEDED = (CONFIG, WEIGHTS, CORE_NAME, LEDGER_NAME, "report.json")
 
@@ -93,7 +104,7 @@ def read_core_adapter(folder: Path) -> CoreAdapter:
         head = load_file(folder / HEAD_FILE) if (folder / HEAD_FILE).exists() else {}
     except (SafetensorError, ValueError) as error:
         raise RunError(f"The files in {folder} cannot be read: {type(error).__name__}.") from None
-    A = {name.removesuffix(_A): value for name, value in weights.items() if name.endswith(_A)}
+    A = {name.removesuffix(LORA_A): value for name, value in weights.items() if name.endswith(LORA_A)}
     R, B = {}, {}
     for name in (name.removesuffix(".R") for name in cores if name.endswith(".R")):
         layer = next((layer for layer in A if name == layer or name.endswith(f".{layer}")), None)
@@ -102,7 +113,7 @@ def read_core_adapter(folder: Path) -> CoreAdapter:
         R[layer], B[layer] = cores[f"{name}.R"], cores[f"{name}.B"]
     if not R or R.keys() != A.keys():
         raise RunError(f"{folder} holds no R-only adapter: only runs of the method 'sb' have cores on a shared basis.")
-    direct = {name: value for name, value in weights.items() if not name.endswith((_A, _B))}
+    direct = {name: value for name, value in weights.items() if not name.endswith((LORA_A, LORA_B))}
     return CoreAdapter(config, A, B, R, direct, head, details)
 
 
@@ -118,8 +129,8 @@ def write_plain_adapter(adapter: CoreAdapter, folder: Path) -> None:
     weights = dict(adapter.direct)
     for layer, A in adapter.A.items():
         B = adapter.B[layer]
-        weights[layer + _A] = A.contiguous()
-        weights[layer + _B] = (B.float() @ adapter.R[layer]).to(B.dtype).contiguous()
+        weights[layer + LORA_A] = A.contiguous()
+        weights[layer + LORA_B] = (B.float() @ adapter.R[layer]).to(B.dtype).contiguous()
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(dict(adapter.config), indent=2) + "\n")
     if adapter.head:

@@ -13,12 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from dpsb.checkpoint import replacing
 from dpsb.run import LEDGER_NAME, RunError
-from dpsb.serving.adapters import CONFIG, TOKENIZER_FILES, WEIGHTS, copy_plain_files
+from dpsb.serving.adapters import CONFIG, LORA_A, LORA_B, TOKENIZER_FILES, WEIGHTS, copy_plain_files
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` may be; an adapter's rank must not exceed it."""
 _PREFIX = "base_model.model."
-_A, _B = ".lora_A.weight", ".lora_B.weight"
 _REFUSED: Mapping[str, tuple[Any, str]] = {
     "modules_to_save": (None, "whole modules beside the adapter, such as a classification head, are not served"),
     "use_dora": (False, "DoRA is not served"),
@@ -41,11 +40,7 @@ def problems_for_vllm(folder: Path, max_lora_rank: int = RANKS[-1]) -> list[str]
     Raises:
       RunError: If the folder holds no adapter that can be read.
     """
-    try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-        weights = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError):
-        raise RunError(f"{folder} holds no adapter that can be read ({CONFIG} and {WEIGHTS}).") from None
+    config, weights = _read(folder)
     found = [
         f"it has {name} {config[name]!r}: {why}"
         for name, (good, why) in _REFUSED.items()
@@ -63,18 +58,25 @@ def problems_for_vllm(folder: Path, max_lora_rank: int = RANKS[-1]) -> list[str]
     return found + _problems_of_tensors(weights, rank)
 
 
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    try:
+        return json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError):
+        raise RunError(f"{folder} holds no adapter that can be read ({CONFIG} and {WEIGHTS}).") from None
+
+
 def _problems_of_tensors(weights: Mapping[str, torch.Tensor], rank: Any) -> list[str]:
     found = []
     for name, value in weights.items():
-        if not name.startswith(_PREFIX) or not name.endswith((_A, _B)):
+        if not name.startswith(_PREFIX) or not name.endswith((LORA_A, LORA_B)):
             found.append(f"it holds {name}, which is no LoRA factor")
-        elif value.dim() != 2 or value.shape[0 if name.endswith(_A) else 1] != rank:
+        elif value.dim() != 2 or value.shape[0 if name.endswith(LORA_A) else 1] != rank:
             found.append(f"{name} has shape {tuple(value.shape)}, and r is {rank}")
         elif not bool(torch.isfinite(value).all()):
             found.append(f"{name} is not finite")
-        elif name.endswith(_A) and name.removesuffix(_A) + _B not in weights:
+        elif name.endswith(LORA_A) and name.removesuffix(LORA_A) + LORA_B not in weights:
             found.append(f"{name} has no lora_B beside it")
-        elif name.endswith(_B) and name.removesuffix(_B) + _A not in weights:
+        elif name.endswith(LORA_B) and name.removesuffix(LORA_B) + LORA_A not in weights:
             found.append(f"{name} has no lora_A beside it")
     return found if weights else ["it holds no tensors"]
 
@@ -94,16 +96,12 @@ def export_for_vllm(folder: Path, out: Path) -> int:
     """
     if out.exists():
         raise RunError(f"{out} exists already; choose another folder.")
-    try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-        weights = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError):
-        raise RunError(f"{folder} holds no adapter that can be read ({CONFIG} and {WEIGHTS}).") from None
-    rank = max((value.shape[0] for name, value in weights.items() if name.endswith(_A)), default=0)
+    config, weights = _read(folder)
+    rank = max((value.shape[0] for name, value in weights.items() if name.endswith(LORA_A)), default=0)
     wide = next((allowed for allowed in RANKS if allowed >= rank), rank)
     scales = _scales(config, weights)
     padded = {name: _padded(name, value, wide, scales.get(name, 1.0)) for name, value in weights.items()}
-    leaves = sorted({name.removesuffix(_A).rpartition(".")[2] for name in weights if name.endswith(_A)})
+    leaves = sorted({name.removesuffix(LORA_A).rpartition(".")[2] for name in weights if name.endswith(LORA_A)})
     fixed = {"r": wide, "lora_alpha": wide, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as new:
@@ -126,8 +124,8 @@ def _scales(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> d
 
     patterns = config.get("alpha_pattern") or {}
     scales = {}
-    for name in (name for name in weights if name.endswith(_B)):
-        layer = name.removesuffix(_B).removeprefix(_PREFIX)
+    for name in (name for name in weights if name.endswith(LORA_B)):
+        layer = name.removesuffix(LORA_B).removeprefix(_PREFIX)
         rank = weights[name].shape[1]
         alpha = patterns.get(get_pattern_key(patterns.keys(), layer), config.get("lora_alpha", LoraConfig().lora_alpha))
         scales[name] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
@@ -135,9 +133,9 @@ def _scales(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> d
 
 
 def _padded(name: str, value: torch.Tensor, rank: int, scale: float) -> torch.Tensor:
-    missing = rank - (value.shape[0] if name.endswith(_A) else value.shape[1]) if value.dim() == 2 else 0
-    if name.endswith(_A):
+    missing = rank - (value.shape[0] if name.endswith(LORA_A) else value.shape[1]) if value.dim() == 2 else 0
+    if name.endswith(LORA_A):
         return torch.nn.functional.pad(value, (0, 0, 0, missing)).contiguous()
-    if name.endswith(_B):
+    if name.endswith(LORA_B):
         return (torch.nn.functional.pad(value, (0, missing)) * scale).contiguous()
     return value

@@ -25,6 +25,7 @@ from dpsb.data import Collator
 from dpsb.display import SpentCurve
 from dpsb.distributed.lead import Leader
 from dpsb.distributed.team import Team, running_team
+from dpsb.distributed.work import Work
 from dpsb.fingerprint import fingerprint
 from dpsb.losses import causal_lm_loss, classification_loss
 from dpsb.models import HEAD_NAMES
@@ -265,16 +266,16 @@ class DPTrainerMixin(Surroundings):
         plan, handler = ledger.plan, self.callback_handler
         factor = self.lr_scheduler.lr_lambdas[0]
         self._logged = self.state.global_step
-        parts = self._parts(self.adapter)
-        self._leader = None if self._team is None else together.lead(self._team, plan, self.adapter, parts)
+        work, synthetic = self._work(self.adapter), self.form.synthetic()
+        self._leader = None if self._team is None else together.lead(self._team, plan, work, synthetic)
         steps = private_steps(
             self.adapter,
-            parts.dataset,
+            work.dataset,
             ledger=ledger,
             optimizer=self.optimizer,
             loss_fn=self.per_example_loss,
             collate=self.per_example_batch,
-            synthetic=self.form.synthetic(),
+            synthetic=synthetic,
             max_length=self.form.max_length,
             schedule=lambda done: factor(round(done * plan.steps)),
             token_budget=self.privacy.token_budget,
@@ -345,20 +346,22 @@ class DPTrainerMixin(Surroundings):
         from transformers.trainer_utils import TrainOutput
 
         trainer: Any = self
-        self.adapter, plan = together.assist(
-            team, self.model, self._parts, lambda: trainer._evaluate(None, ignore_keys)
+        plan = together.assist(
+            team, self.model, self._work, self.form.synthetic(), lambda: trainer._evaluate(None, ignore_keys)
         )
         self.state.global_step = plan.steps
         return TrainOutput(plan.steps, math.nan, {})
 
-    def _parts(self, adapter: Adapter) -> together.Parts:
+    def _work(self, adapter: Adapter) -> Work:
         self.adapter = adapter  # its device is where batches go
-        return together.Parts(
+        return Work(
+            adapter=adapter,
             dataset=TokenExamples(self.train_dataset, self.form),
-            form=self.form,
             loss_fn=self.per_example_loss,
             collate=self.per_example_batch,
+            buckets=length_buckets(self.form.max_length),
             token_budget=self.privacy.token_budget,
+            sharded=False,
         )
 
     def _collator(self) -> Collator:

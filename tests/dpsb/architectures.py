@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 
 import torch
 import transformers
+from conftest import scattered
 from peft import LoraConfig, get_peft_model
 
 from dpsb import basis as bases
 from dpsb.adapter import attach
-from dpsb.capture import adapter_train_mode
 from dpsb.data import Collator
 from dpsb.losses import IGNORED, causal_lm_loss, classification_loss, seq2seq_loss
 
@@ -137,14 +137,7 @@ def adapted(kind, base, basis=bases.random, scatter=0.3):
     model = get_peft_model(
         base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, fan_in_fan_out=kind == "gpt2")
     )
-    adapter = attach(model, basis(model))
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for core in adapter.cores:
-            core.up.core.weight.copy_(scatter * torch.randn(RANK, RANK, generator=generator))
-    model.train()
-    adapter_train_mode(adapter)
-    return adapter
+    return scattered(attach(model, basis(model)), scatter)
 
 
 def batch_for(kind, dtype=torch.float32, seed=3):

@@ -98,12 +98,17 @@ def build_adapter(base, rank=4, allow=(), scatter=0.3, basis=bases.random, **opt
         frozen_head = {"task_type": None, "target_modules": ["query", "key", "value", "dense"]}
         options = {**frozen_head, **options}
     model = build_lora(base, rank, **options)
-    adapter = attach(model, basis(model), allow=allow)
+    return scattered(attach(model, basis(model), allow=allow), scatter)
+
+
+def scattered(adapter, scatter=0.3):
+    """The adapter with R random, so that every layer feels the others, in train mode."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for core in adapter.cores:
-            core.up.core.weight.copy_(scatter * torch.randn(rank, rank, generator=generator))
-    model.train()
+            weight = core.up.core.weight
+            weight.copy_(scatter * torch.randn(weight.shape, generator=generator))
+    adapter.model.train()
     adapter_train_mode(adapter)
     return adapter
 

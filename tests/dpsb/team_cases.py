@@ -62,8 +62,8 @@ def compare(processes, sharded):
         processes.add_up(torch.tensor([float(equal)]))
         return
     with training_mode(adapter.model):
-        batch = probe_every_bucket(adapter, causal_lm_loss, work.collate, synthetic, work.buckets, 32)
-        leader = Leader(processes, work, batch)
+        probe_every_bucket(adapter, causal_lm_loss, work.collate, synthetic, work.buckets, 32)
+        leader = Leader(processes, work, synthetic)
         leader.forward_passes(0)
         found = [leader.clipped_sum(i, CLIP, np.array(draw, dtype=np.int64)) for i, draw in enumerate(DRAWS)]
     leader.stop()

@@ -2,22 +2,13 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
+from workbench import LLAMA_3_8B
 
 from dpsb.adapter import lora_layers
 from dpsb.models import add_lora
 from dpsb_accounting.noise import amplification
 from dpsb_accounting.shapes import Layer
-
-LLAMA_3_8B = LlamaConfig(
-    vocab_size=128_256,
-    hidden_size=4096,
-    intermediate_size=14_336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    tie_word_embeddings=False,
-)
 
 
 def bytes_of(shapes):

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 import workbench
-from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from dpsb.cli import app
@@ -22,14 +21,7 @@ PLAN = make_plan(epsilon=3, delta=1e-6, num_examples=50_000, expected_batch_size
 def eight_billion(tmp_path_factory):
     """The config of a Llama-3-8B; nothing of that size is made."""
     folder = tmp_path_factory.mktemp("llama-8b")
-    LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-    ).save_pretrained(folder)
+    workbench.LLAMA_3_8B.save_pretrained(folder)
     return memory_plan(str(folder), "causal-lm", dtype=torch.bfloat16, token_budgets=(4096,), max_length=512)
 
 

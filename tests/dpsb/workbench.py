@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from transformers import LlamaConfig
 
 from dpsb.adapter import attach
 from dpsb.baselines.build import adapt, add_method, lora_xs
@@ -47,6 +48,17 @@ def folder(name):
 
 
 # --- models as folders
+
+LLAMA_3_8B = LlamaConfig(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    tie_word_embeddings=False,
+)
+"""For shapes on the meta device; nothing of that size is made."""
 
 
 def _settings(**further):
@@ -100,7 +112,7 @@ def bert_folder(pooled=False, id2label=()):
 def llama_folder():
     """A tiny Llama with a word-level tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     path = folder("llama")
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(SPECIAL + WORDS + PIECES)}, unk_token="[UNK]"))
