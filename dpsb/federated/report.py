@@ -93,7 +93,10 @@ def federation_report(out: Path) -> Federation:
         receipt = state.receipts.get(name)
         if not path.exists() and not copy.exists():
             if receipt is not None:
-                raise ServerError(f"The ledger of silo {name!r}, which took part, is gone: nothing can be claimed.")
+                raise ServerError(
+                    f"The ledger of silo {name!r}, which took part, is not here: nothing can be claimed. Start the "
+                    f"server again while that silo is up, or put its owner's ledger.jsonl at {copy}."
+                )
             never.append(name)
             continue
         record = Ledger.read(path if path.exists() else copy)

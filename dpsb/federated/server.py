@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,9 +122,20 @@ def save_state(out: Path, state: ServerState) -> None:
 def load_state(out: Path) -> ServerState | None:
     """The state in ``out/server``; None if there is none.
 
+    A reader beside a running server may meet the moment in which the folder is replaced, so that it looks again.
+
     Raises:
       ServerError: If it cannot be read.
     """
+    for pause in (0.05, 0.5):
+        try:
+            return _read_state(out)
+        except ServerError:
+            time.sleep(pause)
+    return _read_state(out)
+
+
+def _read_state(out: Path) -> ServerState | None:
     folder = next((out / name for name in (SERVER, f"{SERVER}.old") if (out / name).is_dir()), None)
     if folder is None:
         return None
@@ -149,7 +161,7 @@ def load_state(out: Path) -> ServerState | None:
             basis=basis,
             basis_record=None if facts.get("basis") is None else _record(facts["basis"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ServerError(f"{folder} cannot be read ({type(error).__name__}); start a new run elsewhere.") from None
 
 

@@ -1,7 +1,7 @@
 """Kills a run at random times, again and again, and holds its ledger against what it released.
 
-A driver forks a worker, kills it with SIGKILL after a random time and forks the next, until the plan's steps
-are charged. The worker trains a tiny model by ``fit`` with the ledger, the checkpoints and the noise of any run; a
+A driver forks a worker, kills it with SIGKILL after a random number of charges, and forks the next, until the plan's
+steps are charged. The worker trains a tiny model by ``fit`` with the ledger, the checkpoints and noise of any run; a
 witness writes down every draw and every release as it happens. At the end:
 
 * the ledger verifies, holds exactly the plan's T charges, none of them twice, in order;
@@ -9,7 +9,7 @@ witness writes down every draw and every release as it happens. At the end:
 * the releases are those of the charges, but for at most one charge for each kill, which is spent and released nothing;
 * no two releases have the same noise.
 
-    python tests/benchmarks/soak.py --steps 10000 --seconds 4
+    python tests/benchmarks/soak.py --steps 10000 --charges 200
 """
 
 from __future__ import annotations
@@ -115,17 +115,25 @@ def in_a_fork(folder: Path, steps: int) -> int:
     return pid
 
 
-def soak(folder: Path, steps: int, seconds: float, seed: int = 0) -> dict[str, float]:
+def written(folder: Path) -> int:
+    """Lines of the ledger."""
+    path = folder / "ledger.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def soak(folder: Path, steps: int, charges: int, seed: int = 0) -> dict[str, float]:
     """Runs and kills until the plan is spent; returns what happened. Raises AssertionError if anything is wrong."""
     torch.set_num_threads(1)
     source, kills, began = random.Random(seed), 0, time.perf_counter()
     while True:
         pid, status = in_a_fork(folder, steps), None
-        end = time.perf_counter() + source.uniform(0.0, 2 * seconds)
-        while status is None and time.perf_counter() < end:
+        last = written(folder) + source.randint(0, 2 * charges)  # a fifth and more die while they start
+        early = time.perf_counter() + source.expovariate(0.5) if source.random() < 0.2 else None
+        while status is None and written(folder) < last and (early is None or time.perf_counter() < early):
             time.sleep(0.002)
             done, found = os.waitpid(pid, os.WNOHANG)
             status = found if done else None
+        time.sleep(source.uniform(0.0, 0.02))
         if status is None:
             os.kill(pid, signal.SIGKILL)
             status = os.waitpid(pid, 0)[1]
@@ -160,11 +168,11 @@ def check(folder: Path, steps: int, kills: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--seconds", type=float, default=4.0, help="mean time between two kills")
+    parser.add_argument("--charges", type=int, default=200, help="mean number of charges between two kills")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="dpsb-soak-") as folder:
-        print(json.dumps(soak(Path(folder), options.steps, options.seconds, options.seed), indent=1))
+        print(json.dumps(soak(Path(folder), options.steps, options.charges, options.seed), indent=1))
 
 
 if __name__ == "__main__":

@@ -128,8 +128,12 @@ def start_silos(tmp_path, fed, node_ports, silos):
         silos[name] = command("silo", folder, start_new_session=True)
 
 
-def stop(silos):
-    """Ends the silos' processes; returns what they printed."""
+def stop(silos, *servers):
+    """Ends the silos' processes, and a server's that is still there; returns what the silos printed."""
+    for process in servers:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate(timeout=60)
     for process in silos.values():
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
@@ -143,10 +147,14 @@ def test_three_silos_and_one_that_is_killed(tmp_path):
     fed = tmp_path / "fed"
     done = invoke("init", "--config", config(tmp_path), "--out", fed, "--port", port)
     assert done.exit_code == 0, done.output
-    silos = {}
+    silos, servers = {}, []
     try:
         start_silos(tmp_path, fed, node_ports, silos)
-        server = command("server", fed, "--port", port, "--patience", 120, "--timeout", 90, "--json")
+        servers.append(
+            server := command(
+                *("server", fed, "--port", port, "--patience", 120, "--timeout", 90, "--json"), start_new_session=True
+            )
+        )
         ledgers = list((tmp_path / "south").glob("runs/*/ledger.jsonl"))
         last = time.monotonic() + 240
         while not ledgers and time.monotonic() < last and server.poll() is None:
@@ -156,7 +164,7 @@ def test_three_silos_and_one_that_is_killed(tmp_path):
         output, _ = server.communicate(timeout=420)
         assert server.returncode == 0, output
     finally:
-        texts = stop(silos)
+        texts = stop(silos, *servers)
     report = json.loads((fed / "report.json").read_text())
     assert report["claim"] is True, texts
     assert report["epsilon"]["upper"] <= 3.0
@@ -187,13 +195,13 @@ def test_a_server_that_is_killed_goes_on_at_the_round_that_was_open(tmp_path):
     model = f'model = "{workbench.bert_folder()}"\nlabels = "ham,spam"\nepsilon = 3.0\nexpected_batch_size = 16\n'
     text = f"{model}max_length = 16\n\n[federation]\nrounds = 2\nlocal_steps = 1\nmin_silos = 2\n"
     port, *node_ports = free_ports(4)
-    fed, silos = tmp_path / "fed", {}
+    fed, silos, servers = tmp_path / "fed", {}, []
     done = invoke("init", "--config", config(tmp_path, text), "--out", fed, "--port", port)
     assert done.exit_code == 0, done.output
     serve = ("server", fed, "--port", port, "--timeout", 90, "--json", "--patience")
     try:
         start_silos(tmp_path, fed, node_ports, silos)
-        server = command(*serve, 120, start_new_session=True)
+        servers.append(server := command(*serve, 120, start_new_session=True))
         assert waited(lambda: load_state(fed).round >= 1, 240, server), server.communicate(timeout=5)[0]
         os.killpg(server.pid, signal.SIGKILL)
         server.communicate(timeout=60)
@@ -201,11 +209,11 @@ def test_a_server_that_is_killed_goes_on_at_the_round_that_was_open(tmp_path):
         before = load_state(fed)
         assert before.round == 1
         assert not (fed / "report.json").exists()
-        server = command(*serve, 20, start_new_session=True)
+        servers.append(server := command(*serve, 90, start_new_session=True))
         output, _ = server.communicate(timeout=300)
         assert server.returncode == 0, output
     finally:
-        texts = stop(silos)
+        texts = stop(silos, *servers)
     after = load_state(fed)
     assert after.run_id == before.run_id
     assert [record.round for record in after.history] == [0, 1], texts

@@ -55,7 +55,9 @@ def coordinate(grid: Grid, out: Path, *, token: str, patience: float, timeout: f
         coordinator = Coordinator(
             out, state.terms, state.theta, state.basis_sha256, transport, on_round=fetch, shapes=shapes
         )
-        coordinator.run()
+        done = coordinator.run()
+        if not all(copy_of_ledger(out, name).exists() for name in done.receipts):
+            transport.find(patience)  # a silo that was away when they were fetched
         _keep_ledgers(out, transport.ledgers(run_id))
         reason = None
     except Exception as error:
