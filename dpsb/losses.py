@@ -110,12 +110,15 @@ def _token_losses(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor
     if head is None or backbone is None or transformed:
         return _scored(nn.Identity(), model(**inputs).logits, labels)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
-    tokens = max(1, _CHUNK_LOGITS // (hidden.shape[0] * head.weight.shape[0]))
+    tokens = max(1, _CHUNK_LOGITS // head.weight.shape[0])
     plain = type(head) is nn.Linear and is_plain(head.weight)
     if plain and not any(parameter.requires_grad for parameter in head.parameters()):
-        return cast(torch.Tensor, _FrozenHeadLosses.apply(hidden, head, labels, tokens))
-    score = partial(_scored, head)
-    chunks = zip(hidden.split(tokens, dim=1), labels.split(tokens, dim=1), strict=True)
+        counted = torch.nonzero(labels.flatten() != IGNORED)[:, 0]  # prompts and padding need no scores
+        states, targets = hidden.flatten(0, 1)[counted], labels.flatten()[counted]
+        losses = cast(torch.Tensor, _FrozenHeadLosses.apply(states, head, targets, tokens))
+        return losses.new_zeros(labels.numel()).index_copy(0, counted, losses).view_as(labels)
+    score, each = partial(_scored, head), max(1, tokens // hidden.shape[0])
+    chunks = zip(hidden.split(each, dim=1), labels.split(each, dim=1), strict=True)  # a row stays a row for its hooks
     return torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in chunks], dim=1)
 
 
@@ -134,20 +137,18 @@ class _FrozenHeadLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor, tokens: int) -> torch.Tensor:
-        losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+    def forward(ctx: Any, hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, tokens: int) -> torch.Tensor:
+        losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, hidden.shape[1], tokens):
+        for start in range(0, len(hidden), tokens):
             part = slice(start, start + tokens)
-            counted = labels[:, part] != IGNORED
-            target = labels[:, part].where(counted, 0)[..., None]
-            log_p = head(hidden[:, part]).float().log_softmax(dim=-1)
-            losses[:, part] = torch.where(counted, -log_p.gather(-1, target)[..., 0], 0.0)
+            target = targets[part, None]
+            log_p = head(hidden[part]).float().log_softmax(dim=-1)
+            losses[part] = -log_p.gather(-1, target)[:, 0]
             if slope is not None:
                 p = log_p.exp_()
                 p.scatter_add_(-1, target, torch.full_like(target, -1.0, dtype=p.dtype))
-                p.mul_(counted[..., None])
-                slope[:, part] = p.to(head.weight.dtype) @ head.weight
+                slope[part] = p.to(head.weight.dtype) @ head.weight
         if slope is not None:
             ctx.save_for_backward(slope)
         return losses

@@ -165,7 +165,7 @@ def _measured(adapter: Adapter, task: str, size: int, length: int) -> tuple[int,
         labels = torch.zeros(size, dtype=torch.long) if task == "classification" else ids
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         kept = _Kept(model)
-        with _Peak(model) as peak, per_example_gradients(adapter, size) as rows:
+        with _Peak(model, size * (length - 1)) as peak, per_example_gradients(adapter, size) as rows:
             with saved_tensors_hooks(kept.add, lambda tensor: tensor):
                 loss = loss_fn(model, batch).sum()
             for module in model.modules():
@@ -201,16 +201,24 @@ class _Kept:
 
 
 class _Peak(TorchDispatchMode):
-    """The most bytes alive at any moment among the storages made inside."""
+    """The most bytes alive at any moment among the storages made inside.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+      model: Its weights do not count.
+      labelled: How many tokens have a label, which tensors without values cannot tell.
+    """
+
+    def __init__(self, model: nn.Module, labelled: int) -> None:
         super().__init__()
         self.most = self._held = 0
-        self._seen = _storages(model)
+        self._seen, self._labelled = _storages(model), labelled
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
-        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.nonzero.default:
+            result: Any = torch.zeros(self._labelled, args[0].dim(), dtype=torch.long)
+        else:
+            result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._count(tensor.untyped_storage())

@@ -100,9 +100,10 @@ def test_logits_of_the_batch_never_exist_at_once(tiny, kind):
     batch = tiny.batch(kind, lengths=(64, 40, 9, 3), padded=t, vocab=vocab)
     base = adapter.model.get_base_model()
     shapes = logit_shapes(base, lambda: causal_lm_loss(adapter.model, batch).sum().backward())
-    largest = max(size * tokens * width for size, tokens, width in shapes)
-    assert largest <= module._CHUNK_LOGITS < n * t * vocab
-    assert sum(tokens for _, tokens, _ in shapes) == t  # made once
+    assert max(tokens * width for tokens, width in shapes) <= module._CHUNK_LOGITS < n * t * vocab
+    labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
+    assert 0 < labelled < n * t
+    assert sum(tokens for tokens, _ in shapes) == labelled, "made once, and none for prompts and padding"
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -110,7 +111,8 @@ def test_chunked_equals_unchunked(tiny, kind, monkeypatch):
     adapter, batch = tiny.adapter(tiny.base(kind)), tiny.batch(kind)
     base = adapter.model.get_base_model()
     results = []
-    for numbers, chunks in ((1 << 22, 1), (5 * tiny.vocab * 5, 3), (1, 12)):
+    labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
+    for numbers, chunks in ((1 << 22, 1), (tiny.vocab * 10, -(-labelled // 10)), (1, labelled)):
         monkeypatch.setattr(module, "_CHUNK_LOGITS", numbers)
         shapes = logit_shapes(base, lambda: causal_lm_loss(adapter.model, batch))
         assert len(shapes) == chunks
