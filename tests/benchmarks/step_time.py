@@ -18,7 +18,8 @@ from __future__ import annotations
 import random
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,23 +143,32 @@ def _huggingface_step(
     return step
 
 
-def time_rounds(workload: Workload, repetitions: int) -> list[common.Round]:
-    """The time of every arm in every round.
+def arms_here(workload: Workload) -> dict[str, Callable[[], common.Elapsed]]:
+    """The arms beside the private one that run in this process."""
+    collate = Collator(pad_token_id=0)
+    batch = workload.examples(workload.batch_size)
+    steps = {
+        "nonprivate_r": nonprivate_r_step(workload, batch, collate),
+        "peft_lora": peft_step(workload, batch, collate),
+        "opacus_lora": opacus_step(workload, batch, collate),
+    }
+    if workload is common.SMOLLM2:
+        steps["opacus_ghost"] = ghost_step(workload, batch, collate)
+    return {name: partial(common.timed, step) for name, step in steps.items()}
+
+
+def time_rounds(
+    workload: Workload, repetitions: int, others: Mapping[str, Callable[[], common.Elapsed]]
+) -> list[common.Round]:
+    """The time of every arm in every round; ``others`` make one step each and say what it took.
 
     ``fit`` runs once from start to end. Its ``on_step`` callback runs the other arms and starts the clock again, so
     the private arm is timed exactly as users get it.
     """
     collate = Collator(pad_token_id=0)
     examples = workload.examples(ROWS)
-    batch = examples[: workload.batch_size]
-    others = {
-        "nonprivate_r": nonprivate_r_step(workload, batch, collate),
-        "peft_lora": peft_step(workload, batch, collate),
-        "opacus_lora": opacus_step(workload, batch, collate),
-    }
-    if workload is common.SMOLLM2:
-        others["opacus_ghost"] = ghost_step(workload, batch, collate)
     adapter = workload.adapter()
+    minutes_long = workload.name == common.SMOLLM2.name
     order = random.Random(0)
     rounds: list[common.Round] = []
     watch = common.Stopwatch()
@@ -167,9 +177,9 @@ def time_rounds(workload: Workload, repetitions: int) -> list[common.Round]:
         nonlocal watch
         times = {"private": watch.elapsed()}
         for name in order.sample(list(others), len(others)):
-            times[name] = common.timed(others[name])
+            times[name] = others[name]()
         rounds.append(times)
-        if workload is common.SMOLLM2:  # rounds of minutes
+        if minutes_long:
             seconds = {name: f"{took.wall:.1f} ({took.cpu:.1f})" for name, took in times.items()}
             print(
                 f"round {len(rounds)} of {steps}, seconds (of processor time): {seconds}", file=sys.stderr, flush=True
@@ -177,7 +187,7 @@ def time_rounds(workload: Workload, repetitions: int) -> list[common.Round]:
         watch = common.Stopwatch()
 
     warm_up, longest_probed = WARM_UP, workload.tokens
-    if workload is common.SMOLLM2:  # minutes long as it is: the probe before the first step sees short examples only
+    if minutes_long:  # the probe before the first step sees short examples only
         warm_up, longest_probed = 1, 16
     steps = warm_up + repetitions
     with (
@@ -203,7 +213,7 @@ def time_rounds(workload: Workload, repetitions: int) -> list[common.Round]:
 
 def measure(workload: Workload, repetitions: int) -> dict[str, Any]:
     """The ratios, with the times behind them."""
-    rounds = time_rounds(workload, repetitions)
+    rounds = time_rounds(workload, repetitions, arms_here(workload))
     compared = [arm for arm in RATIO_NAMES if arm in rounds[0]]
     ratios = {arm: common.paired_ratio(rounds, "private", arm) for arm in compared}
     times = {arm: common.quartiles([times[arm].wall for times in rounds]) for arm in rounds[0]}
