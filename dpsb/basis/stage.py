@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from dpsb.adapter import Adapter, Basis, Factors, Provenance, attach, detach, lora_layers
-from dpsb.basis.budget import PHASE, basis_phase, default_share
+from dpsb.basis.budget import basis_phase, default_share
 from dpsb.basis.choose import choice_provenance, choose_privately, gradient_basis, rank_public
 from dpsb.basis.data_free import DATA_FREE
 from dpsb.basis.gradient import mean_gradients
@@ -23,7 +23,7 @@ from dpsb.basis.private import private, private_provenance, releases_for, rounds
 from dpsb.basis.random import random
 from dpsb.basis.release import Clip, PrivateExamples
 from dpsb.basis.sources import EXAMPLES, PublicSet, batches_of, public_gradients
-from dpsb.basis_spec import parse_basis
+from dpsb.basis_spec import PHASE, parse_basis
 from dpsb.config import RunConfig
 from dpsb.data import DataError
 from dpsb.losses import LossFn

@@ -185,7 +185,7 @@ def server(
     """
 
     def run() -> None:
-        from dpsb.federated.flower.setup import serve_federation
+        from dpsb.federated.flower.serving import serve_federation
 
         _end_like_an_interrupt()
         console = Console(stderr=as_json, quiet=as_json)

@@ -22,7 +22,7 @@ from dpsb.config import RunConfig
 from dpsb.data import Collator, Table
 from dpsb.evaluate import evaluate
 from dpsb.federated.card import federation_card
-from dpsb.federated.config import FederateConfig
+from dpsb.federated.config import SETTINGS_NAME, FederateConfig
 from dpsb.federated.paid_basis import provenance_of
 from dpsb.federated.report import Federation, write_report
 from dpsb.federated.spec import FederatedError, PaidBasis
@@ -33,7 +33,7 @@ from dpsb.run import run_details
 from dpsb.start import START_NAME, attach_saved, start_of
 from dpsb_accounting.files import write_whole
 
-SETTINGS_NAME, ADAPTER, PAID_START = "federation.json", "adapter", "paid-start.safetensors"
+ADAPTER, PAID_START = "adapter", "paid-start.safetensors"
 
 Status = Callable[[str], None]
 

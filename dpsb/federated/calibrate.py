@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from dpsb.basis.budget import PHASE, basis_noise_multiplier, default_share
+from dpsb.basis.budget import basis_noise_multiplier, default_share
+from dpsb.basis_spec import PHASE
 from dpsb.federated.config import FederateConfig
 from dpsb.federated.secure.whole_numbers import clip_steps_for
 from dpsb.federated.spec import FederatedError, PaidBasis, PrivacyModel, SiloPolicy

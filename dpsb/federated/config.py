@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tomllib
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from dpsb.federated.spec import (
 from dpsb.federated.terms import SERVER_OPTIMIZERS
 
 NOISES = ("gaussian", "skellam")
+SETTINGS_NAME = "federation.json"
+"""In the folder of a federation, and of each silo of a deployment: its settings, and where its basis is from."""
 
 EMBEDDED_DATA = "mail"
 """In a federation's settings: the embedded mail, ``data = "mail"`` for training and ``eval_data = "mail"`` for test."""
@@ -271,6 +274,21 @@ def config_from_json(content: Mapping[str, Any]) -> FederateConfig:
     }
     federation = FederationSettings(**checked_fields(FederationSettings, content["federation"], "the federation"))
     return FederateConfig(run=make_config(content["run"]), federation=federation, silos=silos)
+
+
+def settings_in(folder: Path) -> FederateConfig:
+    """The settings of the federation in a folder, a server's or a silo's.
+
+    Raises:
+      FederatedError: If there are none.
+    """
+    try:
+        content = json.loads((folder / SETTINGS_NAME).read_text())["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise FederatedError(
+            f"{folder} holds no federation ({SETTINGS_NAME}); make it with `dpsb federate init`."
+        ) from None
+    return config_from_json(content)
 
 
 def silo_config(config: FederateConfig, name: str) -> RunConfig:

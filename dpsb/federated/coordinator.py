@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from dpsb.basis.budget import PHASE
+from dpsb.basis_spec import PHASE
 from dpsb.federated.aggregate import fed_sb
 from dpsb.federated.budget import alone
 from dpsb.federated.judge import Verdict, judge
 from dpsb.federated.messages import SUM, RoundMessage, State, Transport, Update, bytes_of, theta_digest
-from dpsb.federated.paid_basis import basis_from, released_layout
+from dpsb.federated.paid_layout import released_layout
 from dpsb.federated.secure.masks import SecureSumError
 from dpsb.federated.secure.opening import SecureSum
 from dpsb.federated.secure.whole_numbers import to_real
@@ -162,6 +162,8 @@ class Coordinator:
         Post-processing of what they sent. Asked again after a crash, silos send the same bytes; the releases of fewer
         than ``min_silos`` make no basis.
         """
+        from dpsb.federated.paid_basis import basis_from  # imports the model's libraries, which no other round needs
+
         specs = state.terms.specs(state.run_id, 0, state.theta, state.basis_sha256, PHASE)
         layout = released_layout(self._shapes)
         verdict, sent = self._asked(state, specs, [name for name in specs if name not in state.left], layout)

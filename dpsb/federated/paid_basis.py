@@ -9,31 +9,22 @@ its ledger by their hash, and rounds name them by their digest.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from dpsb.adapter import Factors, Provenance
 from dpsb.basis.private import factors_of, private_provenance
 from dpsb.basis.release import Clip
+from dpsb.federated.paid_layout import GRADIENT, A, B
 from dpsb.federated.spec import FederatedError, PaidBasis
 
 State = Mapping[str, torch.Tensor]
-A, B = ".A", ".B"
-GRADIENT = "gradient/"
-"""Before the names of what a silo releases for the basis."""
 
 
 def provenance_of(paid: PaidBasis) -> Provenance:
     """What every silo's plan states of the basis."""
     clip = Clip(l2_clip_norm=paid.l2_clip_norm, clipping=paid.clipping, share=paid.share)
     return private_provenance(clip, 0)
-
-
-def released_layout(shapes: Mapping[str, tuple[int, int, int]]) -> dict[str, torch.Tensor]:
-    """Names, shapes and types of what a silo releases; ``shapes`` has out, in and rank of each weight. Public."""
-    return {f"{GRADIENT}{name}": torch.zeros(rows, columns) for name, (rows, columns, _) in shapes.items()}
 
 
 def basis_from(mean: State, shapes: Mapping[str, tuple[int, int, int]]) -> dict[str, torch.Tensor]:
@@ -57,10 +48,3 @@ def factors_from(tensors: State, shapes: Mapping[str, tuple[int, int, int]]) -> 
     if not all(tensor.dtype == torch.float32 and bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise FederatedError("The basis of the message holds numbers that are not finite or of another type.")
     return {name: Factors(A=tensors[f"{name}{A}"], B=tensors[f"{name}{B}"]) for name in shapes}
-
-
-def shapes_of(start: Path) -> dict[str, tuple[int, int, int]]:
-    """Out, in and rank of each target weight, from the public start of a federation. Public."""
-    saved = load_file(start)
-    names = [name.removesuffix(A) for name in saved if name.endswith(A) and f"{name.removesuffix(A)}{B}" in saved]
-    return {name: (saved[name + B].shape[0], saved[name + A].shape[1], saved[name + A].shape[0]) for name in names}

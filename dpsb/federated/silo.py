@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load
 
-from dpsb.basis.budget import PHASE
 from dpsb.basis.stage import BASIS_NAME
+from dpsb.basis_spec import PHASE
 from dpsb.federated.budget import FolderBusy, alone, open_ledger, plan_for, run_folder
 from dpsb.federated.canaries import SiloCanaries
 from dpsb.federated.messages import (

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpsb.data import read_table
-from dpsb.federated.building import SETTINGS_NAME, Built, build, finish
+from dpsb.federated.building import Built, build, finish
 from dpsb.federated.calibrate import policy_text, terms_of
 from dpsb.federated.canaries import FederationCanaries
-from dpsb.federated.config import FederateConfig, silo_config
+from dpsb.federated.config import SETTINGS_NAME, FederateConfig, silo_config
 from dpsb.federated.coordinator import Coordinator
 from dpsb.federated.local import LocalTransport
 from dpsb.federated.messages import Reply

@@ -19,7 +19,8 @@ from dpsb.capture import adapter_train_mode
 from dpsb.clipped_sums import charged_sum, clipped_sum
 from dpsb.federated.canaries import SiloCanaries
 from dpsb.federated.messages import SUM, basis_digest, theta_digest
-from dpsb.federated.paid_basis import GRADIENT, factors_from
+from dpsb.federated.paid_basis import factors_from
+from dpsb.federated.paid_layout import GRADIENT
 from dpsb.federated.secure.whole_numbers import round_sum, share_mean, skellam
 from dpsb.federated.spec import PrivacyModel, RoundSpec
 from dpsb.losses import LossFn

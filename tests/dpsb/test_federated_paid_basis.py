@@ -18,7 +18,7 @@ from dpsb.basis.private import factors_of
 from dpsb.federated.config import read_federation
 from dpsb.federated.coordinator import Coordinator, TooFewSilos
 from dpsb.federated.messages import RoundMessage, theta_digest
-from dpsb.federated.paid_basis import GRADIENT
+from dpsb.federated.paid_layout import GRADIENT
 from dpsb.federated.report import federation_report
 from dpsb.federated.server import load_state
 from dpsb.federated.simulate import simulate

@@ -1,4 +1,4 @@
-"""A deployment's folders: the server's, and one to carry to each silo. And what runs from them."""
+"""A deployment's folders: the server's, and one to carry to each silo. And what a silo runs from its own."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from dpsb.data import read_table
-from dpsb.federated.building import SETTINGS_NAME, build, build_without_data, finish
+from dpsb.federated.building import build, build_without_data
 from dpsb.federated.calibrate import policy_text, terms_of
-from dpsb.federated.config import FederateConfig, config_from_json
+from dpsb.federated.config import SETTINGS_NAME, FederateConfig, settings_in
 from dpsb.federated.coordinator import Coordinator
-from dpsb.federated.flower.deployment import LOOPBACK, NODES, TLS, register, run_rounds, superlink, supernode
+from dpsb.federated.flower.deployment import LOOPBACK, NODES, TLS, supernode
 from dpsb.federated.flower.keys import CA, make_certificates, make_node_key
 from dpsb.federated.local import LocalTransport
 from dpsb.federated.messages import Reply
-from dpsb.federated.report import REPORT_NAME, Federation, federation_report
 from dpsb.federated.secure.masks import own_key, public_of
 from dpsb.federated.server import ServerError
 from dpsb.federated.silo import Silo
@@ -121,27 +120,6 @@ def initialize(config: FederateConfig, hosts: Sequence[str], port: int, on_statu
     return out
 
 
-def serve_federation(
-    out: Path, host: str, port: int, *, patience: float, timeout: float, on_status: Status
-) -> Federation:
-    """Runs or goes on with the rounds of a deployment, then writes adapter and report.
-
-    Raises:
-      ServerError: If the run stopped early; start it again to go on at the round that is open.
-    """
-    config = _settings(out)
-    if (out / REPORT_NAME).exists():
-        raise ServerError(f"The federation in {out} is finished; look at it with `dpsb federate report {out}`.")
-    with superlink(out, host, port) as flower:
-        keys = sorted((out / NODES).glob("*.pub"))
-        register(flower, keys)
-        on_status(f"waiting for silos at {host}:{port}; {len(keys)} node keys are registered")
-        run_rounds(out, flower, patience=patience, timeout=timeout)
-    federation = federation_report(out)
-    finish(out, build_without_data(config, out, on_status), config, federation)
-    return federation
-
-
 def open_silo(
     folder: Path, *, on_status: Status, on_problem: Callable[[str], None] = lambda _reason: None
 ) -> tuple[Silo, Trainer]:
@@ -150,7 +128,7 @@ def open_silo(
     Raises:
       FederatedError, DataError, ModelError, ProbeError: With one sentence.
     """
-    config, policy = _settings(folder), read_policy(folder / POLICY_NAME)
+    config, policy = settings_in(folder), read_policy(folder / POLICY_NAME)
     own = SiloFile(**_toml(folder / SILO_FILE, SiloFile))
     if policy.silo not in config.silos:
         raise FederatedError(f"{folder / POLICY_NAME} is for silo {policy.silo!r}, which the federation does not know.")
@@ -193,7 +171,7 @@ def run_silo(
     node = threading.Thread(target=_run_node, args=beside)
     try:
         silo, trainer = open_silo(folder, on_status=on_status, on_problem=on_problem)
-        remember = _settings(folder).run.remember_frozen_blocks
+        remember = settings_in(folder).run.remember_frozen_blocks
         with remember_frozen_prefix(trainer.adapter.model) if remember else nullcontext():
             on_status("checking the model on synthetic examples")
             trainer.check()
@@ -221,16 +199,6 @@ def _run_node(folder: Path, node_folder: Path, stop: threading.Event, on_status:
         stop=stop.is_set,
         on_restart=lambda code: on_status(f"the SuperNode ended with code {code}; it is started again"),
     )
-
-
-def _settings(folder: Path) -> FederateConfig:
-    try:
-        content = json.loads((folder / SETTINGS_NAME).read_text())["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise FederatedError(
-            f"{folder} holds no federation ({SETTINGS_NAME}); make it with `dpsb federate init`."
-        ) from None
-    return config_from_json(content)
 
 
 def _toml(path: Path, kind: type[Any]) -> dict[str, Any]:
