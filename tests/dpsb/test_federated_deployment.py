@@ -172,7 +172,7 @@ def test_three_silos_and_one_that_is_killed(tmp_path):
         )
         assert wait_until(lambda: list((tmp_path / "south").glob("runs/*/ledger.jsonl")), 240, server)
         os.killpg(silos["south"].pid, signal.SIGKILL)
-        output, _ = server.communicate(timeout=420)
+        output, _ = server.communicate(timeout=600)
         assert server.returncode == 0, output
     finally:
         texts = stop(silos, *servers)
@@ -227,7 +227,7 @@ def test_a_server_that_is_killed_goes_on_at_the_round_that_was_open(tmp_path):
         assert before.round == 1
         assert not (fed / "report.json").exists()
         servers.append(server := command(*serve, 90, start_new_session=True))
-        output, _ = server.communicate(timeout=300)
+        output, _ = server.communicate(timeout=600)
         assert server.returncode == 0, output
     finally:
         texts = stop(silos, *servers)

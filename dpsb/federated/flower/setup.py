@@ -21,7 +21,8 @@ from dpsb.federated.flower.deployment import LOOPBACK, NODES, TLS, supernode
 from dpsb.federated.flower.keys import CA, make_certificates, make_node_key
 from dpsb.federated.local import LocalTransport
 from dpsb.federated.messages import Reply
-from dpsb.federated.secure.masks import own_key, public_of
+from dpsb.federated.secure.keys import check_peers, known_key
+from dpsb.federated.secure.masks import public_of
 from dpsb.federated.server import ServerError
 from dpsb.federated.silo import Silo
 from dpsb.federated.spec import POLICY_NAME, FederatedError, check_whole, checked_fields, read_policy
@@ -133,8 +134,10 @@ def open_silo(
     if policy.silo not in config.silos:
         raise FederatedError(f"{folder / POLICY_NAME} is for silo {policy.silo!r}, which the federation does not know.")
     if config.federation.noise == "skellam":
-        key = public_of(own_key(folder)).hex()
-        on_status(f'public key of silo {policy.silo!r}, for the others\' policies: [peers] {policy.silo} = "{key}"')
+        public = public_of(known_key(folder))
+        on_status(f"public key of silo {policy.silo!r}: {public.hex()}")
+        for name, key in sorted(check_peers(policy, public, config.silos).items()):
+            on_status(f"it masks for silo {name!r}, whose public key by {POLICY_NAME} is {key}")
     run = replace(config.run, data=own.data, eval_data=None, basis="weight", num_examples=policy.num_examples)
     built = build(config, {policy.silo: read_table(own.data)}, {policy.silo: run}, folder, on_status)
     examples = built.prepared[policy.silo].examples
