@@ -167,7 +167,7 @@ def test_three_silos_and_one_that_is_killed(tmp_path):
         start_silos(tmp_path, silos, in_two_parts=["south"])
         servers.append(
             server := command(
-                *("server", fed, "--port", port, "--patience", 120, "--timeout", 90, "--json"), start_new_session=True
+                *("server", fed, "--port", port, "--patience", 240, "--timeout", 240, "--json"), start_new_session=True
             )
         )
         assert wait_until(lambda: list((tmp_path / "south").glob("runs/*/ledger.jsonl")), 240, server)
@@ -210,11 +210,11 @@ def test_a_server_that_is_killed_goes_on_at_the_round_that_was_open(tmp_path):
     fed, silos, servers = tmp_path / "fed", {}, []
     done = invoke("init", "--config", config(tmp_path, text), "--out", fed, "--port", port)
     assert done.exit_code == 0, done.output
-    serve = ("server", fed, "--port", port, "--timeout", 90, "--json", "--patience")
+    serve = ("server", fed, "--port", port, "--timeout", 240, "--patience", 240, "--json")
     try:
         carry(tmp_path, fed, node_ports)
         start_silos(tmp_path, silos)
-        servers.append(server := command(*serve, 120, start_new_session=True))
+        servers.append(server := command(*serve, start_new_session=True))
         assert wait_until(lambda: load_state(fed).round >= 1, 240, server), server.communicate(timeout=5)[0]
         for silo in silos.values():
             silo.send_signal(signal.SIGSTOP)  # nobody answers the second round, however slow this test is
@@ -226,7 +226,7 @@ def test_a_server_that_is_killed_goes_on_at_the_round_that_was_open(tmp_path):
         before = load_state(fed)
         assert before.round == 1
         assert not (fed / "report.json").exists()
-        servers.append(server := command(*serve, 90, start_new_session=True))
+        servers.append(server := command(*serve, start_new_session=True))
         output, _ = server.communicate(timeout=600)
         assert server.returncode == 0, output
     finally:

@@ -179,7 +179,7 @@ def test_a_secure_sum_over_tls(tmp_path):
         assert invoke("key", tmp_path / name, *others).exit_code == 0
     try:
         start_silos(tmp_path, silos)
-        serve = ("server", fed, "--port", port, "--timeout", 90, "--patience", 120, "--json")
+        serve = ("server", fed, "--port", port, "--timeout", 240, "--patience", 240, "--json")
         servers.append(server := command(*serve, start_new_session=True))
         output, _ = server.communicate(timeout=600)
         assert server.returncode == 0, output
