@@ -182,14 +182,14 @@ class FederateConfig:
         if math.isinf(run.epsilon):
             raise FederatedError("epsilon=inf has no meaning in a federation: nothing would protect a silo.")
         spec = parse_basis(run.basis)
-        if run.basis_share != usual["basis_share"] and spec.kind != "private":
+        if run.basis_share != usual["basis_share"] and spec.kind not in RELEASED:
             raise FederatedError(f"basis_share={run.basis_share!r} is for a basis that is paid for.")
-        if spec.kind == "private":
+        if spec.kind in RELEASED:
             self._check_paid_basis()
-        elif spec.kind in RELEASED or spec.kind == "leak" or (spec.kind == "lora-sb" and not spec.sources):
+        elif spec.kind == "leak" or (spec.kind == "lora-sb" and not spec.sources):
             raise FederatedError(
                 f"basis={run.basis!r} is computed from private data; in a federation use a data-free basis (weight, "
-                "random, complementary, hadamard), public:FILE, or private, for which every silo pays."
+                "random, complementary, hadamard), public:FILE, or private or hybrid, for which every silo pays."
             )
         if run.basis_choice == "private":
             raise FederatedError("basis_choice='private' reads private data; leave it at 'public'.")
@@ -202,14 +202,14 @@ class FederateConfig:
             raise FederatedError(f"basis={run.basis!r} is for model silo_local, not for {self.federation.model}.")
         if run.basis_rounds or run.basis_sampling_prob != 1.0 or run.remember_frozen_blocks:
             raise FederatedError(
-                f"basis={run.basis!r} takes one release of whole gradients of all examples from each silo here: leave "
+                f"basis={run.basis!r} takes one release of all examples from each silo here: leave "
                 "out basis_rounds, basis_sampling_prob and remember_frozen_blocks."
             )
 
     @property
     def basis_is_paid(self) -> bool:
         """Whether every silo pays for a release that the basis is made from."""
-        return parse_basis(self.run.basis).kind == "private"
+        return parse_basis(self.run.basis).kind in RELEASED
 
     @property
     def min_silos(self) -> int:

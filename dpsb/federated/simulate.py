@@ -87,7 +87,9 @@ def simulate(
     data = {name: prepared.examples for name, prepared in built.prepared.items()}
     callbacks.on_status("calibrating the silos' noise")
     dimension = sum(tensor.numel() for tensor in trainer.start.values())
-    terms, policies = terms_of(config, {name: len(examples) for name, examples in data.items()}, dimension)
+    terms, policies = terms_of(
+        config, {name: len(examples) for name, examples in data.items()}, dimension, trainer.wide
+    )
     if terms.clip_steps:
         policies = _acquainted(policies, out)
     callbacks.on_terms(terms, policies)
@@ -118,6 +120,7 @@ def simulate(
             randomness=randomness,
             on_round=callbacks.on_round,
             shapes=trainer.shapes,
+            wide=trainer.wide,
             on_opened=(lambda _sum: None) if canaries is None else canaries.opened,
         )
         if engine == "local":

@@ -170,7 +170,7 @@ def test_three_silos_and_one_that_is_killed(tmp_path):
                 *("server", fed, "--port", port, "--patience", 240, "--timeout", 240, "--json"), start_new_session=True
             )
         )
-        assert wait_until(lambda: list((tmp_path / "south").glob("runs/*/ledger.jsonl")), 240, server)
+        assert wait_until(lambda: list((tmp_path / "south").glob("runs/*/ledger.jsonl")), 480, server)
         os.killpg(silos["south"].pid, signal.SIGKILL)
         output, _ = server.communicate(timeout=600)
         assert server.returncode == 0, output
@@ -215,7 +215,7 @@ def test_a_server_that_is_killed_goes_on_at_the_round_that_was_open(tmp_path):
         carry(tmp_path, fed, node_ports)
         start_silos(tmp_path, silos)
         servers.append(server := command(*serve, start_new_session=True))
-        assert wait_until(lambda: load_state(fed).round >= 1, 240, server), server.communicate(timeout=5)[0]
+        assert wait_until(lambda: load_state(fed).round >= 1, 480, server), server.communicate(timeout=5)[0]
         for silo in silos.values():
             silo.send_signal(signal.SIGSTOP)  # nobody answers the second round, however slow this test is
         os.killpg(server.pid, signal.SIGKILL)

@@ -305,7 +305,7 @@ def test_from_settings_to_a_finished_adapter(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("run", "federated", "said"),
     [
-        ('basis = "hybrid"', "", "for which every silo pays"),
+        ('basis = "hybrid"\nbasis_rounds = 2', "", "leave out basis_rounds"),
         ('basis = "private"', 'model = "secagg"\nserver_optimizer = "sgd"', "is for model silo_local"),
         ('basis = "private"\nbasis_rounds = 2', "", "leave out basis_rounds"),
     ],

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from dpsb.federated.coordinator import Coordinator
 from dpsb.federated.flower.transport import FlowerTransport
-from dpsb.federated.paid_layout import shapes_of
+from dpsb.federated.paid_layout import read_wide, shapes_of
 from dpsb.federated.report import copy_of_ledger
 from dpsb.federated.server import RoundRecord, ServerError, load_state
 from dpsb_accounting import LedgerError
@@ -50,9 +50,9 @@ def coordinate(grid: Grid, out: Path, *, token: str, patience: float, timeout: f
                 _keep_ledgers(out, transport.ledgers(run_id))
 
         run_id = state.run_id
-        shapes = _shapes(out) if state.terms.basis_is_paid else None
+        shapes, wide = (_shapes(out), read_wide(out)) if state.terms.basis_is_paid else (None, None)
         coordinator = Coordinator(
-            out, state.terms, state.theta, state.basis_sha256, transport, on_round=fetch, shapes=shapes
+            out, state.terms, state.theta, state.basis_sha256, transport, on_round=fetch, shapes=shapes, wide=wide
         )
         done = coordinator.run()
         if not all(copy_of_ledger(out, name).exists() for name in done.receipts):

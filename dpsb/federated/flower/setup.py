@@ -21,6 +21,7 @@ from dpsb.federated.flower.deployment import LOOPBACK, NODES, TLS, supernode
 from dpsb.federated.flower.keys import CA, make_certificates, make_node_key
 from dpsb.federated.local import LocalTransport
 from dpsb.federated.messages import Reply
+from dpsb.federated.paid_layout import FRAMES_NAME
 from dpsb.federated.secure.keys import check_peers, known_key
 from dpsb.federated.secure.masks import public_of
 from dpsb.federated.server import ServerError
@@ -102,15 +103,16 @@ def initialize(config: FederateConfig, hosts: Sequence[str], port: int, on_statu
     built = build_without_data(config, out, on_status)
     on_status("calibrating the silos' noise")
     dimension = sum(tensor.numel() for tensor in built.trainer.start.values())
-    terms, policies = terms_of(config, sizes, dimension)
+    terms, policies = terms_of(config, sizes, dimension, built.trainer.wide)
     Coordinator(out, terms, built.trainer.start, built.trainer.basis_sha256, LocalTransport({})).begin()
     make_certificates(out / TLS, list(dict.fromkeys((*hosts, *LOOPBACK))), _DAYS)  # the server asks its own SuperLink
     (out / NODES).mkdir()
     for number, (name, policy) in enumerate(policies.items()):
         folder = out / FOR_SILOS / name
         (folder / NODE).mkdir(parents=True)
-        for file in (SETTINGS_NAME, START_NAME):
-            shutil.copyfile(out / file, folder / file)
+        for file in (SETTINGS_NAME, START_NAME, FRAMES_NAME):
+            if (out / file).exists():
+                shutil.copyfile(out / file, folder / file)
         shutil.copyfile(out / TLS / CA, folder / NODE / CA)
         write_whole(folder / POLICY_NAME, policy_text(policy).encode())
         own = _SILO_TOML.format(data=json.dumps(config.silos[name].data or "FILE"))
