@@ -18,6 +18,9 @@ KINDS = {
 RELEASED = ("private", "hybrid")
 """Kinds that always pay for a private release."""
 
+PHASE = "basis"
+"""Name of the phase of a plan that pays for it."""
+
 _TAKE_FILES = {"public": "FILE[,FILE...]", "hybrid": "[FILE[,FILE...]]", "lora-sb": "[FILE]"}
 
 

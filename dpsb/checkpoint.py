@@ -13,14 +13,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dpsb.adapter import Adapter
 from dpsb_accounting import Ledger, LedgerError
+
+if TYPE_CHECKING:
+    from dpsb.adapter import Adapter
 
 _SCHEMA = "dpsb-checkpoint/1"
 _CURRENT, _OLD = "checkpoint", "checkpoint.old"

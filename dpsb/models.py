@@ -15,11 +15,9 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from dpsb.heads import HEAD_NAMES as HEAD_NAMES
+from dpsb.heads import in_head as in_head
 from dpsb.packaged import PackagedModelError, packaged_folder
-
-HEAD_NAMES = ("classifier", "score")
-"""Modules that PEFT trains beside a sequence-classification adapter."""
-
 
 HEAD_INIT_STD = 0.3
 HEAD_FILE = "head.safetensors"
@@ -173,11 +171,6 @@ def _start_head(base: nn.Module, std: float) -> None:
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
         if head.bias is not None:
             head.bias.zero_()
-
-
-def in_head(name: str) -> bool:
-    """Whether a module's or parameter's name lies in a classifier's head, however PEFT wraps it."""
-    return not set(HEAD_NAMES).isdisjoint(name.split("."))
 
 
 def head_of(base: nn.Module) -> nn.Linear:

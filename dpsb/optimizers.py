@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dpsb.adapter import Adapter
 from dpsb.config import RunConfig
-from dpsb.models import in_head
+from dpsb.heads import in_head
 from dpsb_accounting import Plan
+
+if TYPE_CHECKING:
+    from dpsb.adapter import Adapter
 
 Schedule = Callable[[float], float]
 

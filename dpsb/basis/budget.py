@@ -6,11 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from dpsb.basis_spec import PHASE
 from dpsb_accounting import Event, Gaussian, Phase, Plan, PoissonGaussian, gaussian, noise_multiplier_for
 from dpsb_accounting import epsilon as epsilon_of
-
-PHASE = "basis"
-"""Name of the phase that pays for a private basis."""
 
 _SHARES = {"private": (0.10, 0.05), "hybrid": (0.02, 0.02), "choice": (0.01, 0.01)}
 _LESS_FROM_EPSILON = 3.0

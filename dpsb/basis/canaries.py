@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from dpsb.basis.budget import PHASE
+from dpsb.basis_spec import PHASE
 from dpsb.canaries import STRETCH, log_ratio
 from dpsb.mechanism import Mechanism
 from dpsb.randomness import Randomness, SystemRandomness

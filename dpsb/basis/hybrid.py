@@ -94,14 +94,22 @@ def hybrid(
     device = next(examples.model.parameters()).device
     sketches = {name: Sketch(f.left.to(device), f.right.to(device)) for name, f in frames.items()}
     cores = {name: core.cpu() for name, core in examples.release(sketches).items()}
-    values = {name: f.values.double().cpu() for name, f in frames.items()}
     ranks = {name: layer.r[adapter_name] for name, layer in examples.layers.items()}
+    factors = turned(cores, frames, examples.mechanism.noise_std, ranks)
+    return Basis(factors=factors, provenance=provenance)
+
+
+def turned(
+    cores: Mapping[str, torch.Tensor], frames: Mapping[str, Frames], noise_std: float, ranks: Mapping[str, int]
+) -> dict[str, Factors]:
+    """A and B of each weight from noisy cores and the frames that these are of; arguments as for :func:`turn`."""
+    values = {name: f.values.double().cpu() for name, f in frames.items()}
     factors = {}
-    for name, (left, right) in turn(cores, values, examples.mechanism.noise_std, ranks).items():
+    for name, (left, right) in turn(cores, values, noise_std, ranks).items():
         f = frames[name]
         B, A = f.left.cpu().double() @ left, f.right.cpu().double() @ right
         factors[name] = Factors(A=A.T.float().contiguous(), B=B.float().contiguous())
-    return Basis(factors=factors, provenance=provenance)
+    return factors
 
 
 def turn(

@@ -13,10 +13,10 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from dpsb.adapter import attach, detach
-from dpsb.basis.budget import PHASE
 from dpsb.basis.canaries import BasisCanaries
 from dpsb.basis.per_example import WHOLE, PartlyAdded, Sketch, add_clipped_sum, example_norms, zeros_for
 from dpsb.basis.random import random
+from dpsb.basis_spec import PHASE
 from dpsb.capture import adapter_train_mode
 from dpsb.losses import LossFn
 from dpsb.mechanism import Mechanism

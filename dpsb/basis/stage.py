@@ -13,17 +13,17 @@ from safetensors.torch import load, save
 from torch import nn
 
 from dpsb.adapter import Adapter, Basis, Factors, Provenance, attach, detach, lora_layers
-from dpsb.basis.budget import PHASE, basis_phase, default_share
+from dpsb.basis.budget import basis_phase, default_share
 from dpsb.basis.choose import choice_provenance, choose_privately, gradient_basis, rank_public
 from dpsb.basis.data_free import DATA_FREE
 from dpsb.basis.gradient import mean_gradients
-from dpsb.basis.hybrid import check_width, frames_of, hybrid, hybrid_provenance
+from dpsb.basis.hybrid import Frames, check_width, frames_of, hybrid, hybrid_provenance
 from dpsb.basis.lora_sb import lora_sb
 from dpsb.basis.private import private, private_provenance, releases_for, rounds_for
 from dpsb.basis.random import random
 from dpsb.basis.release import Clip, PrivateExamples
 from dpsb.basis.sources import EXAMPLES, PublicSet, batches_of, public_gradients
-from dpsb.basis_spec import parse_basis
+from dpsb.basis_spec import PHASE, parse_basis
 from dpsb.config import RunConfig
 from dpsb.data import DataError
 from dpsb.losses import LossFn
@@ -101,12 +101,28 @@ def plan_basis(setup: Setup) -> Planned:
         provenance = private_provenance(clip, rounds)
         phase = _phase(setup, clip.share, releases_for(rounds))
         return _stand_in(setup, provenance, phase, lambda examples: private(examples, provenance))
-    width = check_width(layers, config.rank, config.basis_width)
-    chosen, said = _nearest(setup, gradients) if gradients else (None, {"source": "weight"})
-    frames = frames_of(layers, width, gradients[chosen] if chosen is not None else None)
+    frames, width, said = wide_frames(setup, gradients)
     provenance = hybrid_provenance(clip, width, said)
     make = partial(hybrid, provenance=provenance, frames=frames)
     return _stand_in(setup, provenance, _phase(setup, clip.share, 1), make)
+
+
+def wide_frames(
+    setup: Setup, gradients: Sequence[Mapping[str, torch.Tensor]] | None = None
+) -> tuple[dict[str, Frames], int, dict[str, str | int | float]]:
+    """The wide public basis of a hybrid, its width, and what a plan says of its source. Public.
+
+    Raises:
+      WidthError, DataError: If the settings do not fit the model or the public data.
+    """
+    layers = lora_layers(setup.model)
+    width = check_width(layers, setup.config.rank, setup.config.basis_width)
+    if gradients is None:
+        gradients = [_gradients(setup, public_set) for public_set in setup.public]
+    if not gradients:
+        return frames_of(layers, width), width, {"source": "weight"}
+    chosen, said = _nearest(setup, gradients)
+    return frames_of(layers, width, gradients[chosen]), width, said
 
 
 def _clip(config: RunConfig, kind: str) -> Clip:

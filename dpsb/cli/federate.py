@@ -161,11 +161,46 @@ def init(
         settings = read_federation(config, None if out is None else str(out), needs_data=False)
         hosts = [name.strip() for name in host.split(",") if name.strip()]
         made = initialize(settings, hosts, port, typer.echo)
+        secure = settings.federation.noise == "skellam"
+        keys = ", exchanges public keys with the other silos (`dpsb federate key`)" if secure else ""
         typer.echo(
             f"wrote {made}. Carry each folder under {made / FOR_SILOS} to its silo and delete it here. A silo reads "
-            "policy.toml, names its data in silo.toml and starts `dpsb federate silo FOLDER`. Here: "
+            f"policy.toml, names its data in silo.toml{keys} and starts `dpsb federate silo FOLDER`. Here: "
             f"`dpsb federate server {made}`"
         )
+
+    guarded(run)
+
+
+@federate.command()
+def key(
+    folder: Annotated[Path, typer.Argument(help="The silo's folder, from init.")],
+    peer: Annotated[
+        list[Path] | None, typer.Option(help="sum.pub of another silo, got from that silo; may be given several times.")
+    ] = None,
+) -> None:
+    """For secure sums: makes a silo's key, on its own machine, or adds other silos' public keys to its policy.
+
+    The key stays in the silo's folder. sum.pub goes to the other silos, not by way of the server, which could put its
+    own in its place; silos compare the digits by telephone.
+
+    Example: [bold]dpsb federate key north[/bold], then [bold]dpsb federate key north --peer south.pub[/bold]
+    """
+
+    def run() -> None:
+        from dpsb.federated.config import settings_in
+        from dpsb.federated.secure.keys import add_peers, make_key, read_public
+
+        silos = settings_in(folder).silos
+        if peer:
+            policy = add_peers(folder, peer, silos)
+            missing = sorted(set(silos) - set(policy.peers) - {policy.silo})
+            typer.echo("".join(f"{name} {public}\n" for name, public in sorted(policy.peers.items())), nl=False)
+            typer.echo(f"still missing: {', '.join(missing)}" if missing else "the public keys of all silos are there")
+            return
+        path = make_key(folder)
+        name, public = read_public(path)
+        typer.echo(f"{name} {public}\nGive {path} to the other silos, not by way of the server.")
 
     guarded(run)
 
@@ -185,7 +220,7 @@ def server(
     """
 
     def run() -> None:
-        from dpsb.federated.flower.setup import serve_federation
+        from dpsb.federated.flower.serving import serve_federation
 
         _end_like_an_interrupt()
         console = Console(stderr=as_json, quiet=as_json)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dpsb.basis.budget import PHASE
+from dpsb.basis_spec import PHASE
 from dpsb.checkpoint import flush
 from dpsb.federated.messages import Receipt
 from dpsb.federated.spec import PrivacyModel, RoundSpec, SiloPolicy, SpecRefused

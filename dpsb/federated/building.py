@@ -15,17 +15,18 @@ import torch
 from dpsb.adapter import Adapter, attach, lora_layers
 from dpsb.artifacts import write_adapter
 from dpsb.basis.private import rounds_for
-from dpsb.basis.stage import Setup, plan_basis
-from dpsb.basis_spec import parse_basis
+from dpsb.basis.stage import Setup, plan_basis, wide_frames
+from dpsb.basis_spec import RELEASED, parse_basis
 from dpsb.checkpoint import replacing
 from dpsb.config import RunConfig
 from dpsb.data import Collator, Table
 from dpsb.evaluate import evaluate
 from dpsb.federated.card import federation_card
-from dpsb.federated.config import FederateConfig
-from dpsb.federated.paid_basis import provenance_of
+from dpsb.federated.config import SETTINGS_NAME, FederateConfig
+from dpsb.federated.paid_basis import provenance_of, wide_from
+from dpsb.federated.paid_layout import FRAMES_NAME, Wide, read_wide
 from dpsb.federated.report import Federation, write_report
-from dpsb.federated.spec import FederatedError, PaidBasis
+from dpsb.federated.spec import SOURCE_LENGTH, FederatedError, PaidBasis
 from dpsb.federated.trainer import Trainer
 from dpsb.models import HEAD_NAMES, add_lora, load_base
 from dpsb.prepare import Prepared, labels_of, loss_of, prepare, synthetic_of, targets_of
@@ -33,7 +34,7 @@ from dpsb.run import run_details
 from dpsb.start import START_NAME, attach_saved, start_of
 from dpsb_accounting.files import write_whole
 
-SETTINGS_NAME, ADAPTER, PAID_START = "federation.json", "adapter", "paid-start.safetensors"
+ADAPTER, PAID_START = "adapter", "paid-start.safetensors"
 
 Status = Callable[[str], None]
 
@@ -89,8 +90,10 @@ def build(
         adapter = attach_saved(model, (out / START_NAME).read_bytes(), basis)
     else:
         on_status(f"computing the basis ({run.basis})")
-        adapter = _new_adapter(run, model, prepared[first], collate)
         out.mkdir(parents=True, exist_ok=True)
+        if parse_basis(run.basis).kind == "hybrid":
+            write_whole(out / FRAMES_NAME, _wide(run, model, prepared[first], collate).content())
+        adapter = _new_adapter(run, model, prepared[first], collate)
         write_whole(out / START_NAME, start_of(adapter))
         settings = {"settings": config.to_json(), "basis": adapter.provenance.to_json()}
         write_whole(out / SETTINGS_NAME, (json.dumps(settings, indent=1) + "\n").encode())
@@ -102,6 +105,7 @@ def build(
         max_length=prepared[first].max_length,
         token_budget=run.token_budget,
         details=run_details(run, model, prepared[first], (out / START_NAME).read_bytes()),
+        wide=read_wide(out),
     )
     return Built(trainer=trainer, prepared=prepared, tokenizer=tokenizer)
 
@@ -147,25 +151,36 @@ def _paid(federation: Federation) -> list[PaidBasis]:
     return [terms.basis for terms in federation.state.terms.silos.values() if terms.basis is not None]
 
 
+def _wide(run: RunConfig, model: torch.nn.Module, prepared: Prepared, collate: Collator) -> Wide:
+    """The wide public basis that silos' releases turn and cut."""
+    frames, _, said = wide_frames(_setup(run, model, prepared, collate))
+    source = "; ".join(f"{name}: {value}" for name, value in said.items())
+    return wide_from(frames, source.encode("ascii", "replace").decode()[:SOURCE_LENGTH])
+
+
+def _setup(run: RunConfig, model: torch.nn.Module, prepared: Prepared, collate: Collator) -> Setup:
+    """What a basis without private examples is made from."""
+    return Setup(
+        config=run,
+        model=model,
+        loss_fn=loss_of(run),
+        collate=collate,
+        examples=(),
+        public=prepared.public,
+        max_length=prepared.max_length,
+        delta=0.5,
+        neighboring="zero_out",
+    )
+
+
 def _new_adapter(run: RunConfig, model: torch.nn.Module, prepared: Prepared, collate: Collator) -> Adapter:
     """The adapter on a basis that needs no private example; a random one stands in for one that silos pay for."""
-    if parse_basis(run.basis).kind == "private":
-        if rounds_for(lora_layers(model), run.basis_rounds):
+    kind = parse_basis(run.basis).kind
+    if kind in RELEASED:
+        if kind == "private" and rounds_for(lora_layers(model), run.basis_rounds):
             raise FederatedError("A weight is wider than 1024 on both sides; silos release no whole gradients of it.")
         run = replace(run, basis="random", basis_share=None)
-    planned = plan_basis(
-        Setup(
-            config=run,
-            model=model,
-            loss_fn=loss_of(run),
-            collate=collate,
-            examples=(),
-            public=prepared.public,
-            max_length=prepared.max_length,
-            delta=0.5,
-            neighboring="zero_out",
-        )
-    )
+    planned = plan_basis(_setup(run, model, prepared, collate))
     adapter = attach(model, planned.basis, allow=HEAD_NAMES)
     if adapter.provenance.access not in ("data_free", "public"):
         raise FederatedError(f"basis={run.basis!r} is {adapter.provenance.access}, not data-free or public.")

@@ -7,8 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from dpsb.basis.budget import PHASE, basis_noise_multiplier, default_share
+from dpsb.basis.budget import basis_noise_multiplier, default_share
+from dpsb.basis_spec import PHASE
 from dpsb.federated.config import FederateConfig
+from dpsb.federated.paid_layout import Wide
 from dpsb.federated.secure.whole_numbers import clip_steps_for
 from dpsb.federated.spec import FederatedError, PaidBasis, PrivacyModel, SiloPolicy
 from dpsb.federated.terms import SiloTerms, Terms
@@ -21,13 +23,16 @@ _MOST_NOISE = 1e4
 _FAR = 1e9  # a sum of many clipped rows, with noise, is longer than any update of theta
 
 
-def terms_of(config: FederateConfig, sizes: Mapping[str, int], dimension: int) -> tuple[Terms, dict[str, SiloPolicy]]:
+def terms_of(
+    config: FederateConfig, sizes: Mapping[str, int], dimension: int, wide: Wide | None = None
+) -> tuple[Terms, dict[str, SiloPolicy]]:
     """What each silo is asked, with noise calibrated to its own budget; and its policy.
 
     Args:
       config: Settings.
       sizes: The silos' true numbers of examples; public where no N is declared, else not used.
       dimension: Of theta.
+      wide: The wide public basis of a hybrid that silos pay for.
 
     Raises:
       FederatedError: If a batch is larger than its silo.
@@ -37,7 +42,7 @@ def terms_of(config: FederateConfig, sizes: Mapping[str, int], dimension: int) -
     model = PrivacyModel(federation.model)
     sizes = {name: config.silos[name].num_examples or sizes[name] for name in config.silos}
     delta, relation = _delta(config, sizes, model), _relation(config, model)
-    asked = {name: _asked(config, name, size, delta, relation, model) for name, size in sizes.items()}
+    asked = {name: _asked(config, name, size, delta, relation, model, wide) for name, size in sizes.items()}
     clip_steps = 0
     if federation.noise == "skellam":
         clip_steps = _clip_steps(asked, dimension)
@@ -115,13 +120,21 @@ def _relation(config: FederateConfig, model: PrivacyModel) -> str:
     return relation_for(config.run.neighboring, declared)
 
 
-def _asked(config: FederateConfig, name: str, size: int, delta: float, relation: str, model: PrivacyModel) -> SiloTerms:
+def _asked(
+    config: FederateConfig,
+    name: str,
+    size: int,
+    delta: float,
+    relation: str,
+    model: PrivacyModel,
+    wide: Wide | None,
+) -> SiloTerms:
     batch, federation = config.expected_batch_size(name), config.federation
     if batch > size:
         raise FederatedError(f"expected_batch_size={batch} exceeds the {size} examples of silo {name!r}.")
     rounds = federation.rounds + federation.spare_rounds
     whole = model is PrivacyModel.CLIENT_LEVEL
-    paid = _paid_basis(config, name, delta, relation) if config.basis_is_paid else None
+    paid = _paid_basis(config, name, delta, relation, wide) if config.basis_is_paid else None
     before = () if paid is None else (Phase(PHASE, Gaussian(noise_multiplier=paid.noise_multiplier), 1),)
     noise = noise_multiplier_for(
         target_epsilon=config.epsilon(name),
@@ -134,13 +147,16 @@ def _asked(config: FederateConfig, name: str, size: int, delta: float, relation:
     return SiloTerms(sampling_prob=batch / size, noise_multiplier=noise, expected_batch_size=batch, basis=paid)
 
 
-def _paid_basis(config: FederateConfig, name: str, delta: float, relation: str) -> PaidBasis:
+def _paid_basis(config: FederateConfig, name: str, delta: float, relation: str, wide: Wide | None) -> PaidBasis:
     """The silo's release for the basis: the share of its own budget that a run of its own would give it."""
     run, epsilon = config.run, config.epsilon(name)
-    share = run.basis_share or default_share("private", epsilon)
+    share = run.basis_share or default_share("private" if wide is None else "hybrid", epsilon)
     noise = basis_noise_multiplier(epsilon=epsilon, delta=delta, share=share, neighboring=relation)
     clip, clipping = (1.0, "automatic") if run.basis_clip_norm is None else (run.basis_clip_norm, "flat")
-    return PaidBasis(noise_multiplier=noise, l2_clip_norm=clip, clipping=clipping, share=share)
+    paid = PaidBasis(noise_multiplier=noise, l2_clip_norm=clip, clipping=clipping, share=share)
+    if wide is None:
+        return paid
+    return replace(paid, width=wide.width, source=wide.source, frames_sha256=wide.sha256)
 
 
 def _clip_steps(asked: Mapping[str, SiloTerms], dimension: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tomllib
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from dpsb.federated.spec import (
 from dpsb.federated.terms import SERVER_OPTIMIZERS
 
 NOISES = ("gaussian", "skellam")
+SETTINGS_NAME = "federation.json"
+"""In the folder of a federation, and of each silo of a deployment: its settings, and where its basis is from."""
 
 EMBEDDED_DATA = "mail"
 """In a federation's settings: the embedded mail, ``data = "mail"`` for training and ``eval_data = "mail"`` for test."""
@@ -179,14 +182,14 @@ class FederateConfig:
         if math.isinf(run.epsilon):
             raise FederatedError("epsilon=inf has no meaning in a federation: nothing would protect a silo.")
         spec = parse_basis(run.basis)
-        if run.basis_share != usual["basis_share"] and spec.kind != "private":
+        if run.basis_share != usual["basis_share"] and spec.kind not in RELEASED:
             raise FederatedError(f"basis_share={run.basis_share!r} is for a basis that is paid for.")
-        if spec.kind == "private":
+        if spec.kind in RELEASED:
             self._check_paid_basis()
-        elif spec.kind in RELEASED or spec.kind == "leak" or (spec.kind == "lora-sb" and not spec.sources):
+        elif spec.kind == "leak" or (spec.kind == "lora-sb" and not spec.sources):
             raise FederatedError(
                 f"basis={run.basis!r} is computed from private data; in a federation use a data-free basis (weight, "
-                "random, complementary, hadamard), public:FILE, or private, for which every silo pays."
+                "random, complementary, hadamard), public:FILE, or private or hybrid, for which every silo pays."
             )
         if run.basis_choice == "private":
             raise FederatedError("basis_choice='private' reads private data; leave it at 'public'.")
@@ -199,14 +202,14 @@ class FederateConfig:
             raise FederatedError(f"basis={run.basis!r} is for model silo_local, not for {self.federation.model}.")
         if run.basis_rounds or run.basis_sampling_prob != 1.0 or run.remember_frozen_blocks:
             raise FederatedError(
-                f"basis={run.basis!r} takes one release of whole gradients of all examples from each silo here: leave "
+                f"basis={run.basis!r} takes one release of all examples from each silo here: leave "
                 "out basis_rounds, basis_sampling_prob and remember_frozen_blocks."
             )
 
     @property
     def basis_is_paid(self) -> bool:
         """Whether every silo pays for a release that the basis is made from."""
-        return parse_basis(self.run.basis).kind == "private"
+        return parse_basis(self.run.basis).kind in RELEASED
 
     @property
     def min_silos(self) -> int:
@@ -271,6 +274,21 @@ def config_from_json(content: Mapping[str, Any]) -> FederateConfig:
     }
     federation = FederationSettings(**checked_fields(FederationSettings, content["federation"], "the federation"))
     return FederateConfig(run=make_config(content["run"]), federation=federation, silos=silos)
+
+
+def settings_in(folder: Path) -> FederateConfig:
+    """The settings of the federation in a folder, a server's or a silo's.
+
+    Raises:
+      FederatedError: If there are none.
+    """
+    try:
+        content = json.loads((folder / SETTINGS_NAME).read_text())["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise FederatedError(
+            f"{folder} holds no federation ({SETTINGS_NAME}); make it with `dpsb federate init`."
+        ) from None
+    return config_from_json(content)
 
 
 def silo_config(config: FederateConfig, name: str) -> RunConfig:

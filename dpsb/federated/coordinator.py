@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from dpsb.basis.budget import PHASE
+from dpsb.basis_spec import PHASE
 from dpsb.federated.aggregate import fed_sb
 from dpsb.federated.budget import alone
 from dpsb.federated.judge import Verdict, judge
 from dpsb.federated.messages import SUM, RoundMessage, State, Transport, Update, bytes_of, theta_digest
-from dpsb.federated.paid_basis import basis_from, released_layout
+from dpsb.federated.paid_layout import Wide, released_layout
 from dpsb.federated.secure.masks import SecureSumError
 from dpsb.federated.secure.opening import SecureSum
 from dpsb.federated.secure.whole_numbers import to_real
@@ -56,6 +56,7 @@ class Coordinator:
       randomness: Of the server's noise in ``trusted_server``; a seeded one voids the claim.
       on_round: Told after each round.
       shapes: Out, in and rank of each target weight; needed where the silos pay for the basis. Public.
+      wide: The wide public basis, where that is a hybrid. Public.
       on_opened: Given the noisy sum of each round in the models that open one. Released.
     """
 
@@ -70,12 +71,14 @@ class Coordinator:
         randomness: Randomness | None = None,
         on_round: Callable[[RoundRecord], None] = lambda _record: None,
         shapes: Mapping[str, tuple[int, int, int]] | None = None,
+        wide: Wide | None = None,
         on_opened: Callable[[torch.Tensor], None] = lambda _sum: None,
     ) -> None:
         self.out, self._terms, self._transport = Path(out), terms, transport
         self._theta, self._basis_sha256 = dict(theta), basis_sha256
         self._randomness = randomness or SystemRandomness()
-        self._on_round, self._on_opened, self._shapes = on_round, on_opened, dict(shapes or {})
+        self._on_round, self._on_opened = on_round, on_opened
+        self._shapes, self._wide = dict(shapes or {}), wide
 
     def run(self) -> ServerState:
         """Does all rounds that are left.
@@ -157,13 +160,18 @@ class Coordinator:
         )
 
     def _pay_for_basis(self, state: ServerState) -> ServerState:
-        """The basis from each silo's one release: the leading directions of their mean.
+        """The basis from each silo's one release: the leading directions of their mean, or how it turns a public basis.
 
         Post-processing of what they sent. Asked again after a crash, silos send the same bytes; the releases of fewer
         than ``min_silos`` make no basis.
         """
+        from dpsb.federated.paid_basis import basis_from  # imports the model's libraries, which no other round needs
+
         specs = state.terms.specs(state.run_id, 0, state.theta, state.basis_sha256, PHASE)
-        layout = released_layout(self._shapes)
+        paid = {name: each.basis for name, each in state.terms.silos.items() if each.basis is not None}
+        if {each.frames_sha256 for each in paid.values()} != {"" if self._wide is None else self._wide.sha256}:
+            raise ServerError("The wide public basis here is not the one that the terms of the run name.")
+        layout = released_layout(self._shapes, 0 if self._wide is None else self._wide.width)
         verdict, sent = self._asked(state, specs, [name for name in specs if name not in state.left], layout)
         if verdict.left:
             state = replace(state, left={**state.left, **verdict.left})
@@ -172,7 +180,8 @@ class Coordinator:
         state = replace(state, receipts=receipts)
         save_state(self.out, state)
         self._need(state, updates, verdict, "The basis")
-        basis = basis_from(fed_sb([update.tensors for update in updates.values()]), self._shapes)
+        mean = fed_sb([update.tensors for update in updates.values()])
+        basis = basis_from(mean, self._shapes, self._wide, [paid[name] for name in updates])
         record = RoundRecord(
             round=0,
             silos=tuple(updates),

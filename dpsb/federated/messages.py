@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from dpsb.adapter import Adapter
 from dpsb.federated.spec import RUN_ID, SHA256, RoundSpec, check_choice, check_match, check_whole, checked_fields
+
+if TYPE_CHECKING:
+    from dpsb.adapter import Adapter
 
 _NOTE = re.compile(r"([0-9a-f]{2})*")
 

@@ -1,50 +1,77 @@
-r"""A basis that all silos pay for: each releases the noisy clipped sum of its gradients once, the server averages them.
+r"""A basis that all silos pay for: each releases a noisy clipped sum of gradients once, and the server averages them.
 
 Every silo's plan begins with a phase "basis" of one release; the charge is on its disk before its data are read. What a
-silo sends is released: its own noise protects it, whatever the server does. The mean, its singular value decomposition
-and the factors are post-processing. The factors go to all silos with the first round of training; each binds them to
-its ledger by their hash, and rounds name them by their digest.
+silo sends is released: its own noise protects it, whatever the server does. For a private basis it is whole gradients,
+for a hybrid their cores in a wide public basis; all weights share one clip, and no guarantee rests on what that public
+basis is. The mean, its singular value decomposition and the factors are post-processing. The factors go to all silos
+with the first round of training; each binds them to its ledger by their hash, and rounds name them by their digest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
-from safetensors.torch import load_file
 
 from dpsb.adapter import Factors, Provenance
+from dpsb.basis.hybrid import Frames, hybrid_provenance, turned
 from dpsb.basis.private import factors_of, private_provenance
 from dpsb.basis.release import Clip
+from dpsb.federated.paid_layout import GRADIENT, LEFT, RIGHT, VALUES, A, B, Shapes, Wide
 from dpsb.federated.spec import FederatedError, PaidBasis
 
 State = Mapping[str, torch.Tensor]
-A, B = ".A", ".B"
-GRADIENT = "gradient/"
-"""Before the names of what a silo releases for the basis."""
 
 
 def provenance_of(paid: PaidBasis) -> Provenance:
     """What every silo's plan states of the basis."""
     clip = Clip(l2_clip_norm=paid.l2_clip_norm, clipping=paid.clipping, share=paid.share)
-    return private_provenance(clip, 0)
+    if not paid.width:
+        return private_provenance(clip, 0)
+    return hybrid_provenance(clip, paid.width, {"source": paid.source, "frames_sha256": paid.frames_sha256})
 
 
-def released_layout(shapes: Mapping[str, tuple[int, int, int]]) -> dict[str, torch.Tensor]:
-    """Names, shapes and types of what a silo releases; ``shapes`` has out, in and rank of each weight. Public."""
-    return {f"{GRADIENT}{name}": torch.zeros(rows, columns) for name, (rows, columns, _) in shapes.items()}
+def frames_in(wide: Wide) -> dict[str, Frames]:
+    """The wide public basis by weight."""
+    names = [name.removesuffix(VALUES) for name in wide.tensors if name.endswith(VALUES)]
+    return {name: Frames(*(wide.tensors[f"{name}{part}"] for part in (LEFT, VALUES, RIGHT))) for name in names}
 
 
-def basis_from(mean: State, shapes: Mapping[str, tuple[int, int, int]]) -> dict[str, torch.Tensor]:
-    """A and B of every weight from the silos' mean: the leading singular directions. Released."""
+def wide_from(frames: Mapping[str, Frames], source: str) -> Wide:
+    """The inverse of :func:`frames_in`."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, each in frames.items():
+        parts = zip((LEFT, VALUES, RIGHT), (each.left, each.values, each.right), strict=True)
+        tensors |= {f"{name}{part}": value.float().cpu().contiguous() for part, value in parts}
+    return Wide(tensors, source)
+
+
+def mean_noise_std(paid: Sequence[PaidBasis]) -> float:
+    """Standard deviation of the noise on each number of the mean of such releases. Public."""
+    return math.sqrt(sum((each.noise_multiplier * each.l2_clip_norm) ** 2 for each in paid)) / len(paid)
+
+
+def basis_from(mean: State, shapes: Shapes, wide: Wide | None, paid: Sequence[PaidBasis]) -> dict[str, torch.Tensor]:
+    """A and B of every weight from the silos' mean. Released.
+
+    Args:
+      mean: Of whole gradients: their leading singular directions are kept. Of cores: how to turn and cut ``wide``.
+      shapes: Out, in and rank of each weight.
+      wide: The wide public basis; None where whole gradients were released.
+      paid: What the silos released whose mean it is.
+    """
     ranks = {name: rank for name, (_, _, rank) in shapes.items()}
-    factors = factors_of({name: mean[f"{GRADIENT}{name}"].double() for name in shapes}, ranks)
+    released = {name: mean[f"{GRADIENT}{name}"].double() for name in shapes}
+    if wide is None:
+        factors = factors_of(released, ranks)
+    else:
+        factors = turned(released, frames_in(wide), mean_noise_std(paid), ranks)
     found = {f"{name}{A}": each.A.contiguous() for name, each in factors.items()}
     return found | {f"{name}{B}": each.B.contiguous() for name, each in factors.items()}
 
 
-def factors_from(tensors: State, shapes: Mapping[str, tuple[int, int, int]]) -> dict[str, Factors]:
+def factors_from(tensors: State, shapes: Shapes) -> dict[str, Factors]:
     """The factors that a message or a file holds.
 
     Raises:
@@ -57,10 +84,3 @@ def factors_from(tensors: State, shapes: Mapping[str, tuple[int, int, int]]) -> 
     if not all(tensor.dtype == torch.float32 and bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise FederatedError("The basis of the message holds numbers that are not finite or of another type.")
     return {name: Factors(A=tensors[f"{name}{A}"], B=tensors[f"{name}{B}"]) for name in shapes}
-
-
-def shapes_of(start: Path) -> dict[str, tuple[int, int, int]]:
-    """Out, in and rank of each target weight, from the public start of a federation. Public."""
-    saved = load_file(start)
-    names = [name.removesuffix(A) for name in saved if name.endswith(A) and f"{name.removesuffix(A)}{B}" in saved]
-    return {name: (saved[name + B].shape[0], saved[name + A].shape[1], saved[name + A].shape[0]) for name in names}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from dpsb.checkpoint import replacing
 from dpsb.federated.messages import Receipt
 from dpsb.federated.terms import Terms
-from dpsb.models import in_head
+from dpsb.heads import in_head
 
 SERVER = "server"
 _SCHEMA = "dpsb-federation/1"

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load
 
-from dpsb.basis.budget import PHASE
 from dpsb.basis.stage import BASIS_NAME
+from dpsb.basis_spec import PHASE
 from dpsb.federated.budget import FolderBusy, alone, open_ledger, plan_for, run_folder
 from dpsb.federated.canaries import SiloCanaries
 from dpsb.federated.messages import (
@@ -30,7 +30,7 @@ from dpsb.federated.replies import ReplyLost, find, last_round, settle, store, w
 from dpsb.federated.secure.masks import SecureSumError
 from dpsb.federated.secure.sessions import Session
 from dpsb.federated.secure.whole_numbers import share_mean
-from dpsb.federated.spec import PrivacyModel, RoundSpec, SiloPolicy, SpecRefused
+from dpsb.federated.spec import PaidBasis, PrivacyModel, RoundSpec, SiloPolicy, SpecRefused
 from dpsb.federated.trainer import Trainer
 from dpsb.randomness import Randomness, SystemRandomness
 from dpsb.reasons import reason
@@ -185,8 +185,8 @@ class Silo:
             settle(home, ledger)
             if spec.model is not PrivacyModel.SILO_LOCAL and last_round(ledger) > spec.round:
                 raise _Refused("state", "The sum of a round that is over is not sent again: its noise was another.")
-            if spec.stage == PHASE:
-                return self._update(self._released(home, ledger, spec), spec, ledger, receipt, {})
+            if spec.basis is not None and spec.stage == PHASE:
+                return self._update(self._released(home, ledger, spec, spec.basis), spec, ledger, receipt, {})
             if spec.basis is not None:
                 self._bind_basis(home, ledger)
             found = find(home, ledger, spec) if secure is None else secure[0].sent(secure[1])
@@ -238,20 +238,26 @@ class Silo:
         if self._randomness.tainted:
             ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
 
-    def _released(self, home: Path, ledger: Ledger, spec: RoundSpec) -> State:
+    def _released(self, home: Path, ledger: Ledger, spec: RoundSpec, paid: PaidBasis) -> State:
         """The silo's release for the basis: charged and computed once, the same bytes ever after."""
         tensors = find(home, ledger, spec, PHASE)
         if tensors is None:
             if not ledger.remaining(PHASE):
                 raise _Refused("state", "The release for the basis was charged and is lost; it is not drawn again.")
             self._taint(ledger)
-            tensors = self._trainer.release_gradients(self._dataset, ledger, self._randomness)
+            tensors = self._trainer.release_gradients(self._dataset, ledger, paid, self._randomness)
             store(home, ledger, spec, tensors, PHASE)
         return tensors
 
     def _take_basis(self, spec: RoundSpec, basis: State) -> None:
         """Puts the adapter on the paid basis that a round names: the message's, or the one on disk. Released."""
-        if spec.basis is None or spec.stage == PHASE:
+        if spec.basis is None:
+            return
+        try:
+            self._trainer.check_wide(spec.basis)
+        except ValueError as error:
+            raise _Refused("state", str(error)) from None
+        if spec.stage == PHASE:
             return
         if self._trainer.on_paid_basis and self._trainer.basis_sha256 == spec.basis_sha256:
             return

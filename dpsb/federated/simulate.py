@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpsb.data import read_table
-from dpsb.federated.building import SETTINGS_NAME, Built, build, finish
+from dpsb.federated.building import Built, build, finish
 from dpsb.federated.calibrate import policy_text, terms_of
 from dpsb.federated.canaries import FederationCanaries
-from dpsb.federated.config import FederateConfig, silo_config
+from dpsb.federated.config import SETTINGS_NAME, FederateConfig, silo_config
 from dpsb.federated.coordinator import Coordinator
 from dpsb.federated.local import LocalTransport
 from dpsb.federated.messages import Reply
@@ -87,7 +87,9 @@ def simulate(
     data = {name: prepared.examples for name, prepared in built.prepared.items()}
     callbacks.on_status("calibrating the silos' noise")
     dimension = sum(tensor.numel() for tensor in trainer.start.values())
-    terms, policies = terms_of(config, {name: len(examples) for name, examples in data.items()}, dimension)
+    terms, policies = terms_of(
+        config, {name: len(examples) for name, examples in data.items()}, dimension, trainer.wide
+    )
     if terms.clip_steps:
         policies = _acquainted(policies, out)
     callbacks.on_terms(terms, policies)
@@ -118,6 +120,7 @@ def simulate(
             randomness=randomness,
             on_round=callbacks.on_round,
             shapes=trainer.shapes,
+            wide=trainer.wide,
             on_opened=(lambda _sum: None) if canaries is None else canaries.opened,
         )
         if engine == "local":

@@ -18,6 +18,8 @@ from typing import Any
 POLICY_NAME = "policy.toml"
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+SOURCE_LENGTH = 500
+_NOTHING, _SOURCE = re.compile(""), re.compile(rf"[ -~]{{1,{SOURCE_LENGTH}}}")
 SILO_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 OPTIMIZERS = ("sgd", "adam")
 RELATIONS = ("add_or_remove_one", "zero_out", "replace_one")
@@ -51,19 +53,26 @@ class PaidBasis:
 
     Args:
       noise_multiplier: Of that release.
-      l2_clip_norm: Of the gradients of all weights together.
-      clipping: ``"flat"`` or ``"automatic"``.
+      l2_clip_norm: Of the gradients of all weights together; ``clipping`` is ``"flat"`` or ``"automatic"``.
       share: Of the silo's budget, as it was asked for.
+      width: K of the wide public basis whose cores are released; 0: whole gradients.
+      source: What that basis was made from, for the plan; ``frames_sha256`` is its digest.
     """
 
     noise_multiplier: float
     l2_clip_norm: float = 1.0
     clipping: str = "automatic"
     share: float = 0.1
+    width: int = 0
+    source: str = ""
+    frames_sha256: str = ""
 
     def __post_init__(self) -> None:
         check_positive(noise_multiplier=self.noise_multiplier, l2_clip_norm=self.l2_clip_norm, share=self.share)
         check_choice(("flat", "automatic"), clipping=self.clipping)
+        check_whole(0, width=self.width)
+        check_match(SHA256 if self.width else _NOTHING, frames_sha256=self.frames_sha256)
+        check_match(_SOURCE if self.width else _NOTHING, source=self.source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +148,7 @@ class RoundSpec:
         if not isinstance(self.momentum, (int, float)) or not 0 <= self.momentum < 1:
             raise FederatedError(f"Expected momentum={self.momentum!r} between 0 and 1.")
         check_whole(1, clients=self.clients, colluders=self.colluders)
-        check_whole(0, dropouts=self.dropouts)
+        check_whole(0, dropouts=self.dropouts, clip_steps=self.clip_steps)
         if self.model in (PrivacyModel.TRUSTED_SERVER, PrivacyModel.SECAGG) and self.local_steps != 1:
             raise FederatedError(
                 f"In model {self.model.value} a round is one gradient release, not local_steps={self.local_steps!r}: "
@@ -150,7 +159,6 @@ class RoundSpec:
                 f"Of clients={self.clients!r} none is left that certainly adds noise, with dropouts={self.dropouts!r} "
                 f"and colluders={self.colluders!r}."
             )
-        check_whole(0, clip_steps=self.clip_steps)
         if self.clip_steps:
             self._check_whole_numbers()
         check_choice(("train", "basis"), stage=self.stage)
@@ -257,15 +265,13 @@ class SiloPolicy:
             if getattr(self, name) > 1 or (name == "delta" and self.delta == 1):
                 raise FederatedError(f"Expected {name}={getattr(self, name)!r} to be a probability.")
         check_whole(1, max_rounds=self.max_rounds, max_local_steps=self.max_local_steps)
-        check_whole(2, min_clients=self.min_clients)
         check_whole(1, min_colluders=self.min_colluders)
-        if self.clients is not None:
-            check_whole(2, clients=self.clients)
+        check_whole(2, min_clients=self.min_clients)
         check_whole(0, spare_rounds=self.spare_rounds)
-        if self.num_examples is not None:
-            check_whole(1, num_examples=self.num_examples)
-        if self.neighboring is not None:
-            check_choice(RELATIONS, neighboring=self.neighboring)
+        for least, name in ((2, "clients"), (1, "num_examples")):
+            if getattr(self, name) is not None:
+                check_whole(least, **{name: getattr(self, name)})
+        check_choice((None, *RELATIONS), neighboring=self.neighboring)
         for name in ("models", "runs"):
             if isinstance(getattr(self, name), str) or not isinstance(getattr(self, name), (tuple, list)):
                 raise FederatedError(f"Expected {name}={getattr(self, name)!r} to be a list of texts.")
@@ -380,11 +386,11 @@ def check_positive(**values: object) -> None:
             raise FederatedError(f"Expected {name}={value!r} to be positive and finite.")
 
 
-def check_choice(choices: tuple[str, ...], **values: object) -> None:
+def check_choice(choices: tuple[str | None, ...], **values: object) -> None:
     """Refuses by name what is none of the choices."""
     for name, value in values.items():
         if value not in choices:
-            raise FederatedError(f"Expected {name}={value!r} to be one of {', '.join(choices)}.")
+            raise FederatedError(f"Expected {name}={value!r} to be one of {', '.join(filter(None, choices))}.")
 
 
 def check_match(pattern: re.Pattern[str], **values: object) -> None:

@@ -111,6 +111,8 @@ class Terms:
             self._check_summed()
         if len({terms.basis is None for terms in self.silos.values()}) > 1:
             raise FederatedError("Either all silos pay for the basis or none does.")
+        if len({(b.width, b.source, b.frames_sha256) for each in self.silos.values() if (b := each.basis)}) > 1:
+            raise FederatedError("All silos pay for the same basis, so that what they name must not differ.")
         for name in self.silos:
             self.spec(name, "0" * 32, 0, "0" * 64, "0" * 64)  # the other fields are checked there
 

@@ -13,15 +13,16 @@ import torch
 from safetensors.torch import save
 
 from dpsb.adapter import Adapter, Basis, Factors, Provenance, attach, detach, lora_layers, set_gradient
-from dpsb.basis.per_example import WHOLE
+from dpsb.basis.per_example import WHOLE, Sketch
 from dpsb.basis.release import PrivateExamples
 from dpsb.capture import adapter_train_mode
 from dpsb.clipped_sums import charged_sum, clipped_sum
 from dpsb.federated.canaries import SiloCanaries
 from dpsb.federated.messages import SUM, basis_digest, theta_digest
-from dpsb.federated.paid_basis import GRADIENT, factors_from
+from dpsb.federated.paid_basis import factors_from, frames_in
+from dpsb.federated.paid_layout import GRADIENT, Wide
 from dpsb.federated.secure.whole_numbers import round_sum, share_mean, skellam
-from dpsb.federated.spec import PrivacyModel, RoundSpec
+from dpsb.federated.spec import FederatedError, PaidBasis, PrivacyModel, RoundSpec
 from dpsb.losses import LossFn
 from dpsb.mechanism import Mechanism, clip_and_sum
 from dpsb.models import HEAD_NAMES, in_head
@@ -48,6 +49,7 @@ class Trainer:
       max_length: Largest number of tokens.
       token_budget: Tokens per microbatch.
       details: Public facts of model and task for the silos' plans.
+      wide: The wide public basis of a hybrid that silos pay for.
     """
 
     adapter: Adapter
@@ -57,6 +59,7 @@ class Trainer:
     max_length: int
     token_budget: int = 4096
     details: Mapping[str, Any] = field(default_factory=dict)
+    wide: Wide | None = None
 
     def __post_init__(self) -> None:
         self.start = {name: tensor.cpu() for name, tensor in self.adapter.state().items()}
@@ -129,9 +132,14 @@ class Trainer:
             return {name: tensor.cpu() for name, tensor in adapter.state().items()}
 
     def release_gradients(
-        self, dataset: Sequence[Example], ledger: Ledger, randomness: Randomness
+        self, dataset: Sequence[Example], ledger: Ledger, paid: PaidBasis, randomness: Randomness
     ) -> dict[str, torch.Tensor]:
-        """The one charged release for a paid basis, of the weights' gradients at the public start; float32."""
+        """The one charged release for a paid basis, of the weights' gradients at the public start; float32.
+
+        Raises:
+          FederatedError: If it is for another wide basis than the silo has; nothing is charged.
+        """
+        self.check_wide(paid)
         with self._turn:
             stand_in = self._basis()
             self.adapter.load_state(self.start)
@@ -149,10 +157,22 @@ class Trainer:
                     ledger=ledger,
                     randomness=randomness,
                 )
-                released = examples.release(dict.fromkeys(examples.layers, WHOLE))
+                released = examples.release(self._sketches(examples))
             finally:
                 self._attach(stand_in)
         return {f"{GRADIENT}{name}": gradient.float().cpu().contiguous() for name, gradient in released.items()}
+
+    def check_wide(self, paid: PaidBasis) -> None:
+        """Refuses a paid basis that is made from another wide one than the silo has."""
+        own = (0, "", "") if self.wide is None else (self.wide.width, self.wide.source, self.wide.sha256)
+        if (paid.width, paid.source, paid.frames_sha256) != own:
+            raise FederatedError("The silo's wide public basis is not the one that the round names.")
+
+    def _sketches(self, examples: PrivateExamples) -> dict[str, Sketch]:
+        if self.wide is None:
+            return dict.fromkeys(examples.layers, WHOLE)
+        device, frames = next(examples.model.parameters()).device, frames_in(self.wide)
+        return {name: Sketch(frames[name].left.to(device), frames[name].right.to(device)) for name in examples.layers}
 
     def rebase(self, tensors: Mapping[str, torch.Tensor], provenance: Provenance) -> None:
         """Puts the adapter on a basis that silos paid for.

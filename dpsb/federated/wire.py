@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from dpsb.federated.messages import REFUSALS, SUM, Note, Receipt, Refusal, RoundMessage, State, Summing, Update
-from dpsb.federated.paid_basis import GRADIENT
+from dpsb.federated.paid_layout import GRADIENT
 from dpsb.federated.spec import FederatedError, RoundSpec, check_whole, checked_fields
 
 _MAGIC = b"dpsbfed1"

@@ -18,7 +18,7 @@ from dpsb.basis.private import factors_of
 from dpsb.federated.config import read_federation
 from dpsb.federated.coordinator import Coordinator, TooFewSilos
 from dpsb.federated.messages import RoundMessage, theta_digest
-from dpsb.federated.paid_basis import GRADIENT
+from dpsb.federated.paid_layout import GRADIENT
 from dpsb.federated.report import federation_report
 from dpsb.federated.server import load_state
 from dpsb.federated.simulate import simulate
@@ -305,7 +305,7 @@ def test_from_settings_to_a_finished_adapter(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("run", "federated", "said"),
     [
-        ('basis = "hybrid"', "", "for which every silo pays"),
+        ('basis = "hybrid"\nbasis_rounds = 2', "", "leave out basis_rounds"),
         ('basis = "private"', 'model = "secagg"\nserver_optimizer = "sgd"', "is for model silo_local"),
         ('basis = "private"\nbasis_rounds = 2', "", "leave out basis_rounds"),
     ],

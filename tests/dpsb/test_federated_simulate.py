@@ -163,7 +163,7 @@ def test_a_killed_simulation_goes_on(tmp_path):
         ('warm_start = "public.parquet"', SPLIT, "warm_start='public.parquet' is not there for federations yet"),
         ('precondition = "public.parquet"', SPLIT, "precondition='public.parquet' is not there for federations yet"),
         ('method = "lora"', SPLIT, "method='lora' is not federated here"),
-        ('basis = "hybrid"', SPLIT, "is computed from private data"),
+        ('basis = "lora-sb"\nallow_non_private_basis = true', SPLIT, "lora-sb"),
         ("basis_share = 0.1", SPLIT, "basis_share=0.1 is for a basis that is paid for"),
         ('basis = "leak"\nallow_non_private_basis = true', SPLIT, "is computed from private data"),
         ("epsilon_ = 3", SPLIT, "unknown key 'epsilon_'"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,8 +24,10 @@ TLS, NODES, FLOWER = "tls", "nodes", "flower"
 
 _CONNECTION = "dpsb"
 _START, _AFTER_STREAM = 90.0, 60.0
+_AT_ONCE = 4
 RUN_LOG = "run.log"
-LOOPBACK = ("127.0.0.1", "localhost")
+_LOCAL = "127.0.0.1"
+LOOPBACK = (_LOCAL, "localhost")
 
 
 @contextmanager
@@ -37,7 +41,7 @@ def superlink(out: Path, host: str, port: int) -> Iterator[Path]:
     flower.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_app(flower / "app")
     (flower / "config.toml").write_text(
-        f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\naddress = "127.0.0.1:{port}"\n'
+        f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\naddress = "{_LOCAL}:{port}"\n'
         f'root-certificates = "{(tls / CA).resolve()}"\n'
     )
     command = [
@@ -47,19 +51,23 @@ def superlink(out: Path, host: str, port: int) -> Iterator[Path]:
         *("--database", str((flower / "superlink.db").resolve())),
     ]
     with running(command, environment(flower), flower / "superlink.log") as process:
-        _wait_for(flower, lambda: process.poll() is None)
+        _wait_for(port, flower / "superlink.log", lambda: process.poll() is None)
         yield flower
 
 
 def register(flower: Path, keys: Sequence[Path]) -> None:
     """Lets the nodes with these public keys in; those that are known already stay."""
-    for key in keys:
+
+    def let_in(key: Path) -> None:
         try:
             command = [program("flwr"), "supernode", "register", str(key.resolve()), _CONNECTION]
             checked(command, environment(flower), f"Registering {key.name}")
         except WorkerError as error:
             if "already in use" not in str(error):
                 raise
+
+    with ThreadPoolExecutor(max_workers=_AT_ONCE) as several:
+        list(several.map(let_in, keys))
 
 
 def run_rounds(out: Path, flower: Path, *, patience: float, timeout: float) -> None:
@@ -125,14 +133,15 @@ def _certificates(tls: Path) -> list[str]:
     return [part for option, name in files for part in (f"--ssl-{option}", str(tls / name))]
 
 
-def _wait_for(flower: Path, alive: Callable[[], bool]) -> None:
+def _wait_for(port: int, log: Path, alive: Callable[[], bool]) -> None:
+    """Waits until the SuperLink listens, which it does once it can answer."""
     last = time.monotonic() + _START
     while True:
         try:
-            checked([program("flwr"), "list", _CONNECTION], environment(flower), "")
-        except WorkerError:
+            socket.create_connection((_LOCAL, port), timeout=1.0).close()
+        except OSError:
             if not alive() or time.monotonic() > last:
-                raise WorkerError(f"The SuperLink does not start; see {flower / 'superlink.log'}.") from None
-            time.sleep(0.5)
+                raise WorkerError(f"The SuperLink does not start; see {log}.") from None
+            time.sleep(0.2)
         else:
             return

@@ -15,10 +15,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from dpsb.federated.coordinator import Coordinator
 from dpsb.federated.flower.transport import FlowerTransport
-from dpsb.federated.paid_basis import shapes_of
+from dpsb.federated.paid_layout import read_wide, shapes_of
 from dpsb.federated.report import copy_of_ledger
 from dpsb.federated.server import RoundRecord, ServerError, load_state
-from dpsb.start import START_NAME
 from dpsb_accounting import LedgerError
 from dpsb_accounting.chain import read_chain
 from dpsb_accounting.files import write_whole
@@ -51,9 +50,9 @@ def coordinate(grid: Grid, out: Path, *, token: str, patience: float, timeout: f
                 _keep_ledgers(out, transport.ledgers(run_id))
 
         run_id = state.run_id
-        shapes = shapes_of(out / START_NAME) if state.terms.basis_is_paid else None
+        shapes, wide = (_shapes(out), read_wide(out)) if state.terms.basis_is_paid else (None, None)
         coordinator = Coordinator(
-            out, state.terms, state.theta, state.basis_sha256, transport, on_round=fetch, shapes=shapes
+            out, state.terms, state.theta, state.basis_sha256, transport, on_round=fetch, shapes=shapes, wide=wide
         )
         done = coordinator.run()
         if not all(copy_of_ledger(out, name).exists() for name in done.receipts):
@@ -74,6 +73,12 @@ def ended(out: Path, token: str) -> tuple[bool, str | None]:
     except FileNotFoundError:
         return False, None
     return content["token"] == token, content["error"]
+
+
+def _shapes(out: Path) -> dict[str, tuple[int, int, int]]:
+    from dpsb.start import START_NAME  # imports the model's libraries, which a run on a public basis does not need
+
+    return shapes_of(out / START_NAME)
 
 
 def _keep_ledgers(out: Path, ledgers: Mapping[str, bytes]) -> None:

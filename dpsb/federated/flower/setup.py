@@ -1,4 +1,4 @@
-"""A deployment's folders: the server's, and one to carry to each silo. And what runs from them."""
+"""A deployment's folders: the server's, and one to carry to each silo. And what a silo runs from its own."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from dpsb.data import read_table
-from dpsb.federated.building import SETTINGS_NAME, build, build_without_data, finish
+from dpsb.federated.building import build, build_without_data
 from dpsb.federated.calibrate import policy_text, terms_of
-from dpsb.federated.config import FederateConfig, config_from_json
+from dpsb.federated.config import SETTINGS_NAME, FederateConfig, settings_in
 from dpsb.federated.coordinator import Coordinator
-from dpsb.federated.flower.deployment import LOOPBACK, NODES, TLS, register, run_rounds, superlink, supernode
+from dpsb.federated.flower.deployment import LOOPBACK, NODES, TLS, supernode
 from dpsb.federated.flower.keys import CA, make_certificates, make_node_key
 from dpsb.federated.local import LocalTransport
 from dpsb.federated.messages import Reply
-from dpsb.federated.report import REPORT_NAME, Federation, federation_report
-from dpsb.federated.secure.masks import own_key, public_of
+from dpsb.federated.paid_layout import FRAMES_NAME
+from dpsb.federated.secure.keys import check_peers, known_key
+from dpsb.federated.secure.masks import public_of
 from dpsb.federated.server import ServerError
 from dpsb.federated.silo import Silo
 from dpsb.federated.spec import POLICY_NAME, FederatedError, check_whole, checked_fields, read_policy
@@ -102,15 +103,16 @@ def initialize(config: FederateConfig, hosts: Sequence[str], port: int, on_statu
     built = build_without_data(config, out, on_status)
     on_status("calibrating the silos' noise")
     dimension = sum(tensor.numel() for tensor in built.trainer.start.values())
-    terms, policies = terms_of(config, sizes, dimension)
+    terms, policies = terms_of(config, sizes, dimension, built.trainer.wide)
     Coordinator(out, terms, built.trainer.start, built.trainer.basis_sha256, LocalTransport({})).begin()
     make_certificates(out / TLS, list(dict.fromkeys((*hosts, *LOOPBACK))), _DAYS)  # the server asks its own SuperLink
     (out / NODES).mkdir()
     for number, (name, policy) in enumerate(policies.items()):
         folder = out / FOR_SILOS / name
         (folder / NODE).mkdir(parents=True)
-        for file in (SETTINGS_NAME, START_NAME):
-            shutil.copyfile(out / file, folder / file)
+        for file in (SETTINGS_NAME, START_NAME, FRAMES_NAME):
+            if (out / file).exists():
+                shutil.copyfile(out / file, folder / file)
         shutil.copyfile(out / TLS / CA, folder / NODE / CA)
         write_whole(folder / POLICY_NAME, policy_text(policy).encode())
         own = _SILO_TOML.format(data=json.dumps(config.silos[name].data or "FILE"))
@@ -121,27 +123,6 @@ def initialize(config: FederateConfig, hosts: Sequence[str], port: int, on_statu
     return out
 
 
-def serve_federation(
-    out: Path, host: str, port: int, *, patience: float, timeout: float, on_status: Status
-) -> Federation:
-    """Runs or goes on with the rounds of a deployment, then writes adapter and report.
-
-    Raises:
-      ServerError: If the run stopped early; start it again to go on at the round that is open.
-    """
-    config = _settings(out)
-    if (out / REPORT_NAME).exists():
-        raise ServerError(f"The federation in {out} is finished; look at it with `dpsb federate report {out}`.")
-    with superlink(out, host, port) as flower:
-        keys = sorted((out / NODES).glob("*.pub"))
-        register(flower, keys)
-        on_status(f"waiting for silos at {host}:{port}; {len(keys)} node keys are registered")
-        run_rounds(out, flower, patience=patience, timeout=timeout)
-    federation = federation_report(out)
-    finish(out, build_without_data(config, out, on_status), config, federation)
-    return federation
-
-
 def open_silo(
     folder: Path, *, on_status: Status, on_problem: Callable[[str], None] = lambda _reason: None
 ) -> tuple[Silo, Trainer]:
@@ -150,13 +131,15 @@ def open_silo(
     Raises:
       FederatedError, DataError, ModelError, ProbeError: With one sentence.
     """
-    config, policy = _settings(folder), read_policy(folder / POLICY_NAME)
+    config, policy = settings_in(folder), read_policy(folder / POLICY_NAME)
     own = SiloFile(**_toml(folder / SILO_FILE, SiloFile))
     if policy.silo not in config.silos:
         raise FederatedError(f"{folder / POLICY_NAME} is for silo {policy.silo!r}, which the federation does not know.")
     if config.federation.noise == "skellam":
-        key = public_of(own_key(folder)).hex()
-        on_status(f'public key of silo {policy.silo!r}, for the others\' policies: [peers] {policy.silo} = "{key}"')
+        public = public_of(known_key(folder))
+        on_status(f"public key of silo {policy.silo!r}: {public.hex()}")
+        for name, key in sorted(check_peers(policy, public, config.silos).items()):
+            on_status(f"it masks for silo {name!r}, whose public key by {POLICY_NAME} is {key}")
     run = replace(config.run, data=own.data, eval_data=None, basis="weight", num_examples=policy.num_examples)
     built = build(config, {policy.silo: read_table(own.data)}, {policy.silo: run}, folder, on_status)
     examples = built.prepared[policy.silo].examples
@@ -193,7 +176,7 @@ def run_silo(
     node = threading.Thread(target=_run_node, args=beside)
     try:
         silo, trainer = open_silo(folder, on_status=on_status, on_problem=on_problem)
-        remember = _settings(folder).run.remember_frozen_blocks
+        remember = settings_in(folder).run.remember_frozen_blocks
         with remember_frozen_prefix(trainer.adapter.model) if remember else nullcontext():
             on_status("checking the model on synthetic examples")
             trainer.check()
@@ -221,16 +204,6 @@ def _run_node(folder: Path, node_folder: Path, stop: threading.Event, on_status:
         stop=stop.is_set,
         on_restart=lambda code: on_status(f"the SuperNode ended with code {code}; it is started again"),
     )
-
-
-def _settings(folder: Path) -> FederateConfig:
-    try:
-        content = json.loads((folder / SETTINGS_NAME).read_text())["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise FederatedError(
-            f"{folder} holds no federation ({SETTINGS_NAME}); make it with `dpsb federate init`."
-        ) from None
-    return config_from_json(content)
 
 
 def _toml(path: Path, kind: type[Any]) -> dict[str, Any]:

@@ -14,12 +14,15 @@ from dpsb.federated.messages import Note, Refusal, Reply, RoundMessage, Update
 from dpsb.federated.wire import WireError, pack, unpack
 
 _PAUSE = 1.0
+_NAMED = 60.0  # seconds for a node that is connected to say its silo's name
+_SHORTEST, _LONGEST = 0.2, 3.0  # seconds between two looks for replies; Flower's own loop always takes the longest
 
 
 class FlowerTransport:
     """Sends rounds through a grid, to the nodes whose silos have said their names.
 
-    A node that does not answer in time, or with an error, is a lost silo; the coordinator decides what that means.
+    A node that does not answer in time, or with an error, is a lost silo; the coordinator decides what that means. One
+    that is gone is not waited for: the grid answers with an error in its place.
     Flower delivers each message at most once and never again: asking again is the coordinator's, and costs a silo that
     has done the round nothing.
 
@@ -48,7 +51,7 @@ class FlowerTransport:
         last = time.monotonic() + patience
         while True:
             nodes = [node for node in self._grid.get_node_ids() if node not in self._nodes.values()]
-            for node, content in self._ask(nodes, "query", {"ask": "name"}, timeout=max(_PAUSE, patience)).items():
+            for node, content in self._ask(nodes, "query", {"ask": "name"}, timeout=max(_NAMED, patience)).items():
                 name = content.decode("utf-8", "replace")
                 if name in self._nodes and self._nodes[name] in self._grid.get_node_ids():
                     raise WorkerError(f"Two nodes say that they are silo {name!r}; unregister the one that is not.")
@@ -102,7 +105,21 @@ class FlowerTransport:
             for node, each in fields.items()
         ]
         found = {}
-        for reply in self._grid.send_and_receive(messages, timeout=timeout):
+        for reply in self._replies(messages, timeout):
             if not reply.has_error():
                 found[reply.metadata.src_node_id] = content_of(reply)
         return found
+
+    def _replies(self, messages: Sequence[Message], timeout: float) -> Iterator[Message]:
+        """What comes in time: looked for often at first, ever more seldom where silos take long."""
+        began = time.monotonic()
+        waiting = {number for number in self._grid.push_messages(messages) if number}  # without one it was not sent
+        while waiting:
+            for reply in self._grid.pull_messages(tuple(waiting)):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                yield reply
+            waited = time.monotonic() - began
+            if waited >= timeout:
+                return
+            if waiting:
+                time.sleep(min(_LONGEST, max(_SHORTEST, waited / 20)))

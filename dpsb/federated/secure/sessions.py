@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from dpsb.federated.messages import SUM, Note, State, Summing
-from dpsb.federated.secure.masks import SecureSumError, own_key, public_of
+from dpsb.federated.secure.keys import known_key
+from dpsb.federated.secure.masks import SecureSumError, public_of
 from dpsb.federated.secure.opening import context_of
 from dpsb.federated.secure.party import Party
 from dpsb.federated.spec import RoundSpec, SiloPolicy
@@ -29,7 +30,7 @@ class Session:
 
     def __init__(self, folder: Path, policy: SiloPolicy, spec: RoundSpec, session: str) -> None:
         self.spec, self.session, self._name = spec, session, policy.silo
-        key = own_key(folder)
+        key = known_key(folder)
         peers = {name: bytes.fromhex(public) for name, public in policy.peers.items()}
         if peers.pop(policy.silo, public_of(key)) != public_of(key):
             raise SecureSumError(f"The policy of silo {policy.silo!r} names another public key than its own.")
