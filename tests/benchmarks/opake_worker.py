@@ -1,7 +1,7 @@
 """The other side of ``opake_step.py``: opake's private LoRA steps, in an interpreter that has opake.
 
-Imports nothing of dpsb. Reads the set-up, one JSON object, from standard input, and then the name of an arm per line,
-for one step each; answers each line with one JSON object.
+Imports nothing of dpsb, and pytest leaves it out (pyproject.toml). Reads the set-up, one JSON object, from standard
+input, and then the name of an arm per line, for one step each; answers each line with one JSON object.
 """
 
 from __future__ import annotations
