@@ -168,7 +168,12 @@ class Bench:
 def run(bench: Bench, target: float | None, rate: float, repeat: int, purpose: str) -> dict[str, Any]:
     """One row. Without ``target``: the model as it came."""
     began = time.perf_counter(), time.process_time()
-    row: dict[str, Any] = {"arm": bench.arm, "purpose": purpose, "learning_rate": rate, "repeat": repeat}
+    row: dict[str, Any] = {
+        "arm": "–" if target is None else bench.arm,
+        "purpose": purpose,
+        "learning_rate": rate,
+        "repeat": repeat,
+    }
     if target is None:
         bench.adapter.load_state(bench.start)
     else:
@@ -196,7 +201,7 @@ def kept(out: Path, name: str, bench: Bench, *arguments: Any) -> dict[str, Any]:
 def do(arm: str, paths: dict[str, Path], options: argparse.Namespace) -> None:
     """Every run of one arm."""
     bench, out = Bench(arm, paths, options), options.out
-    kept(out, f"{arm}-before", bench, None, 0.0, 0, "before")
+    kept(out, "before", bench, None, 0.0, 0, "before")
     chosen: dict[float, float] = {}
     for target in (8.0, math.inf):
         rows = [kept(out, f"{arm}-{target:g}-rate{r:g}", bench, target, r, 0, "tuning") for r in RATES[arm]]
@@ -210,7 +215,7 @@ def do(arm: str, paths: dict[str, Path], options: argparse.Namespace) -> None:
 
 def write_table(out: Path) -> None:
     """`e2e.csv`, a row for every run, and `e2e.md`, mean and standard deviation."""
-    rows = [json.loads(file.read_text()) for file in sorted(out.glob("*-*.json"))]
+    rows = [json.loads(file.read_text()) for file in sorted(out.glob("*.json"))]
     names = list(dict.fromkeys(name for row in rows for name in row))
     pcsv.write_csv(pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows]), out / "e2e.csv")
     lines = ["| epsilon | arm | rate | BLEU | ROUGE-L | perplexity | runs |", "|---|---|---|---|---|---|---|"]
