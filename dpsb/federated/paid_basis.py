@@ -3,8 +3,9 @@ r"""A basis that all silos pay for: each releases a noisy clipped sum of gradien
 Every silo's plan begins with a phase "basis" of one release; the charge is on its disk before its data are read. What a
 silo sends is released: its own noise protects it, whatever the server does. For a private basis it is whole gradients,
 for a hybrid their cores in a wide public basis; all weights share one clip, and no guarantee rests on what that public
-basis is beyond its being orthonormal, which the silo checks itself. The mean, its singular value decomposition and the factors are post-processing. The factors go to all silos
-with the first round of training; each binds them to its ledger by their hash, and rounds name them by their digest.
+basis is beyond its being orthonormal, which the silo checks itself. The mean, its singular value decomposition and the
+factors are post-processing. The factors go to all silos with the first round of training; each binds them to its ledger
+by their hash, and rounds name them by their digest.
 """
 
 from __future__ import annotations
