@@ -110,6 +110,8 @@ def _token_losses(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor
     if head is None or backbone is None or transformed:
         return _scored(nn.Identity(), model(**inputs).logits, labels)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
+    if hidden.shape[:2] != labels.shape:  # otherwise a token would be scored by another example's state
+        raise ValueError(f"Expected one hidden state per token, {tuple(labels.shape)}; got {tuple(hidden.shape[:2])}.")
     tokens = max(1, _CHUNK_LOGITS // head.weight.shape[0])
     plain = type(head) is nn.Linear and is_plain(head.weight)
     if plain and not any(parameter.requires_grad for parameter in head.parameters()):

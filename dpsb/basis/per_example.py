@@ -287,7 +287,7 @@ def add_clipped_sum(
         watch.finish()
         norms = squared.sqrt()
         scale = mechanism.scale(norms).float()[:, None, None]
-        usable = torch.isfinite(norms)[:, None, None]
+        usable = torch.isfinite(norms)[:, None, None] & torch.isfinite(scale)  # float32 has no factor beyond 3e38
 
         def add(name: str, x: torch.Tensor, g: torch.Tensor) -> None:
             _add_weighted(totals[name], x, g, scale, usable)

@@ -91,7 +91,7 @@ def terms_of(
             delta=delta,
             num_examples=config.silos[name].num_examples,
             neighboring=relation,
-            min_noise_multiplier=min(0.3, asked[name].noise_multiplier),
+            min_noise_multiplier=_least_noise(asked[name]),
             max_sampling_prob=asked[name].sampling_prob,
             max_rounds=federation.rounds,
             max_local_steps=federation.local_steps,
@@ -104,6 +104,12 @@ def terms_of(
         for name in sizes
     }
     return terms, policies
+
+
+def _least_noise(asked: SiloTerms) -> float:
+    """What the policy allows at least: the usual limit, or what is asked where that is less."""
+    basis = math.inf if asked.basis is None else asked.basis.noise_multiplier
+    return min(0.3, asked.noise_multiplier, basis)
 
 
 def _delta(config: FederateConfig, sizes: Mapping[str, int], model: PrivacyModel) -> float:

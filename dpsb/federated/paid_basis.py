@@ -3,8 +3,9 @@ r"""A basis that all silos pay for: each releases a noisy clipped sum of gradien
 Every silo's plan begins with a phase "basis" of one release; the charge is on its disk before its data are read. What a
 silo sends is released: its own noise protects it, whatever the server does. For a private basis it is whole gradients,
 for a hybrid their cores in a wide public basis; all weights share one clip, and no guarantee rests on what that public
-basis is. The mean, its singular value decomposition and the factors are post-processing. The factors go to all silos
-with the first round of training; each binds them to its ledger by their hash, and rounds name them by their digest.
+basis is beyond its being orthonormal, which the silo checks itself. The mean, its singular value decomposition and the
+factors are post-processing. The factors go to all silos with the first round of training; each binds them to its ledger
+by their hash, and rounds name them by their digest.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from dpsb.federated.spec import FederatedError, PaidBasis
 
 State = Mapping[str, torch.Tensor]
 
+_ORTHONORMAL = 1e-3  # how far from one and zero the products of a frame's columns may be; float32 gives 1e-5
+
 
 def provenance_of(paid: PaidBasis) -> Provenance:
     """What every silo's plan states of the basis."""
@@ -36,6 +39,26 @@ def frames_in(wide: Wide) -> dict[str, Frames]:
     """The wide public basis by weight."""
     names = [name.removesuffix(VALUES) for name in wide.tensors if name.endswith(VALUES)]
     return {name: Frames(*(wide.tensors[f"{name}{part}"] for part in (LEFT, VALUES, RIGHT))) for name in names}
+
+
+def check_frames(wide: Wide, shapes: Shapes) -> None:
+    """Refuses a wide basis that is no basis: the sums of a release are float32, and frames of another size than one
+    could bring what is measured of an example below, or what is added of it above, what float32 can hold.
+
+    Raises:
+      FederatedError: If a weight has no frames, or they are not orthonormal float32 of the basis' width.
+    """
+    for name, (rows, columns, _) in shapes.items():
+        parts = [wide.tensors.get(f"{name}{part}") for part in (LEFT, VALUES, RIGHT)]
+        wanted = ((rows, wide.width), (wide.width,), (columns, wide.width))
+        found = [each for each in parts if each is not None and each.dtype == torch.float32]
+        if [tuple(each.shape) for each in found] != list(wanted):
+            raise FederatedError(f"The wide public basis lacks frames of {name}, or they have another shape or type.")
+        left, values, right = (each.double() for each in found)
+        one = torch.eye(wide.width, dtype=torch.float64)
+        close = all(bool(((side.T @ side - one).abs() <= _ORTHONORMAL).all()) for side in (left, right))
+        if not close or not bool((torch.isfinite(values) & (values >= 0)).all()):
+            raise FederatedError(f"The frames of {name} in the wide public basis are not orthonormal, or not finite.")
 
 
 def wide_from(frames: Mapping[str, Frames], source: str) -> Wide:

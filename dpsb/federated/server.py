@@ -136,7 +136,8 @@ def load_state(out: Path) -> ServerState | None:
 
 
 def _read_state(out: Path) -> ServerState | None:
-    folder = next((out / name for name in (SERVER, f"{SERVER}.old") if (out / name).is_dir()), None)
+    names = (SERVER, f"{SERVER}.old", SERVER)  # between two looks the new one may take the old one's place
+    folder = next((out / name for name in names if (out / name).is_dir()), None)
     if folder is None:
         return None
     try:
@@ -161,6 +162,8 @@ def _read_state(out: Path) -> ServerState | None:
             basis=basis,
             basis_record=None if facts.get("basis") is None else _record(facts["basis"]),
         )
+    except ServerError:
+        raise
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ServerError(f"{folder} cannot be read ({type(error).__name__}); start a new run elsewhere.") from None
 

@@ -24,6 +24,7 @@ SILO_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 OPTIMIZERS = ("sgd", "adam")
 RELATIONS = ("add_or_remove_one", "zero_out", "replace_one")
 _MOST = 1_000_000_000
+_BASIS_CLIP_NORMS = (1e-6, 1e6)  # beyond these the float32 sums of a release would underflow or overflow by the data
 
 
 class FederatedError(ValueError):
@@ -70,6 +71,11 @@ class PaidBasis:
     def __post_init__(self) -> None:
         check_positive(noise_multiplier=self.noise_multiplier, l2_clip_norm=self.l2_clip_norm, share=self.share)
         check_choice(("flat", "automatic"), clipping=self.clipping)
+        low, high = _BASIS_CLIP_NORMS
+        if not low <= self.l2_clip_norm <= high:
+            raise FederatedError(
+                f"Expected the basis' l2_clip_norm={self.l2_clip_norm!r} between {low:g} and {high:g}."
+            )
         check_whole(0, width=self.width)
         check_match(SHA256 if self.width else _NOTHING, frames_sha256=self.frames_sha256)
         check_match(_SOURCE if self.width else _NOTHING, source=self.source)
@@ -217,7 +223,7 @@ class SiloPolicy:
       delta: At which that holds; below 1 / N.
       num_examples: A declared public N. Without it the silo's true number of examples counts as public.
       neighboring: Relation; by default ``add_or_remove_one`` where N is declared, else ``zero_out``.
-      min_noise_multiplier: Least sigma of a step.
+      min_noise_multiplier: Least sigma of a step, and of the release for a paid basis.
       max_sampling_prob: Largest q.
       max_rounds: Most rounds of a run.
       max_local_steps: Most steps in a round.
@@ -231,6 +237,7 @@ class SiloPolicy:
       runs: Ids of the runs that it takes part in; empty: any, within ``max_epsilon``.
       peers: By name the public keys, 64 hexadecimal digits, of the other silos of a secure sum (``secagg`` with integer
         noise), which the silo must have from these and not from the server: who gives it other keys, reads its vector.
+        With peers, ``secagg`` without masks is refused.
 
     Raises:
       FederatedError: If a field is out of range.
@@ -297,8 +304,10 @@ class SiloPolicy:
         Raises:
           SpecRefused: Naming the field, what was asked and what is allowed.
         """
+        basis_noise = math.inf if spec.basis is None else spec.basis.noise_multiplier
         for asked, value, limit, wrong in (
             ("noise_multiplier", spec.noise_multiplier, self.min_noise_multiplier, "at least"),
+            ("a basis' noise_multiplier", basis_noise, self.min_noise_multiplier, "at least"),
             ("sampling_prob", spec.sampling_prob, self.max_sampling_prob, "at most"),
             ("rounds", spec.rounds, self.max_rounds, "at most"),
             ("local_steps", spec.local_steps, self.max_local_steps, "at most"),
@@ -326,6 +335,11 @@ class SiloPolicy:
         if spec.colluders < self.min_colluders:
             raise SpecRefused(
                 f"Silo {self.silo!r} wants colluders of at least {self.min_colluders}, not {spec.colluders}."
+            )
+        if self.peers and not spec.clip_steps:
+            raise SpecRefused(
+                f"The policy of silo {self.silo!r} has other silos' public keys, so it is in secure sums alone: "
+                "without clip_steps its vector would leave it without masks, with a share of the noise for all."
             )
         if spec.clip_steps and len(set(self.peers) | {self.silo}) != spec.clients:
             raise SpecRefused(

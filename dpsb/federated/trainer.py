@@ -19,7 +19,7 @@ from dpsb.capture import adapter_train_mode
 from dpsb.clipped_sums import charged_sum, clipped_sum
 from dpsb.federated.canaries import SiloCanaries
 from dpsb.federated.messages import SUM, basis_digest, theta_digest
-from dpsb.federated.paid_basis import factors_from, frames_in
+from dpsb.federated.paid_basis import check_frames, factors_from, frames_in
 from dpsb.federated.paid_layout import GRADIENT, Wide
 from dpsb.federated.secure.whole_numbers import round_sum, share_mean, skellam
 from dpsb.federated.spec import FederatedError, PaidBasis, PrivacyModel, RoundSpec
@@ -66,6 +66,7 @@ class Trainer:
         self.basis_sha256 = basis_digest(self.adapter)
         self._checked = False
         self._paid: Mapping[str, torch.Tensor] = {}
+        self._usable_wide: Wide | None = None
         self._turn = threading.Lock()
 
     def check(self) -> None:
@@ -163,10 +164,13 @@ class Trainer:
         return {f"{GRADIENT}{name}": gradient.float().cpu().contiguous() for name, gradient in released.items()}
 
     def check_wide(self, paid: PaidBasis) -> None:
-        """Refuses a paid basis that is made from another wide one than the silo has."""
+        """Refuses a paid basis that is made from another wide one than the silo has, or from none that can be used."""
         own = (0, "", "") if self.wide is None else (self.wide.width, self.wide.source, self.wide.sha256)
         if (paid.width, paid.source, paid.frames_sha256) != own:
             raise FederatedError("The silo's wide public basis is not the one that the round names.")
+        if self.wide is not None and self.wide is not self._usable_wide:
+            check_frames(self.wide, self.shapes)
+            self._usable_wide = self.wide
 
     def _sketches(self, examples: PrivateExamples) -> dict[str, Sketch]:
         if self.wide is None:

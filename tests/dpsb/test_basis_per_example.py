@@ -96,6 +96,20 @@ def test_one_example_moves_the_sum_by_no_more_than_c(tiny, kind):
         assert moved <= C * (1 + 1e-5)
 
 
+def test_a_factor_that_float32_cannot_hold_leaves_the_example_out(tiny):
+    """An example without a gradient would otherwise turn the whole sum into NaN, which noise does not hide."""
+    batch, model = tiny.batch("bert"), tiny.lora(tiny.base("bert")).train()
+    layers = lora_layers(model)
+    whole = dict.fromkeys(layers, WHOLE)
+    everyone = clipped_sums(model, tiny.loss["bert"], batch, layers, whole, "automatic", 2e36)
+    assert all(bool(torch.isfinite(total).all()) for total in everyone.values())
+    assert any(bool(total.any()) for total in everyone.values())
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][0] = -100
+    without = clipped_sums(model, tiny.loss["bert"], batch, layers, whole, "automatic", 2e37)
+    assert all(bool(torch.isfinite(total).all()) for total in without.values())
+
+
 def test_the_gram_norm_never_falls_below_the_exact_one():
     """Where terms cancel, float32 loses digits; the norm must err upwards."""
     generator = torch.Generator().manual_seed(0)

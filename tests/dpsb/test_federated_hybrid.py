@@ -20,7 +20,7 @@ from dpsb.federated.config import read_federation
 from dpsb.federated.coordinator import TooFewSilos
 from dpsb.federated.messages import theta_digest
 from dpsb.federated.paid_basis import basis_from, frames_in, mean_noise_std, wide_from
-from dpsb.federated.paid_layout import GRADIENT, VALUES, Wide, read_wide
+from dpsb.federated.paid_layout import GRADIENT, LEFT, RIGHT, VALUES, Wide, read_wide
 from dpsb.federated.report import federation_report
 from dpsb.federated.server import ServerError, load_state
 from dpsb.federated.simulate import simulate
@@ -222,6 +222,42 @@ def test_another_public_basis_than_the_round_names_is_refused_before_anything_is
     assert not list((fed.out / "silos").glob("**/ledger.jsonl"))
 
 
+@pytest.mark.parametrize("what", ["huge and tiny", "tilted", "nan", "negative", "missing", "narrow", "double"])
+def test_frames_that_are_no_basis_are_refused_before_anything_is_written(fed, what):
+    """With frames of 1e17 and 1e-23 the norm of a core is measured as zero, and the core added without a bound."""
+    tensors = {name: tensor.clone() for name, tensor in fed.trainer.wide.tensors.items()}
+    weight = next(iter(fed.trainer.shapes))
+    left, values, right = (f"{weight}{part}" for part in (LEFT, VALUES, RIGHT))
+    if what == "huge and tiny":
+        tensors |= {left: tensors[left] * 1e17, right: tensors[right] * 1e-23}
+    elif what == "tilted":
+        tensors[left][:, 1] += 0.01 * tensors[left][:, 0]
+    elif what == "nan":
+        tensors[right][0, 0] = float("nan")
+    elif what == "negative":
+        tensors[values] *= -1
+    elif what == "missing":
+        del tensors[right]
+    elif what == "narrow":
+        tensors[right] = tensors[right][:, 1:].contiguous()
+    else:
+        tensors[left] = tensors[left].double()
+    fed.trainer.wide = Wide(tensors, "source: weight")
+    said = fed.silo("north").handle(fed.trainer.start, first_spec(fed))
+    assert (said.kind, weight in said.message) == ("state", True)
+    assert not list((fed.out / "silos").glob("**/ledger.jsonl"))
+
+
+def test_the_release_has_the_least_noise_that_the_policy_wants(fed):
+    fed.policies["north"] = federation.policy("north", max_epsilon=1e4, min_noise_multiplier=0.3)
+    said = fed.silo("north").handle(fed.trainer.start, first_spec(fed, noise_multiplier=0.2))
+    assert (said.kind, said.message) == (
+        "spec",
+        "Silo 'north' wants a basis' noise_multiplier of at least 0.3, not 0.2.",
+    )
+    assert not list((fed.out / "silos").glob("**/ledger.jsonl"))
+
+
 def test_a_server_without_the_public_basis_of_its_terms_stops(fed):
     made = fed.trainer
     with pytest.raises(ServerError, match="not the one that the terms of the run name"):
@@ -258,6 +294,8 @@ def test_noise_of_a_mean_is_that_of_its_releases(fed):
         ({"source": "a\nb"}, "source"),
         ({"width": 0}, "frames_sha256"),
         ({"width": -1}, "width"),
+        ({"l2_clip_norm": 1e-7}, "l2_clip_norm"),
+        ({"l2_clip_norm": 1e37}, "l2_clip_norm"),
     ],
 )
 def test_a_paid_basis_that_makes_no_sense(fed, changes, said):

@@ -357,6 +357,13 @@ def test_a_policy_without_the_others_keys_takes_part_in_no_secure_sum(fed):
     assert not list((fed.out / "silos").glob("**/ledger.jsonl"))
 
 
+def test_a_silo_with_the_others_keys_sends_no_vector_without_masks(fed):
+    """A server that asks for the Gaussian kind would see each silo's sum under a share of the noise alone."""
+    with pytest.raises(TooFewSilos, match="so it is in secure sums alone"):
+        fed.coordinator(asked=whole(fed, clip_steps=0)).run()
+    assert not list((fed.out / "silos").glob("**/ledger.jsonl"))
+
+
 def test_peers_survive_the_policy_file(fed, tmp_path):
     (tmp_path / "policy.toml").write_text(policy_text(fed.policies["north"]))
     assert read_policy(tmp_path / "policy.toml") == fed.policies["north"]

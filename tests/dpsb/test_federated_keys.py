@@ -124,6 +124,37 @@ def test_keys_that_came_with_the_folder_are_not_taken(folders):
     assert not (folders["south"] / KEY_NAME).exists()
 
 
+def test_a_link_in_the_keys_place_is_not_followed(folders, tmp_path, monkeypatch):
+    """Nor is a key that comes there while the silo makes its own."""
+    silo, elsewhere = folders["north"], tmp_path / "elsewhere"
+    (silo / KEY_NAME).symlink_to(elsewhere)
+    with pytest.raises(FederatedError, match="is there already"):
+        make_key(silo)
+    assert not elsewhere.exists()
+    monkeypatch.setattr("os.path.lexists", lambda _path: False)
+    elsewhere.write_bytes(bytes(32))
+    with pytest.raises(FederatedError, match="is there already"):
+        make_key(silo)
+    assert not (silo / PUBLIC_NAME).exists()
+    assert sorted(path.name for path in silo.iterdir()) == ["federation.json", "policy.toml", "silo.toml", KEY_NAME]
+
+
+def test_a_key_is_there_whole_or_not_at_all(folders, monkeypatch):
+    silo = folders["north"]
+
+    def dies(_descriptor):
+        raise OSError("no power")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", dies)
+        with pytest.raises(OSError, match="no power"):
+            make_key(silo)
+    assert not list(silo.glob("*sum*"))
+    make_key(silo)
+    assert (silo / KEY_NAME).stat().st_mode & 0o777 == 0o600
+    assert len(known_key(silo)) == 32
+
+
 def test_a_key_in_place_of_another_is_refused(folders, tmp_path):
     for folder in folders.values():
         make_key(folder)

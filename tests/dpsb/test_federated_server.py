@@ -1,5 +1,8 @@
 """Model trusted_server: sums without noise, one central noise, exactly a central run; and what it refuses."""
 
+import json
+from pathlib import Path
+
 import federation
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from federation import NAMES, Faulty, Federation, Killed, check_ledger, policy, 
 from dpsb import clipped_sums
 from dpsb.federated.coordinator import Coordinator
 from dpsb.federated.messages import SUM
+from dpsb.federated.server import ServerError, load_state
 from dpsb.federated.spec import FederatedError
 from dpsb.federated.terms import SiloTerms
 from dpsb.randomness import SeededRandomness
@@ -157,3 +161,25 @@ def test_a_server_killed_after_the_noise_draws_it_anew_and_charges_nobody(fed, m
 def test_terms_that_cannot_hold_are_refused(changes, said):
     with pytest.raises(FederatedError, match=said):
         asked(**changes)
+
+
+def test_a_state_of_another_schema_is_named(fed):
+    fed.coordinator(asked=asked()).begin()
+    path = fed.out / "server" / "server.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": "dpsb-federation/9"}))
+    with pytest.raises(ServerError, match="has schema 'dpsb-federation/9'"):
+        load_state(fed.out)
+
+
+def test_a_state_that_is_replaced_between_two_looks_is_found(fed, monkeypatch):
+    """The reader looks for the folder just before the new one is put there, and for the old one just after."""
+    fed.coordinator(asked=asked()).begin()
+    looks = []
+    plain = Path.is_dir
+
+    def late(path):
+        looks.append(path.name)
+        return len(looks) > 2 and plain(path)
+
+    monkeypatch.setattr(Path, "is_dir", late)
+    assert load_state(fed.out) is not None

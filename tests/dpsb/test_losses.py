@@ -85,6 +85,20 @@ def test_a_batch_without_any_label_is_zero_and_finite(tiny):
     assert not tiny.rows(adapter, causal_lm_loss, batch).any()
 
 
+def test_a_backbone_with_more_states_than_tokens_is_refused(tiny):
+    """The list of labelled tokens of the batch would take other examples' states."""
+    model, batch = tiny.base("llama"), tiny.batch("llama")
+
+    def longer(_module, _inputs, out):
+        out.last_hidden_state = F.pad(out.last_hidden_state, (0, 0, 1, 0))
+        return out
+
+    model.model.register_forward_hook(longer)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="Expected one hidden state per token"):
+        causal_lm_loss(model, batch)
+
+
 def logit_shapes(model, run):
     shapes = []
     handle = model.get_output_embeddings().register_forward_hook(lambda _m, _i, out: shapes.append(tuple(out.shape)))

@@ -5,12 +5,13 @@ The server is told none of it. A server that could choose a public key that a si
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dpsb.federated.secure.masks import KEY_BYTES, KEY_NAME, SecureSumError, own_key, public_of
+from dpsb.federated.secure.masks import KEY_BYTES, KEY_NAME, SecureSumError, new_key, public_of
 from dpsb.federated.spec import (
     POLICY_NAME,
     SHA256,
@@ -60,18 +61,23 @@ def make_key(folder: Path) -> Path:
       FederatedError: If there is a key already, or a policy that has others' keys, or no policy.
     """
     policy = read_policy(folder / POLICY_NAME)
-    if (folder / KEY_NAME).exists():
-        raise FederatedError(
-            f"{folder / KEY_NAME} is there already; its public half is in {PUBLIC_NAME}. If it was not made on this "
-            "machine, delete both and make the key again: whoever made it can read what this silo masks."
-        )
+    there = FederatedError(
+        f"{folder / KEY_NAME} is there already; its public half is in {PUBLIC_NAME}. If it was not made on this "
+        "machine, delete both and make the key again: whoever made it can read what this silo masks."
+    )
+    if os.path.lexists(folder / KEY_NAME):
+        raise there
     if policy.peers:
         raise FederatedError(
             f"{folder / POLICY_NAME} has public keys of {', '.join(policy.peers)} before this silo has a key of its "
             "own: they came with the folder. Delete [peers] and add the keys that these silos give you, with --peer."
         )
+    try:
+        public = public_of(new_key(folder))
+    except FileExistsError:
+        raise there from None
     path = folder / PUBLIC_NAME
-    write_whole(path, f'{_TO_OTHERS}{policy.silo} = "{public_of(own_key(folder)).hex()}"\n'.encode())
+    write_whole(path, f'{_TO_OTHERS}{policy.silo} = "{public.hex()}"\n'.encode())
     return path
 
 

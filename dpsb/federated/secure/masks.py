@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import tempfile
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -30,14 +31,34 @@ class SecureSumError(FederatedError):
 
 def own_key(folder: Path) -> bytes:
     """The silo's long-lived secret key, made where there is none, readable by its owner alone."""
-    path = folder / KEY_NAME
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        return new_key(folder)
     except FileExistsError:
-        return path.read_bytes()
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(os.urandom(KEY_BYTES))
-    return path.read_bytes()
+        return (folder / KEY_NAME).read_bytes()
+
+
+def new_key(folder: Path) -> bytes:
+    """Makes the silo's long-lived secret key: whole and on disk, or not at all, and never what was there already.
+
+    Raises:
+      FileExistsError: If something has that name, be it a link that leads nowhere.
+    """
+    secret = os.urandom(KEY_BYTES)
+    descriptor, name = tempfile.mkstemp(dir=folder, prefix=f".{KEY_NAME}.")  # for its owner alone
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secret)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(name, folder / KEY_NAME)
+    finally:
+        Path(name).unlink()
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+    return secret
 
 
 def public_of(secret: bytes) -> bytes:
