@@ -8,7 +8,6 @@ run draws new noise for new charges.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dpsb_accounting import Ledger, LedgerError
+from dpsb_accounting.files import flush
 
 if TYPE_CHECKING:
     from dpsb.adapter import Adapter
@@ -52,15 +52,6 @@ def replacing(folder: Path) -> Iterator[Path]:
     new.rename(folder)
     flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """Puts a file, or a folder's list of names, on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_checkpoint(

@@ -21,6 +21,7 @@ from dpsb_accounting.chain import (
     LedgerError,
     Taint,
 )
+from dpsb_accounting.files import flush
 from dpsb_accounting.plan import Plan
 from dpsb_accounting.record import LedgerRecord, in_use, read_file
 
@@ -85,7 +86,7 @@ class Ledger(LedgerRecord):
         try:
             _lock(descriptor, path)
             ledger._write(ledger._chain.next_line("plan", content))
-            _sync_directory(path)
+            flush(path.parent)
         except (LedgerError, OSError) as error:
             ledger.close()
             path.unlink(missing_ok=True)
@@ -120,7 +121,7 @@ class Ledger(LedgerRecord):
             if newline_lacks or tail is not None:
                 dropped = 0 if tail is None else tail.size
                 ledger._write(chain.next_line("repair", {"dropped_bytes": dropped}))
-            _sync_directory(path)
+            flush(path.parent)
         except (LedgerError, OSError) as error:
             os.close(descriptor)
             if isinstance(error, LedgerError):
@@ -268,14 +269,6 @@ def _sync(descriptor: int) -> None:
     full_sync = getattr(fcntl, "F_FULLFSYNC", None)  # on macOS fsync alone stops at the drive's cache
     if full_sync is not None:
         fcntl.fcntl(descriptor, full_sync)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _software() -> dict[str, str]:

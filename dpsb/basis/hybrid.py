@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from torch import nn
 
 from dpsb.adapter import Basis, Factors, Provenance
 from dpsb.basis._common import base_weight, public_generator, truncated_svd
@@ -91,12 +92,16 @@ def hybrid(
     Returns:
       :class:`Basis` with access ``"released"``. Released.
     """
-    device = next(examples.model.parameters()).device
-    sketches = {name: Sketch(f.left.to(device), f.right.to(device)) for name, f in frames.items()}
-    cores = {name: core.cpu() for name, core in examples.release(sketches).items()}
+    cores = {name: core.cpu() for name, core in examples.release(sketches_of(frames, examples.model)).items()}
     ranks = {name: layer.r[adapter_name] for name, layer in examples.layers.items()}
     factors = turned(cores, frames, examples.mechanism.noise_std, ranks)
     return Basis(factors=factors, provenance=provenance)
+
+
+def sketches_of(frames: Mapping[str, Frames], model: nn.Module) -> dict[str, Sketch]:
+    """What a release of cores takes of each weight's gradient, on the model's device."""
+    device = next(model.parameters()).device
+    return {name: Sketch(f.left.to(device), f.right.to(device)) for name, f in frames.items()}
 
 
 def turned(

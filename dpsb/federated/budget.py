@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from dpsb.basis_spec import PHASE
-from dpsb.checkpoint import flush
 from dpsb.federated.messages import Receipt
 from dpsb.federated.spec import PrivacyModel, RoundSpec, SiloPolicy, SpecRefused
 from dpsb.plan import differing
 from dpsb_accounting import Event, Gaussian, Ledger, LedgerError, Phase, Plan, PoissonGaussian, PoissonSkellam
 from dpsb_accounting import epsilon as epsilon_of
 from dpsb_accounting.engines import ResourceLimit
+from dpsb_accounting.files import flush
 
 RUNS, LEDGER_NAME = "runs", "ledger.jsonl"
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save
 
 from dpsb.adapter import Adapter, Basis, Factors, Provenance, attach, detach, lora_layers, set_gradient
+from dpsb.basis.hybrid import sketches_of
 from dpsb.basis.per_example import WHOLE, Sketch
 from dpsb.basis.release import PrivateExamples
 from dpsb.capture import adapter_train_mode
@@ -175,8 +176,8 @@ class Trainer:
     def _sketches(self, examples: PrivateExamples) -> dict[str, Sketch]:
         if self.wide is None:
             return dict.fromkeys(examples.layers, WHOLE)
-        device, frames = next(examples.model.parameters()).device, frames_in(self.wide)
-        return {name: Sketch(frames[name].left.to(device), frames[name].right.to(device)) for name in examples.layers}
+        frames = frames_in(self.wide)
+        return sketches_of({name: frames[name] for name in examples.layers}, examples.model)
 
     def rebase(self, tensors: Mapping[str, torch.Tensor], provenance: Provenance) -> None:
         """Puts the adapter on a basis that silos paid for.

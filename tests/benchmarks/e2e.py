@@ -47,6 +47,7 @@ from dpsb.plan import make_plan
 from dpsb.prepare import columns_of
 from dpsb.train import Knobs, fit
 from dpsb_accounting import Ledger, Plan, epsilon
+from dpsb_accounting.files import write_whole
 
 SEED = 20261126
 """Of the choice of rows; public, as these data are."""
@@ -191,9 +192,7 @@ def kept(out: Path, name: str, bench: Bench, *arguments: Any) -> dict[str, Any]:
     file = out / f"{name}.json"
     if not file.exists():
         row = run(bench, *arguments)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(row) + "\n")
-        part.rename(file)
+        write_whole(file, (json.dumps(row) + "\n").encode())
         print(f"{name}: perplexity {row['perplexity']:.3f}, BLEU {row.get('bleu', math.nan):.2f}", flush=True)
     return dict(json.loads(file.read_text()))
 

@@ -38,6 +38,7 @@ from federated_run import TRAINED_AS, Bench, Job
 from utility import TARGETS, TASKS, write_parts
 
 from dpsb.config import RunConfig
+from dpsb_accounting.files import write_whole
 
 NAMES = {
     "fed_sb": "Fed-SB",
@@ -99,9 +100,7 @@ def do(setting: Setting, out: Path, jobs: Sequence[Job]) -> None:
         if file.exists():
             continue
         row = bench_of(setting, job.method).run(job)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(row) + "\n")
-        part.rename(file)
+        write_whole(file, (json.dumps(row) + "\n").encode())
         print(f"{file.stem}: accuracy {row.get('accuracy', math.nan):.4f}", flush=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hmac
 import os
-import tempfile
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from dpsb.federated.secure.whole_numbers import Masked
 from dpsb.federated.spec import FederatedError
+from dpsb_accounting.files import write_new
 
 KEY_NAME = "sum.key"
 KEY_BYTES = 32
@@ -44,20 +44,7 @@ def new_key(folder: Path) -> bytes:
       FileExistsError: If something has that name, be it a link that leads nowhere.
     """
     secret = os.urandom(KEY_BYTES)
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix=f".{KEY_NAME}.")  # for its owner alone
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secret)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(name, folder / KEY_NAME)
-    finally:
-        Path(name).unlink()
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    write_new(folder / KEY_NAME, secret)
     return secret
 
 
