@@ -11,17 +11,10 @@ import time
 import pytest
 import workbench
 
-from dpsb_accounting import Ledger, LedgerError, epsilon
+from dpsb_accounting import Ledger, epsilon
 from dpsb_accounting.ledger import in_use
 
 STEPS = 150
-
-
-def charged(path):
-    try:
-        return Ledger.read(path).charged("train")
-    except LedgerError:
-        return 0
 
 
 def content(folder):
@@ -45,7 +38,7 @@ def test_killed_and_started_again(tmp_path):
         last = time.monotonic() + 240
         while time.monotonic() < last and first.poll() is None:
             begun = [p for p in cells.glob("*/ledger.jsonl") if not (p.parent / "report.json").exists()]
-            if list(cells.glob("*/report.json")) and any(10 < charged(path) < STEPS - 10 for path in begun):
+            if list(cells.glob("*/report.json")) and any(10 < workbench.charged(path) < STEPS - 10 for path in begun):
                 break
             time.sleep(0.02)
         first.send_signal(signal.SIGKILL)
@@ -92,7 +85,7 @@ def test_a_worker_that_dies_costs_its_cell_only(tmp_path):
         while victim is None and time.monotonic() < last and sweep.poll() is None:
             time.sleep(0.02)
             for path in tmp_path.glob("cells/*/ledger.jsonl"):
-                if charged(path) > 10 and in_use(path):
+                if workbench.charged(path) > 10 and in_use(path):
                     victim = path
         holders = [pid for pid in children(sweep.pid) if holds(pid, victim)]
         os.kill(holders[0], signal.SIGKILL)

@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import workbench
+from forked import wait_until
 from safetensors.torch import load_file
 
 from dpsb.data import Collator
@@ -130,10 +130,15 @@ def test_a_process_that_is_killed_takes_its_step_with_it(tmp_path):
     """Nothing is released after the kill, nothing is uncharged, and one process alone can finish the run."""
     out = tmp_path / "run"
     settings = workbench.run_settings(out, steps=400)
-    running = subprocess.Popen(command(settings), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _wait_for(lambda: (out / "ledger.jsonl").exists() and Ledger.read(out / "ledger.jsonl").charged("train") >= 5)
-    os.kill(_process_of(running.pid, rank=1), signal.SIGKILL)
-    assert running.wait(timeout=120) != 0
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command(settings), env=ENVIRONMENT, start_new_session=True, **quiet) as running:
+        try:
+            assert wait_until(lambda: workbench.charged(out / "ledger.jsonl") >= 5, 240, running)
+            os.kill(_process_of(running.pid, rank=1), signal.SIGKILL)
+            assert running.wait(timeout=120) != 0
+        finally:
+            if running.poll() is None:
+                os.killpg(running.pid, signal.SIGKILL)
     charged = Ledger.read(out / "ledger.jsonl").charged("train")
     assert 5 <= charged < 400
     assert not (out / "report.json").exists()
@@ -143,13 +148,6 @@ def test_a_process_that_is_killed_takes_its_step_with_it(tmp_path):
     trained(settings, 1, ["--resume"])
     assert Ledger.read(out / "ledger.jsonl").charged("train") == 400
     assert verify(out / "ledger.jsonl").ok
-
-
-def _wait_for(condition, seconds=120):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "waited too long"
-        time.sleep(0.05)
 
 
 def _process_of(parent, rank):

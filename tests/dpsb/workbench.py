@@ -21,7 +21,7 @@ from dpsb.losses import IGNORED
 from dpsb.models import HEAD_NAMES, add_lora
 from dpsb.plan import make_plan, noise_multiplier_for
 from dpsb.sampling import bucket_of, length_buckets
-from dpsb_accounting import Ledger
+from dpsb_accounting import Ledger, LedgerError
 
 PADDED = 16
 _WORDS = (
@@ -235,6 +235,14 @@ def fit_arguments(adapter, data, ledger, *, loss_fn, kind="bert", lr=0.1, optimi
 def new_ledger(path, **changes):
     path.mkdir(parents=True, exist_ok=True)
     return Ledger.create(path / "ledger.jsonl", fit_plan(**changes))
+
+
+def charged(path):
+    """Training steps that a running process has charged; 0 while its ledger is not there or has no plan yet."""
+    try:
+        return Ledger.read(path).charged("train")
+    except LedgerError:
+        return 0
 
 
 def method_adapter(base, name, rank=4):
