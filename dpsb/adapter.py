@@ -224,7 +224,20 @@ def trained_directly(model: nn.Module, allow: Collection[str] | None = None) -> 
 
 def _left_over(model: nn.Module, accounted: Collection[nn.Parameter]) -> Iterator[tuple[str, nn.Parameter]]:
     known = {id(parameter) for parameter in accounted}
+    if all(id(p) in known for p in _trainable(model)):  # before every step: much faster than with names
+        return iter(())
     return ((n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in known)
+
+
+def _trainable(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Every parameter that requires a gradient, perhaps several times."""
+    waiting, seen = [model], {model}
+    while waiting:
+        module = waiting.pop()
+        yield from (p for p in module._parameters.values() if p is not None and p.requires_grad)
+        further = [child for child in module._modules.values() if child is not None and child not in seen]
+        seen.update(further)
+        waiting += further
 
 
 def attach(

@@ -36,10 +36,14 @@ class _CheckpointSafeHooks(GradSampleHooks):
         self._first_pass_kept_nothing: set[nn.Module] = set()
         super().__init__(*args, **kwargs)
 
-    def add_hooks(self, *, loss_reduction="mean", batch_first=True, force_functorch=False) -> None:  # type: ignore[no-untyped-def]
-        super().add_hooks(loss_reduction=loss_reduction, batch_first=batch_first, force_functorch=force_functorch)
-        for handle in self.autograd_grad_sample_hooks[1::2]:  # the backward hooks; each output gets one of its own
-            handle.remove()
+    def add_hooks(self, **_given: object) -> None:
+        """Forward hooks only, on modules for which Opacus has a rule (``attach`` lets no other in)."""
+        self.autograd_grad_sample_hooks = [
+            module.register_forward_hook(self.capture_activations_hook)
+            for module in self._module.modules()
+            if type(module) in self.GRAD_SAMPLERS and any(p.requires_grad for p in module.parameters(recurse=False))
+        ]
+        self.enable_hooks()
 
     def capture_activations_hook(self, module, forward_input, forward_output) -> None:  # type: ignore[no-untyped-def]
         in_backward = torch._C._current_graph_task_id() != -1

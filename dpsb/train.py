@@ -216,6 +216,7 @@ def private_steps(
     rates = [float(group["lr"]) for group in optimizer.param_groups] if base_rates is None else base_rates
     with training_mode(adapter.model):
         adapter_train_mode(adapter)
+        modes = [(module, module.training) for module in adapter.model.modules()]
         with without_dropout(adapter.model):
             probe_batch = probe_every_bucket(adapter, loss_fn, collate, synthetic, buckets, token_budget)
         if randomness.tainted:
@@ -225,7 +226,7 @@ def private_steps(
         with nullcontext() if allow_dropout else without_dropout(adapter.model):
             checked = False
             for _ in range(ledger.remaining("train")):
-                adapter.model.train()  # the caller may have evaluated it
+                _set_modes(modes)  # the caller may have evaluated the model
                 with secret_dropout(randomness) if allow_dropout else nullcontext():
                     number, total, planted = charged_sum(
                         adapter,
@@ -348,10 +349,16 @@ def _step(optimizer: torch.optim.Optimizer, adapter: Adapter, base_rates: Sequen
 @contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
     """Train mode for the model, which activation checkpointing needs; undone afterwards."""
-    modes = {module: module.training for module in model.modules()}
+    modes = [(module, module.training) for module in model.modules()]
     model.train()
     try:
         yield
     finally:
-        for module, training in modes.items():
+        _set_modes(modes)
+
+
+def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
+    """Puts modules into train or eval mode; to look first is much faster than to set them all."""
+    for module, training in modes:
+        if module.training is not training:
             module.training = training

@@ -191,7 +191,13 @@ def _version(values: torch.Tensor) -> int:
 def watched(
     layers: Mapping[str, LoraLayer], model: nn.Module, num_examples: int, backwards: int = 1
 ) -> Iterator[_Watch]:
-    """Watches the base layers under ``layers`` with every adapter off and nothing trainable; undone afterwards."""
+    """Watches the base layers under ``layers`` with every adapter off and nothing trainable; undone afterwards.
+
+    Products of fp32 matrices are made in fp32 meanwhile: TensorFloat-32 or bf16 inside them (a setting of torch's that
+    makes a GPU fast) would put a norm wrong by more than what :func:`squared_norms` adds for rounding.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     watch = _Watch(num_examples, backwards)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [layer.get_base_layer().register_forward_hook(watch.hook(name)) for name, layer in layers.items()]
@@ -203,6 +209,7 @@ def watched(
             parameter.requires_grad_(False)
         yield watch
     finally:
+        torch.set_float32_matmul_precision(precision)
         for handle in handles:
             handle.remove()
         for name, layer in layers.items():

@@ -39,6 +39,8 @@ class Workload:
     batch_size: int
     tokens: int
     base: Callable[[torch.dtype], nn.Module]
+    ghost: bool = False
+    """Whether it is timed under Opacus' ghost clipping too."""
 
     @property
     def loss_fn(self) -> LossFn:
@@ -121,9 +123,37 @@ def llama(dtype: torch.dtype, hidden: int = 512, layers: int = 8, intermediate: 
     return LlamaForCausalLM(config).to(dtype)
 
 
+def llama_1b(dtype: torch.dtype) -> nn.Module:
+    """The shape of Llama-3.2-1B with random weights: 1.24 billion parameters, a vocabulary of 128,256."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=2048,
+        num_hidden_layers=16,
+        intermediate_size=8192,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128_256,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        use_cache=False,
+    )
+    with torch.device(DEVICE):
+        return LlamaForCausalLM(config).to(dtype)
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MINILM = Workload("minilm", "classification", 32, 64, _minilm)
 LLAMA = Workload("llama", "causal-lm", 8, 128, llama)
-SMOLLM2 = Workload("smollm2", "causal-lm", 1, 512, smollm2)
+SMOLLM2 = Workload("smollm2", "causal-lm", 1, 512, smollm2, ghost=True)
+GPU_WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("smollm2-gpu", "causal-lm", 16, 512, smollm2, ghost=True),
+        Workload("llama-1b", "causal-lm", 8, 512, llama_1b),
+    )
+}
 SMALL_LLAMA = Workload("small-llama", "causal-lm", 4, 128, lambda dtype: llama(dtype, 256, 4, 704))
 WORKLOADS = {workload.name: workload for workload in (MINILM, LLAMA)}
 
@@ -149,6 +179,7 @@ def machine() -> dict[str, Any]:
     packages = ("torch", "transformers", "peft", "opacus", "numpy")
     return {
         "cpu": _cpu_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
@@ -171,21 +202,35 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 
 class Elapsed(NamedTuple):
-    """Seconds on the clock, and of processor time of this process, which other programs disturb less."""
+    """Seconds on the clock, and of processor time of this process, which other programs disturb less.
+
+    ``gpu_mib`` is the most memory of the GPU that was in use at a time, beyond what was when the clock started.
+    """
 
     wall: float
     cpu: float
+    gpu_mib: float = 0.0
 
 
 class Stopwatch:
-    """Starts when it is made."""
+    """Starts when it is made; waits for the GPU, where there is one, before it looks at the clock."""
 
     def __init__(self) -> None:
+        self._memory = 0
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._memory = torch.cuda.memory_allocated()
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def elapsed(self) -> Elapsed:
         """The time since it was made."""
-        return Elapsed(time.perf_counter() - self._wall, time.process_time() - self._cpu)
+        most = 0
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            most = torch.cuda.max_memory_allocated()
+        now = time.perf_counter(), time.process_time()
+        return Elapsed(now[0] - self._wall, now[1] - self._cpu, (most - self._memory) / 2**20)
 
 
 def timed(function: Callable[[], object]) -> Elapsed:

@@ -10,6 +10,9 @@ peft_lora     PEFT LoRA (A and B, and the classifier's head), the model's own lo
 opacus_lora   the same LoRA under Opacus' PrivacyEngine in hooks mode.
 opacus_ghost  the same in ghost mode, two backward passes; for smollm2 only, which takes minutes and runs when named.
 
+On a machine with a GPU all of it runs there, and the peak of its memory is measured too, per step and beyond what lies
+there between two steps; `--model gpu` is SmolLM2's shape with 16 x 512 tokens and Llama-3.2-1B's with 8 x 512.
+
 After a warm-up the arms are interleaved. A ratio is the median over rounds of the ratio within the round.
 """
 
@@ -30,6 +33,7 @@ from common import Workload
 from opacus import PrivacyEngine
 from torch.utils.data import DataLoader, TensorDataset
 
+from dpsb.adapter import Adapter
 from dpsb.data import Collator, synthetic_examples
 from dpsb.randomness import SystemRandomness
 from dpsb.train import Knobs, Progress, fit
@@ -38,7 +42,8 @@ from dpsb_accounting import Ledger, Phase, Plan, PoissonGaussian
 ROWS = 4096
 WARM_UP = 2
 TARGETS = {"nonprivate_r": 1.05, "peft_lora": 1.00, "opacus_lora": 0.80}
-CHOICES = {**common.WORKLOADS, "smollm2": common.SMOLLM2}
+CHOICES = {**common.WORKLOADS, "smollm2": common.SMOLLM2, **common.GPU_WORKLOADS}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RATIO_NAMES = {
     "nonprivate_r": "private_over_nonprivate_r",
     "peft_lora": "private_over_peft_lora",
@@ -78,9 +83,18 @@ def plan(workload: Workload, steps: int) -> Plan:
     )
 
 
-def nonprivate_r_step(workload: Workload, examples: list[Any], collate: Collator) -> Callable[[], None]:
+def adapter_of(workload: Workload, dtype: torch.dtype) -> Adapter:
+    """The workload's R-only adapter, where this machine computes."""
+    adapter = workload.adapter(dtype)
+    adapter.model.to(common.DEVICE)
+    return adapter
+
+
+def nonprivate_r_step(
+    workload: Workload, examples: list[Any], collate: Collator, dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
     """One step of the R-only adapter without privacy."""
-    adapter = workload.adapter()
+    adapter = adapter_of(workload, dtype)
     optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-4)
 
     def step() -> None:
@@ -91,22 +105,28 @@ def nonprivate_r_step(workload: Workload, examples: list[Any], collate: Collator
     return step
 
 
-def peft_step(workload: Workload, examples: list[Any], collate: Collator) -> Callable[[], None]:
+def peft_step(
+    workload: Workload, examples: list[Any], collate: Collator, dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
     """One step of LoRA as a user of PEFT writes it."""
-    model = workload.lora().train()
+    model = workload.lora(dtype).to(common.DEVICE).train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     return _huggingface_step(model, optimizer, workload, examples, collate)
 
 
-def opacus_step(workload: Workload, examples: list[Any], collate: Collator) -> Callable[[], None]:
+def opacus_step(
+    workload: Workload, examples: list[Any], collate: Collator, dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
     """One step of LoRA under Opacus in hooks mode."""
-    model, optimizer, _ = _under_opacus(workload, "hooks")
+    model, optimizer, _ = _under_opacus(workload, "hooks", dtype)
     return _huggingface_step(model, optimizer, workload, examples, collate)
 
 
-def ghost_step(workload: Workload, examples: list[Any], collate: Collator) -> Callable[[], None]:
+def ghost_step(
+    workload: Workload, examples: list[Any], collate: Collator, dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
     """One step of LoRA on a causal model under Opacus in ghost mode, with the criterion that it wants."""
-    model, optimizer, criterion, _ = _under_opacus(workload, "ghost")
+    model, optimizer, criterion, _ = _under_opacus(workload, "ghost", dtype)
 
     def step() -> None:
         batch = collate(examples, workload.tokens)
@@ -119,8 +139,8 @@ def ghost_step(workload: Workload, examples: list[Any], collate: Collator) -> Ca
     return step
 
 
-def _under_opacus(workload: Workload, mode: str) -> Any:
-    model = workload.lora().train()
+def _under_opacus(workload: Workload, mode: str, dtype: torch.dtype) -> Any:
+    model = workload.lora(dtype).to(common.DEVICE).train()
     return PrivacyEngine(accountant="rdp").make_private(
         module=model,
         optimizer=torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4),
@@ -143,31 +163,34 @@ def _huggingface_step(
     return step
 
 
-def arms_here(workload: Workload) -> dict[str, Callable[[], common.Elapsed]]:
+def arms_here(workload: Workload, dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], common.Elapsed]]:
     """The arms beside the private one that run in this process."""
-    collate = Collator(pad_token_id=0)
+    collate = Collator(0, common.DEVICE)
     batch = workload.examples(workload.batch_size)
     steps = {
-        "nonprivate_r": nonprivate_r_step(workload, batch, collate),
-        "peft_lora": peft_step(workload, batch, collate),
-        "opacus_lora": opacus_step(workload, batch, collate),
+        "nonprivate_r": nonprivate_r_step(workload, batch, collate, dtype),
+        "peft_lora": peft_step(workload, batch, collate, dtype),
+        "opacus_lora": opacus_step(workload, batch, collate, dtype),
     }
-    if workload is common.SMOLLM2:
-        steps["opacus_ghost"] = ghost_step(workload, batch, collate)
+    if workload.ghost:
+        steps["opacus_ghost"] = ghost_step(workload, batch, collate, dtype)
     return {name: partial(common.timed, step) for name, step in steps.items()}
 
 
 def time_rounds(
-    workload: Workload, repetitions: int, others: Mapping[str, Callable[[], common.Elapsed]]
+    workload: Workload,
+    repetitions: int,
+    others: Mapping[str, Callable[[], common.Elapsed]],
+    dtype: torch.dtype = torch.float32,
 ) -> list[common.Round]:
     """The time of every arm in every round; ``others`` make one step each and say what it took.
 
     ``fit`` runs once from start to end. Its ``on_step`` callback runs the other arms and starts the clock again, so
     the private arm is timed exactly as users get it.
     """
-    collate = Collator(pad_token_id=0)
+    collate = Collator(0, common.DEVICE)
     examples = workload.examples(ROWS)
-    adapter = workload.adapter()
+    adapter = adapter_of(workload, dtype)
     minutes_long = workload.name == common.SMOLLM2.name
     order = random.Random(0)
     rounds: list[common.Round] = []
@@ -211,9 +234,10 @@ def time_rounds(
     return rounds[warm_up:]
 
 
-def measure(workload: Workload, repetitions: int) -> dict[str, Any]:
+def measure(workload: Workload, repetitions: int, dtype_name: str = "float32") -> dict[str, Any]:
     """The ratios, with the times behind them."""
-    rounds = time_rounds(workload, repetitions, arms_here(workload))
+    dtype = DTYPES[dtype_name]
+    rounds = time_rounds(workload, repetitions, arms_here(workload, dtype), dtype)
     compared = [arm for arm in RATIO_NAMES if arm in rounds[0]]
     ratios = {arm: common.paired_ratio(rounds, "private", arm) for arm in compared}
     times = {arm: common.quartiles([times[arm].wall for times in rounds]) for arm in rounds[0]}
@@ -230,7 +254,12 @@ def measure(workload: Workload, repetitions: int) -> dict[str, Any]:
         "median_processor_seconds": {
             arm: common.quartiles([times[arm].cpu for times in rounds])[1] for arm in rounds[0]
         },
+        "tokens_per_second": {
+            arm: round(workload.batch_size * workload.tokens / values[1]) for arm, values in times.items()
+        },
+        "gpu_peak_mib": {arm: round(max(times[arm].gpu_mib for times in rounds)) for arm in rounds[0]},
         "batch": [workload.batch_size, workload.tokens],
+        "dtype": dtype_name,
         "rank": common.RANK,
         "repetitions": len(rounds),
         "machine": common.machine(),
@@ -240,13 +269,14 @@ def measure(workload: Workload, repetitions: int) -> dict[str, Any]:
 def main() -> None:
     parser = common.arguments(__doc__, repetitions=12, threads=2)
     parser.formatter_class = common.argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", choices=[*CHOICES, "all"], default="all")
+    parser.add_argument("--model", choices=[*CHOICES, "all", "gpu"], default="all")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the frozen weights")
     options = parser.parse_args()
     common.quiet()
     torch.set_num_threads(options.threads)
-    for name, workload in CHOICES.items():
-        if options.model == name or (options.model == "all" and name in common.WORKLOADS):
-            common.show(measure(workload, options.repetitions), options.json)
+    groups = {"all": common.WORKLOADS, "gpu": common.GPU_WORKLOADS}
+    for name in groups.get(options.model, [options.model]):
+        common.show(measure(CHOICES[name], options.repetitions, options.dtype), options.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ Writes `utility.csv` (a row for every run) and `utility.md` (mean and standard d
 from --data-dir, with the columns text or text_a and text_b, label and split.
 
 With --head-share every row's head and adapter are clipped apart, in all arms that have both.
+With --together all arms of a data set share a sweep, so that many processes have work (on a GPU, say).
 Arms with a public set use 512 further rows of the same task ("near") or rows of another task ("far").
+e2e is a task for a language model, SmolLM2; it has no head, and is measured by perplexity.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ TARGETS = {
     "top2": r"re:.*layer\.[45]\..*(query|key|value|dense)",
     "top3": r"re:.*layer\.[345]\..*(query|key|value|dense)",
     "all": "all-linear",
+    "top4of30": r"re:.*layers\.2[6-9]\..*_proj",
 }
 RATES = {
     "sb": "0.02|0.05|0.12",
@@ -47,15 +50,22 @@ RATES = {
     "head-only": "0.03|0.1|0.3",
 }
 """Three for each arm, set beforehand: sb and lora-xs around the rate of the demo, the others by rule of thumb."""
+CAUSAL_RATES = {"sb": "0.1|0.3|1", "lora": "0.01|0.03|0.1", "ffa-lora": "0.03|0.1|0.3", "lora-xs": "0.03|0.1|0.3"}
+"""Three each, around those that `e2e.py` chose for sb and lora."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, and the other task that its far public rows come from."""
+    """A data set, and the other task that its far public rows come from. Without a head: for a language model."""
 
     name: str
     far: str
     max_length: int
+    has_head: bool = True
+
+    @property
+    def metric(self) -> str:
+        return "accuracy" if self.has_head else "perplexity"
 
 
 HEAD = "head-only"
@@ -63,17 +73,22 @@ HEAD = "head-only"
 
 TASKS = {
     task.name: task
-    for task in (Task("snli20k", "qnli5k", 64), Task("banking77", "snli20k", 48), Task("qnli5k", "snli20k", 96))
+    for task in (
+        Task("snli20k", "qnli5k", 64),
+        Task("banking77", "snli20k", 48),
+        Task("qnli5k", "snli20k", 96),
+        Task("e2e", "medquad", 96, has_head=False),
+    )
 }
 
 
-def write_parts(task: Task, data_dir: Path, out: Path) -> dict[str, Path]:
+def write_parts(task: Task, data_dir: Path, out: Path, num_rows: int = ROWS) -> dict[str, Path]:
     """Private training rows, near and far public rows, validation and test rows; all disjoint."""
     out.mkdir(parents=True, exist_ok=True)
     table = pq.read_table(data_dir / f"{task.name}.parquet")
     rng = np.random.default_rng(SEED)
     rows = {split: rng.permutation(np.flatnonzero(table["split"].to_numpy() == split)) for split in ("train", "test")}
-    size = min(ROWS, len(rows["train"]) - NEAR - HELD_OUT // 2)
+    size = min(num_rows, len(rows["train"]) - NEAR - HELD_OUT // 2)
     chosen = {
         "private": rows["train"][:size],
         "near": rows["train"][size : size + NEAR],
@@ -81,7 +96,9 @@ def write_parts(task: Task, data_dir: Path, out: Path) -> dict[str, Path]:
         "test": rows["test"][: 2 * HELD_OUT],
     }
     columns = [name for name in ("text", "text_a", "text_b", "label") if name in table.column_names]
-    table = table.select(columns).set_column(columns.index("label"), "label", pc.cast(table["label"], "string"))
+    table = table.select(columns)
+    if "label" in columns:
+        table = table.set_column(columns.index("label"), "label", pc.cast(table["label"], "string"))
     paths = {name: out / f"{name}.parquet" for name in (*chosen, "far")}
     for name, index in chosen.items():
         pq.write_table(table.take(np.sort(index)), paths[name])
@@ -109,27 +126,36 @@ def arms_of(parts: dict[str, Path]) -> dict[str, str]:
 
 
 def sweep(
-    task: Task, parts: dict[str, Path], out: Path, options: argparse.Namespace, arm: str, epsilon: str, rates: str
+    task: Task, parts: dict[str, Path], out: Path, options: argparse.Namespace, epsilons: str, rates: dict[str, str]
 ) -> None:
-    """One sweep of one arm, by the command line."""
-    labels = sorted(set(pq.read_table(parts["private"])["label"].to_pylist()))
+    """One sweep by the command line; ``rates`` by arm, as `dpsb curve` takes both."""
     command = [
-        *(sys.executable, "-m", "dpsb.cli", "curve", "--out", str(out), "--model", "minilm"),
-        *("--data", str(parts["private"]), "--eval-data", str(parts["test"]), "--labels", ",".join(labels)),
-        *("--methods", arm, "--epsilons", epsilon),
-        *("--learning-rates", rates, "--repeats", str(options.repeats), "--delta", "1e-5"),
+        *(sys.executable, "-m", "dpsb.cli", "curve", "--out", str(out)),
+        *("--data", str(parts["private"]), "--eval-data", str(parts["test"])),
+        *("--methods", ",".join(rates), "--epsilons", epsilons),
+        *("--learning-rates", ",".join(f"{arm}={given}" for arm, given in rates.items())),
+        *("--repeats", str(options.repeats), "--delta", "1e-5"),
         *("--steps", str(options.steps), "--expected-batch-size", str(options.batch), "--auto-clip"),
         *("--max-length", str(task.max_length), "--targets", TARGETS[options.targets], "--rank", str(options.rank)),
-        *("--token-budget", "2048", "--processes", str(options.processes), "--allow-non-private-basis", "--json"),
+        *("--token-budget", str(options.token_budget), "--dtype", options.dtype),
+        *("--processes", str(options.processes), "--allow-non-private-basis", "--json"),
     ]
-    if "|" in rates:
+    if task.has_head:
+        labels = sorted(set(pq.read_table(parts["private"])["label"].to_pylist()))
+        command += ["--model", "minilm", "--labels", ",".join(labels)]
+    else:
+        command += ["--model", options.language_model, "--task", "causal-lm"]
+        command += ["--prompt-column", "text_a", "--completion-column", "text_b"]
+    if any("|" in given for given in rates.values()):
         command += ["--validation-data", str(parts["validation"])]
-    if arm != HEAD:
-        command += ["--head-share", options.head_share] if options.head_share else []
-        command += ["--head-lr", repr(chosen_rate(options.out, task.name, HEAD))]
+    if list(rates) != [HEAD]:
+        if task.has_head:
+            command += ["--head-share", options.head_share] if options.head_share else []
+            command += ["--head-lr", repr(chosen_rate(options.out, task.name, HEAD))]
         command += ["--remember-frozen-blocks"] if options.targets != "all" else []
-    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
-        print(f"some runs of {arm} at epsilon {epsilon} on {task.name} failed; see {out}", flush=True)
+    with (out.parent / f"{out.name}.log").open("wb") as log:
+        if subprocess.run(command, stdout=subprocess.DEVNULL, stderr=log, check=False).returncode:
+            print(f"some runs at epsilon {epsilons} on {task.name} failed; see {log.name}", flush=True)
 
 
 def chosen_rate(out: Path, task: str, arm: str) -> float | None:
@@ -138,19 +164,30 @@ def chosen_rate(out: Path, task: str, arm: str) -> float | None:
     return next((float(row["learning_rate"]) for row in found), None)
 
 
-def run_arm(task: Task, name: str, options: argparse.Namespace) -> None:
-    """Tuning and repeats at one epsilon, then the repeats at the others."""
-    tuned_at = options.tuned_at
+def run_arms(task: Task, names: Sequence[str], folder: str, options: argparse.Namespace) -> None:
+    """Tuning and repeats at one epsilon, then the repeats at the others, in sweeps below a folder name."""
     out = options.out / task.name
-    parts = write_parts(task, options.data_dir, out / "data")
-    arm = arms_of(parts)[name]
-    grid = RATES[arm.partition(":")[0]]
-    sweep(task, parts, out / f"{name}-{tuned_at}", options, arm, tuned_at, f"{arm}={grid}")
-    rate = chosen_rate(options.out, task.name, name)
-    for epsilon in EPSILONS if rate is not None and not options.only_tuned else ():
-        if epsilon == tuned_at:
-            continue
-        sweep(task, parts, out / f"{name}-{epsilon}", options, arm, epsilon, f"{arm}={rate!r}")
+    parts = write_parts(task, options.data_dir, out / "data", options.rows)
+    arms = arms_of(parts)
+    grids = RATES if task.has_head else CAUSAL_RATES
+    first = options.tuned_at
+    rates = {arms[name]: grids[arms[name].partition(":")[0]] for name in names}
+    sweep(task, parts, out / f"{folder}-{first}", options, first, rates)
+    chosen = {arms[name]: rate for name in names if (rate := chosen_rate(options.out, task.name, name)) is not None}
+    if not chosen or options.only_tuned:
+        return
+    others = [epsilon for epsilon in EPSILONS if epsilon != first]
+    for given in [",".join(others)] if options.together else others:
+        fixed = {arm: repr(rate) for arm, rate in chosen.items()}
+        sweep(task, parts, out / f"{folder}-{given.replace(',', '-')}", options, given, fixed)
+
+
+def arm_of(row: dict[str, Any]) -> str:
+    """An arm's short name, from a row of a sweep."""
+    if row["method"] != "sb":
+        return str(row["method"])
+    kind, _, file = str(row["basis"]).partition(":")
+    return f"{kind}-{Path(file).stem}" if file else kind
 
 
 def rows_in(out: Path) -> list[dict[str, Any]]:
@@ -158,13 +195,12 @@ def rows_in(out: Path) -> list[dict[str, Any]]:
     rows = []
     for name in TASKS:
         for file in sorted((out / name).glob("*/curve.parquet")):
-            arm = file.parent.name.rpartition("-")[0]
-            rows += [{"set": name, "arm": arm, **row} for row in pq.read_table(file).to_pylist()]
+            rows += [{"set": name, "arm": arm_of(row), **row} for row in pq.read_table(file).to_pylist()]
     return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: accuracy by data set, arm and epsilon."""
+    """Markdown: accuracy or perplexity by data set, arm and epsilon."""
     epsilons = EPSILONS
     lines = ["| data set | arm | learning rate | " + " | ".join(f"epsilon {e}" for e in epsilons) + " |"]
     lines.append("|" + "---|" * (len(epsilons) + 3))
@@ -172,7 +208,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         mine = [row for row in rows if (row["set"], row["arm"]) == key and row["purpose"] == "curve"]
         found = []
         for epsilon in epsilons:
-            values = [r["accuracy"] for r in mine if r["epsilon"] == float(epsilon) and r["accuracy"] is not None]
+            metric = TASKS[key[0]].metric
+            values = [r[metric] for r in mine if r["epsilon"] == float(epsilon) and r[metric] is not None]
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             found.append(f"{statistics.fmean(values):.3f}{spread} ({len(values)})" if values else "–")
         rate = mine[0]["learning_rate"] if mine else "–"
@@ -184,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with NAME.parquet")
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
-    parser.add_argument("--sets", default=",".join(TASKS), help="default: all three")
+    parser.add_argument("--sets", default=",".join(TASKS), help="default: all four")
     arms = ",".join(arms_of({"near": Path("near"), "far": Path("far")}))
     parser.add_argument("--arms", default=arms, help=f"comma-separated; default: {arms}")
     parser.add_argument("--targets", choices=list(TARGETS), default="top2", help="blocks that are adapted")
@@ -192,15 +229,24 @@ def main() -> None:
         "--tuned-at", choices=EPSILONS, default="3", help="epsilon at which rates are chosen; default 3"
     )
     parser.add_argument("--head-share", help="clip head and adapter apart; by default a row is clipped as a whole")
+    parser.add_argument("--together", action="store_true", help="all arms of a data set in one sweep")
+    parser.add_argument("--language-model", default="smollm2", help="of e2e; a name or a folder")
+    parser.add_argument("--dtype", default="float32", help="of the frozen weights")
     parser.add_argument("--only-tuned", action="store_true", help="the epsilon of --tuned-at only")
     for name, value in (("repeats", 3), ("steps", 40), ("batch", 256), ("rank", 16), ("processes", 2)):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
+    parser.add_argument("--rows", type=int, default=ROWS, help=f"private rows at most; default {ROWS}")
+    parser.add_argument("--token-budget", type=int, default=2048, help="default 2048")
     options = parser.parse_args()
     for name in options.sets.split(","):
-        head = [] if chosen_rate(options.out, name, HEAD) is not None else [HEAD]
-        for arm in (*head, *(arm for arm in options.arms.split(",") if arm not in head)):
-            run_arm(TASKS[name], arm, options)
-            print(f"{name}: {arm} done", flush=True)
+        task, given = TASKS[name], options.arms.split(",")
+        named = [arm for arm in given if arm != HEAD]
+        groups = [("all", named)] if options.together else [(arm, [arm]) for arm in named]
+        if task.has_head and (HEAD in given or chosen_rate(options.out, name, HEAD) is None):
+            groups = [(HEAD, [HEAD]), *groups]
+        for folder, arms_together in groups:
+            run_arms(task, arms_together, folder, options)
+            print(f"{name}: {', '.join(arms_together)} done", flush=True)
     rows = rows_in(options.out)
     pcsv.write_csv(pa.Table.from_pylist(rows), options.out / "utility.csv")
     (options.out / "utility.md").write_text(table(rows))

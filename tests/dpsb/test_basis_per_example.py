@@ -319,6 +319,28 @@ class InPlace(nn.Module):
         return x.add_(y).sum(dim=(1, 2))
 
 
+def test_norms_do_not_follow_a_coarse_setting_of_products(tiny):
+    """TensorFloat-32 on a GPU, bf16 on a CPU: a norm would come out too small by up to half a percent."""
+    model, batch = tiny.lora(tiny.base("bert")), tiny.batch("bert", lengths=(9, 4, 12))
+    seen = []
+
+    def loss_fn(model, batch):
+        seen.append(torch.get_float32_matmul_precision())
+        return classification_loss(model, batch)
+
+    layers = lora_layers(model)
+    whole = dict.fromkeys(layers, WHOLE)
+    exact = example_norms(model, loss_fn, batch, layers, [whole])
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(example_norms(model, loss_fn, batch, layers, [whole]), exact)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["highest", "highest"]
+
+
 def test_an_input_that_is_changed_in_place_is_refused():
     from peft import LoraConfig, get_peft_model
 
