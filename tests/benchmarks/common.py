@@ -61,7 +61,8 @@ class Workload:
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for core in adapter.cores:
-                core.up.core.weight.add_(scatter * torch.randn(RANK, RANK, generator=generator))
+                drawn = scatter * torch.randn(RANK, RANK, generator=generator)
+                core.up.core.weight.add_(drawn.to(core.up.core.weight.device))
         return adapter
 
     def examples(self, count: int, lengths: Sequence[int] | None = None) -> list[dict[str, Any]]:

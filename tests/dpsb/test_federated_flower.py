@@ -59,12 +59,13 @@ def test_only_ledgers_replace_the_servers_copies(federation):
 
 
 @pytest.mark.slow
-def test_a_simulation_through_the_engine_is_that_of_plain_calls(tmp_path, monkeypatch):
+@pytest.mark.parametrize("basis", ['"private"', '"hybrid"\nbasis_width = 8'], ids=["private", "hybrid"])
+def test_a_simulation_through_the_engine_is_that_of_plain_calls(tmp_path, monkeypatch, basis):
     """Same file, same folder, same report; every message went through a grid, a ClientApp and a worker's socket."""
     monkeypatch.setattr("dpsb.federated.calibrate.noise_multiplier_for", lambda **_facts: 2.0)
     monkeypatch.setattr("dpsb.federated.trainer.check_before_run", lambda *_args: None)
     replies = []
-    config = read_federation(settings(tmp_path, f'{split_file(tmp_path)}\nbasis = "private"', SPLIT))
+    config = read_federation(settings(tmp_path, f"{split_file(tmp_path)}\nbasis = {basis}", SPLIT))
     done = run_simulation(config, engine="flower", callbacks=Callbacks(on_reply=replies.append))
     report = json.loads((done.out / "report.json").read_text())
     assert report["claim"] is True
