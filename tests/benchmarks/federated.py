@@ -276,10 +276,10 @@ def main() -> None:
                 Job(method=m, silos=silos, split=split, epsilon=eps, learning_rate=chosen_rate(out, m), repeat=repeat)
                 for repeat in range(1, options.repeats + 1)
             ]
+            for m in methods  # first, so that a process keeps its bench from one unit to the next
             for silos in map(int, options.silos.split(","))
             for split in options.split.split(",")
             for eps in map(float, options.epsilons.split(","))
-            for m in methods
         ]
         do_all(setting, out, units, options.processes)
     print(write(out))
