@@ -188,16 +188,26 @@ def _version(values: torch.Tensor) -> int:
 
 
 @contextmanager
-def watched(
-    layers: Mapping[str, LoraLayer], model: nn.Module, num_examples: int, backwards: int = 1
-) -> Iterator[_Watch]:
-    """Watches the base layers under ``layers`` with every adapter off and nothing trainable; undone afterwards.
+def _exact_products(device_type: str) -> Iterator[None]:
+    """Products of fp32 matrices are made in fp32, whatever the caller has set for speed.
 
-    Products of fp32 matrices are made in fp32 meanwhile: TensorFloat-32 or bf16 inside them (a setting of torch's that
-    makes a GPU fast) would put a norm wrong by more than what :func:`squared_norms` adds for rounding.
+    TensorFloat-32, bf16 inside products or an autocast around everything would put a norm wrong by more than what
+    :func:`squared_norms` adds for rounding. An autocast inside the loss still holds in the model's forward pass.
     """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def watched(
+    layers: Mapping[str, LoraLayer], model: nn.Module, num_examples: int, backwards: int = 1
+) -> Iterator[_Watch]:
+    """Watches the base layers under ``layers`` with every adapter off and nothing trainable; undone afterwards."""
     watch = _Watch(num_examples, backwards)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [layer.get_base_layer().register_forward_hook(watch.hook(name)) for name, layer in layers.items()]
@@ -207,9 +217,9 @@ def watched(
             layer._disable_adapters = True
         for parameter in trainable:
             parameter.requires_grad_(False)
-        yield watch
+        with _exact_products(next(model.parameters()).device.type):
+            yield watch
     finally:
-        torch.set_float32_matmul_precision(precision)
         for handle in handles:
             handle.remove()
         for name, layer in layers.items():

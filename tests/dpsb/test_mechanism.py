@@ -231,3 +231,11 @@ def test_numbers_come_from_the_plan():
     assert mechanism.noise_std == plan.noise_std == 0.75
     rows = torch.tensor([[3.0, 4.0]])
     assert torch.equal(mechanism.clip_and_sum(rows), clip_and_sum(rows, 0.5, "automatic"))
+
+
+def test_an_autocast_around_it_changes_nothing():
+    """bf16 in the product of factors and rows would move the sum by more than C."""
+    rows = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    exact = clip_and_sum(rows, 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(clip_and_sum(rows, 0.5), exact)
