@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, cast
 
 import torch
 from opacus.grad_sample import GradSampleHooks
@@ -17,8 +18,8 @@ from torch import nn
 
 from dpsb.adapter import Adapter
 
-_LEFT_BY_OPACUS_ON_MODULES = ("activations", "max_batch_len", "ft_compute_sample_grad")
-_LEFT_BY_OPACUS_ON_PARAMETERS = ("grad_sample", "_forward_counter", "_current_grad_sample")
+_LEFT_BY_OPACUS_ON_MODULES = ("activations",)
+_LEFT_BY_OPACUS_ON_PARAMETERS = ("grad_sample", "_forward_counter")
 
 
 class _CheckpointSafeHooks(GradSampleHooks):
@@ -29,7 +30,8 @@ class _CheckpointSafeHooks(GradSampleHooks):
     runs its first pass without gradients, where nothing is kept, so there the second call is the one that counts.
 
     The gradient of a module's output comes from a hook on that very tensor. Torch's full backward hooks hand on the
-    same gradient, and wrap every input and output in a function of its own to do so, which costs twice as much.
+    same gradient, and wrap every input and output in a function of its own to do so, which costs twice as much. The
+    rows of a module that is used several times are the sum over its uses.
     """
 
     def __init__(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
@@ -57,7 +59,18 @@ class _CheckpointSafeHooks(GradSampleHooks):
             forward_output.register_hook(partial(self._gradient_of_output, module))
 
     def _gradient_of_output(self, module: nn.Module, gradient: torch.Tensor) -> None:
-        self.capture_backprops_hook(module, None, (gradient,), self.loss_reduction, self.batch_first)
+        """Adds the rows of one use of a module, by Opacus' rule for its kind.
+
+        In the place of Opacus' own bookkeeping, which is made for batches of changing size and costs twice the rule.
+        """
+        if not self.hooks_enabled:
+            return
+        rule, kept = self.GRAD_SAMPLERS[type(module)], cast(Any, module).activations.pop()
+        for parameter, rows in rule(module, kept, gradient.detach()).items():
+            held = parameter.grad_sample
+            if held is not None and len(held) != len(rows):
+                raise CaptureError(f"A {type(module).__name__} of theta was used with different numbers of examples.")
+            parameter.grad_sample = rows if held is None else held + rows
 
 
 class CaptureError(RuntimeError):
@@ -81,8 +94,6 @@ class Rows:
         parts = []
         for name, parameter in self._adapter.named_parameters():
             sample = getattr(parameter, "grad_sample", None)
-            if isinstance(sample, list):  # a layer used several times under reentrant checkpointing
-                sample = torch.stack(sample).sum(dim=0)
             if sample is None:
                 raise CaptureError(
                     f"{name} got no per-example gradient: it was not used in the forward pass, its module is in eval "
