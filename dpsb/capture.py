@@ -6,11 +6,10 @@ tensor they left behind. The raw summed gradient that autograd writes into ``.gr
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from opacus.grad_sample import GradSampleHooks
@@ -23,54 +22,55 @@ _LEFT_BY_OPACUS_ON_PARAMETERS = ("grad_sample", "_forward_counter")
 
 
 class _CheckpointSafeHooks(GradSampleHooks):
-    """Opacus' hooks, made safe for non-reentrant activation checkpointing.
+    """Opacus' rules for the rows of a module, with hooks that are safe for activation checkpointing and repeated use.
 
-    That kind of checkpointing runs the forward pass (and its hooks) again while the backward pass is under way,
+    Non-reentrant checkpointing runs the forward pass (and its hooks) again while the backward pass is under way,
     although the first pass has already kept the activation: such a second call is skipped. Reentrant checkpointing
     runs its first pass without gradients, where nothing is kept, so there the second call is the one that counts.
 
-    The gradient of a module's output comes from a hook on that very tensor. Torch's full backward hooks hand on the
-    same gradient, and wrap every input and output in a function of its own to do so, which costs twice as much. The
-    rows of a module that is used several times are the sum over its uses.
+    The gradient of a module's output comes from a hook on that very tensor, which holds the input of the same call: so
+    input and gradient belong together whatever becomes of the other calls of a module, whose rows are the sum over
+    them. (Torch's full backward hooks wrap every input and output in a function, which costs twice as much; Opacus'
+    bookkeeping is made for batches of changing size, costs as much as its rule, and pairs calls by their order.)
     """
 
-    def __init__(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, modules: nn.Module) -> None:
         self._first_pass_kept_nothing: set[nn.Module] = set()
-        super().__init__(*args, **kwargs)
+        super().__init__(modules)
 
     def add_hooks(self, **_given: object) -> None:
-        """Forward hooks only, on modules for which Opacus has a rule (``attach`` lets no other in)."""
+        """Forward hooks; a module without a rule gets none, and whoever asks for its rows is told so."""
         self.autograd_grad_sample_hooks = [
-            module.register_forward_hook(self.capture_activations_hook)
+            module.register_forward_hook(self._keep_input)
             for module in self._module.modules()
             if type(module) in self.GRAD_SAMPLERS and any(p.requires_grad for p in module.parameters(recurse=False))
         ]
         self.enable_hooks()
 
-    def capture_activations_hook(self, module, forward_input, forward_output) -> None:  # type: ignore[no-untyped-def]
+    def _keep_input(self, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         in_backward = torch._C._current_graph_task_id() != -1
         if not in_backward and not torch.is_grad_enabled():
             self._first_pass_kept_nothing.add(module)
         if in_backward and module not in self._first_pass_kept_nothing:
             return
-        held = len(getattr(module, "activations", ()))
-        super().capture_activations_hook(module, forward_input, forward_output)
-        if len(getattr(module, "activations", ())) > held:
-            forward_output.register_hook(partial(self._gradient_of_output, module))
+        if not module.training or not torch.is_grad_enabled():
+            return
+        held = [tensor.detach() for tensor in inputs]
+        module.activations = [*getattr(module, "activations", ()), held]
+        output.register_hook(partial(self._add_rows, module, held))
 
-    def _gradient_of_output(self, module: nn.Module, gradient: torch.Tensor) -> None:
-        """Adds the rows of one use of a module, by Opacus' rule for its kind.
-
-        In the place of Opacus' own bookkeeping, which is made for batches of changing size and costs twice the rule.
-        """
+    def _add_rows(self, module: nn.Module, held: list[torch.Tensor], gradient: torch.Tensor) -> None:
+        """Adds the rows of one call of a module, and lets go of its input."""
         if not self.hooks_enabled:
             return
-        rule, kept = self.GRAD_SAMPLERS[type(module)], cast(Any, module).activations.pop()
-        for parameter, rows in rule(module, kept, gradient.detach()).items():
-            held = parameter.grad_sample
-            if held is not None and len(held) != len(rows):
+        if not held:
+            raise CaptureError("backward() ran twice over one forward pass; call it once, on the sum of the losses.")
+        for parameter, rows in self.GRAD_SAMPLERS[type(module)](module, list(held), gradient.detach()).items():
+            before = getattr(parameter, "grad_sample", None)
+            if before is not None and len(before) != len(rows):
                 raise CaptureError(f"A {type(module).__name__} of theta was used with different numbers of examples.")
-            parameter.grad_sample = rows if held is None else held + rows
+            parameter.grad_sample = rows if before is None else before + rows
+        held.clear()
 
 
 class CaptureError(RuntimeError):
@@ -137,12 +137,9 @@ def per_example_gradients(adapter: Adapter, num_examples: int) -> Iterator[Rows]
     """
     check_train_mode(adapter)
     modules = nn.ModuleList(adapter.trained_modules())
-    hooks = _CheckpointSafeHooks(modules, loss_reduction="sum")
+    hooks = _CheckpointSafeHooks(modules)
     try:
-        with warnings.catch_warnings():
-            # Torch says so where the first core follows frozen embeddings; Opacus does not use that gradient.
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            yield Rows(adapter, num_examples)
+        yield Rows(adapter, num_examples)
     finally:
         hooks.remove_hooks()
         _clean(modules)
@@ -171,6 +168,8 @@ def checkpointed_modules(model: nn.Module) -> list[nn.Module]:
 
 def _clean(modules: nn.Module) -> None:
     for module in modules.modules():
+        for held in getattr(module, "activations", ()):  # hooks of a graph that is still there hold it too
+            held.clear()
         for attribute in _LEFT_BY_OPACUS_ON_MODULES:
             if hasattr(module, attribute):
                 delattr(module, attribute)

@@ -216,7 +216,7 @@ def private_steps(
     rates = [float(group["lr"]) for group in optimizer.param_groups] if base_rates is None else base_rates
     with training_mode(adapter.model):
         adapter_train_mode(adapter)
-        modes = [(module, module.training) for module in adapter.model.modules()]
+        modes = modes_of(adapter.model)
         with without_dropout(adapter.model):
             probe_batch = probe_every_bucket(adapter, loss_fn, collate, synthetic, buckets, token_budget)
         if randomness.tainted:
@@ -226,7 +226,7 @@ def private_steps(
         with nullcontext() if allow_dropout else without_dropout(adapter.model):
             checked = False
             for _ in range(ledger.remaining("train")):
-                _set_modes(modes)  # the caller may have evaluated the model
+                put_back(adapter.model, modes)  # the caller may have evaluated it
                 with secret_dropout(randomness) if allow_dropout else nullcontext():
                     number, total, planted = charged_sum(
                         adapter,
@@ -245,8 +245,7 @@ def private_steps(
                 released, mechanism = mechanism.read(released)
                 factor = schedule(number / plan.steps)
                 before = {} if checked or factor == 0.0 else adapter.state()
-                set_gradient(adapter, released / plan.expected_batch_size)
-                _step(optimizer, adapter, rates, factor)
+                _step(optimizer, adapter, released / plan.expected_batch_size, rates, factor)
                 if before:
                     if team is not None:
                         team.forward_passes(2)
@@ -327,21 +326,35 @@ def probe_every_bucket(
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, adapter: Adapter) -> None:
-    """Raises ValueError unless the optimizer holds the live tensors of the adapter."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    """Raises ValueError unless the optimizer holds the live tensors of the adapter, and trains nothing else."""
+    held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in adapter.named_parameters():
-        if id(parameter) not in held:
+        if held.pop(id(parameter), None) is None:
             raise ValueError(
                 f"The optimizer does not hold {name} as it is now (something replaced the tensor after the optimizer "
                 "was made); make the optimizer from adapter.parameters() after attach()."
             )
+    for parameter in held.values():
+        if parameter.requires_grad:
+            raise ValueError(
+                f"The optimizer also holds a trainable tensor of shape {tuple(parameter.shape)} that is no part of the "
+                "adapter: it would follow raw gradients. Make the optimizer from adapter.parameters()."
+            )
 
 
-def _step(optimizer: torch.optim.Optimizer, adapter: Adapter, base_rates: Sequence[float], factor: float) -> None:
-    """One optimizer step on the live tensors; anything the optimizer holds besides has no gradient and stays."""
+def _step(
+    optimizer: torch.optim.Optimizer,
+    adapter: Adapter,
+    gradient: torch.Tensor,
+    base_rates: Sequence[float],
+    factor: float,
+) -> None:
+    """One optimizer step along a released gradient; what the optimizer holds besides has no gradient and stays."""
     _check_optimizer(optimizer, adapter)
     for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
         group["lr"] = rate * factor
+    optimizer.zero_grad(set_to_none=True)
+    set_gradient(adapter, gradient)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -349,16 +362,24 @@ def _step(optimizer: torch.optim.Optimizer, adapter: Adapter, base_rates: Sequen
 @contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
     """Train mode for the model, which activation checkpointing needs; undone afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = modes_of(model)
     model.train()
     try:
         yield
     finally:
-        _set_modes(modes)
-
-
-def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
-    """Puts modules into train or eval mode; to look first is much faster than to set them all."""
-    for module, training in modes:
-        if module.training is not training:
+        for module, training in modes:
             module.training = training
+
+
+def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Every module of a model, and whether it is in train mode."""
+    return [(module, module.training) for module in model.modules()]
+
+
+def put_back(model: nn.Module, modes: Sequence[tuple[nn.Module, bool]]) -> None:
+    """Train mode as it was, if anything has left it since; to look first is much faster than to set it again."""
+    if all(module.training is training for module, training in modes):
+        return
+    model.train()  # modules may do more in it than set a flag
+    for module, training in modes:
+        module.training = training

@@ -17,6 +17,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from dpsb.basis.exact_products import exact_products
 from dpsb.capture import CaptureError, checkpointed_modules
 from dpsb.losses import LossFn, check_losses
 from dpsb.mechanism import Mechanism
@@ -188,26 +189,13 @@ def _version(values: torch.Tensor) -> int:
 
 
 @contextmanager
-def _exact_products(device_type: str) -> Iterator[None]:
-    """Products of fp32 matrices are made in fp32, whatever the caller has set for speed.
-
-    TensorFloat-32, bf16 inside products or an autocast around everything would put a norm wrong by more than what
-    :func:`squared_norms` adds for rounding. An autocast inside the loss still holds in the model's forward pass.
-    """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
-@contextmanager
 def watched(
     layers: Mapping[str, LoraLayer], model: nn.Module, num_examples: int, backwards: int = 1
 ) -> Iterator[_Watch]:
-    """Watches the base layers under ``layers`` with every adapter off and nothing trainable; undone afterwards."""
+    """Watches the base layers under ``layers`` with every adapter off and nothing trainable; undone afterwards.
+
+    Products of fp32 matrices are exact meanwhile, to fp32 rounding: see :func:`exact_products`.
+    """
     watch = _Watch(num_examples, backwards)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [layer.get_base_layer().register_forward_hook(watch.hook(name)) for name, layer in layers.items()]
@@ -217,7 +205,7 @@ def watched(
             layer._disable_adapters = True
         for parameter in trainable:
             parameter.requires_grad_(False)
-        with _exact_products(next(model.parameters()).device.type):
+        with exact_products():
             yield watch
     finally:
         for handle in handles:

@@ -15,7 +15,7 @@ from dpsb.distributed.work import Work, part_of_sum
 from dpsb.mechanism import Mechanism
 from dpsb.probe import Example, without_dropout, without_gradients
 from dpsb.randomness import SystemRandomness
-from dpsb.train import probe_every_bucket, secret_dropout, training_mode
+from dpsb.train import modes_of, probe_every_bucket, put_back, secret_dropout, training_mode
 from dpsb.withheld import messages_withheld
 
 
@@ -44,6 +44,7 @@ def follow(
     adapter = work.adapter
     with training_mode(adapter.model):
         adapter_train_mode(adapter)
+        modes = modes_of(adapter.model)
         with without_dropout(adapter.model):
             batch = probe_every_bucket(adapter, work.loss_fn, work.collate, synthetic, work.buckets, work.token_budget)
         with nullcontext() if allow_dropout else without_dropout(adapter.model):
@@ -59,7 +60,7 @@ def follow(
                     return
                 if order == Order.EVALUATE:
                     on_evaluate()
-                    adapter.model.train()
+                    put_back(adapter.model, modes)
                     continue
                 clip_norm = float(team.say(torch.zeros(1, dtype=torch.float64))[0])
                 draw = team.say(torch.zeros(drawn, dtype=torch.int64)).numpy()

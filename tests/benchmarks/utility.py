@@ -241,8 +241,10 @@ def main() -> None:
     for name in options.sets.split(","):
         task, given = TASKS[name], options.arms.split(",")
         named = [arm for arm in given if arm != HEAD]
-        groups = [("all", named)] if options.together else [(arm, [arm]) for arm in named]
-        if task.has_head and (HEAD in given or chosen_rate(options.out, name, HEAD) is None):
+        groups = [("all", named)] if options.together and named else [(arm, [arm]) for arm in named]
+        if not task.has_head and HEAD in given:
+            print(f"{name}: a language model has no head of its own, so there is no arm {HEAD}", flush=True)
+        elif task.has_head and (HEAD in given or chosen_rate(options.out, name, HEAD) is None):
             groups = [(HEAD, [HEAD]), *groups]
         for folder, arms_together in groups:
             run_arms(task, arms_together, folder, options)

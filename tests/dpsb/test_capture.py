@@ -223,6 +223,52 @@ def test_input_without_examples_in_dimension_0_is_refused(tiny):
         tiny.rows(adapter, tiny.loss["bert"], tiny.batch("bert"))
 
 
+def test_a_use_without_influence_on_the_loss_leaves_the_rows_of_the_others(tiny):
+    """Its gradient never arrives; the input that was kept for it must not be taken for that of another use."""
+
+    class Unheard(tiny.twice):
+        def _both(self, h):
+            heard = self._once(h)
+            self._once(2.0 * h + 1.0)
+            return heard
+
+    adapter = tiny.adapter(Unheard(), target_modules=["layer"])
+    batch, loss_fn = tiny.batch("bert", lengths=(9, 4, 12)), tiny.loss["bert"]
+    rows = tiny.rows(adapter, loss_fn, batch)
+    assert tiny.distance(rows, torch.cat(list(one_by_one(tiny, adapter, loss_fn, batch))).view_as(rows)) <= 1e-5
+    assert left_behind(adapter.model) == []
+
+
+def test_uses_with_different_numbers_of_examples_are_refused(tiny):
+    class Narrow(tiny.twice):
+        def _both(self, h):
+            return self._once(h) + self._once(h[:1])
+
+    adapter = tiny.adapter(Narrow(), target_modules=["layer"])
+    with pytest.raises(RuntimeError, match="different numbers of examples"):
+        tiny.rows(adapter, tiny.loss["bert"], tiny.batch("bert"))
+
+
+def test_a_second_backward_pass_is_refused(tiny):
+    adapter, batch = tiny.adapter(tiny.base("bert")), tiny.batch("bert")
+    with per_example_gradients(adapter, 5):
+        loss = tiny.loss["bert"](adapter.model, batch).sum()
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="ran twice"):
+            loss.backward()
+
+
+def test_a_graph_that_outlives_the_block_keeps_no_input(tiny):
+    adapter, batch = tiny.adapter(tiny.base("bert")), tiny.batch("bert")
+    with per_example_gradients(adapter, 5):
+        loss = tiny.loss["bert"](adapter.model, batch).sum()
+        held = [held for core in adapter.cores for held in core.up.core.activations]
+        assert all(held)
+    assert not any(held)
+    loss.backward()  # an ordinary one
+    assert all(name.endswith(".grad") for name in left_behind(adapter.model))
+
+
 def saved_tensors(model, run):
     """Shapes and bytes of the unique storages that a forward pass keeps, parameters and buffers excluded."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}

@@ -32,6 +32,13 @@ def trained(out, kind="classification", /, device="0", launcher=("-m", "dpsb.cli
     return theta, json.loads((out / "report.json").read_text())
 
 
+def assert_same(here, there, tolerance=1e-3):
+    assert here
+    assert here.keys() == there.keys()
+    for name, value in there.items():
+        torch.testing.assert_close(here[name], value, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -50,13 +57,10 @@ def test_a_run_ends_where_one_on_the_cpu_ends(tmp_path, changes):
     held_out = str(workbench.data_file(seed=9))
     here, report = trained(tmp_path / "gpu", eval_data=held_out, **changes)
     there, other = trained(tmp_path / "cpu", device="", eval_data=held_out, **changes)
-    assert here
-    assert here.keys() == there.keys()
-    loose = changes.get("dtype") == "bfloat16"
-    for name, value in there.items():
-        torch.testing.assert_close(here[name], value, rtol=1e-3, atol=0.05 if loose else 1e-3)
+    assert_same(here, there, 0.05 if changes.get("dtype") == "bfloat16" else 1e-3)
     assert report["epsilon"] == other["epsilon"]
-    assert report["held_out"]["metrics"].keys() == other["held_out"]["metrics"].keys()
+    found, expected = (r["held_out"]["metrics"]["cross_entropy"] for r in (report, other))
+    assert found == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("basis", ["weight", "private", "public", "hybrid", "hybrid weights", "leak"])
@@ -76,8 +80,7 @@ def test_a_language_model(tmp_path):
     held_out = str(workbench.data_file("causal-lm", seed=9))
     here, report = trained(tmp_path / "gpu", "causal-lm", eval_data=held_out)
     there, other = trained(tmp_path / "cpu", "causal-lm", device="", eval_data=held_out)
-    for name, value in there.items():
-        torch.testing.assert_close(here[name], value, rtol=1e-3, atol=1e-3)
+    assert_same(here, there)
     perplexity = (r["held_out"]["metrics"]["perplexity"] for r in (report, other))
     assert next(perplexity) == pytest.approx(next(perplexity), rel=1e-3)
 
@@ -87,21 +90,21 @@ def test_fsdp2_on_one_gpu_ends_where_one_process_ends(tmp_path):
     alone, _ = trained(tmp_path / "alone")
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "dpsb.cli")
     together, _ = trained(tmp_path / "team", launcher=launch, shard_base=True)
-    for name, value in alone.items():
-        torch.testing.assert_close(together[name], value, rtol=1e-5, atol=1e-5)
+    assert_same(together, alone, 1e-5)
 
 
 def test_a_run_that_dies_is_resumed(tmp_path):
     out = tmp_path / "run"
+    settings = workbench.run_settings(out, steps=6, checkpoint_every=2)
     code = (
-        "import os, sys\nfrom dpsb.config import RunConfig\nfrom dpsb.run import Callbacks, fine_tune\n"
-        f"settings = {workbench.run_settings(out, insecure_seed=3, steps=6, checkpoint_every=2)!r}\n"
-        "fine_tune(RunConfig(**settings), callbacks=Callbacks(on_step=lambda p: os._exit(9) if p.step == 4 else None))"
+        "import os\nfrom dpsb.config import RunConfig\nfrom dpsb.run import Callbacks, fine_tune\n"
+        f"fine_tune(RunConfig(**{settings!r}), callbacks=Callbacks(on_step=lambda p: os._exit(9) if p.step == 4 else None))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     again = [sys.executable, "-m", "dpsb.cli", "train", "--out", str(out), "--resume"]
     assert subprocess.run(again, check=False, capture_output=True).returncode == 0
     assert Ledger.read(out / "ledger.jsonl").charged("train") == 6
+    assert (out / CORE_NAME).exists()
     assert verify(out / "ledger.jsonl").ok
 
 

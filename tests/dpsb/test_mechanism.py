@@ -234,7 +234,7 @@ def test_numbers_come_from_the_plan():
 
 
 def test_an_autocast_around_it_changes_nothing():
-    """bf16 in the product of factors and rows would move the sum by more than C."""
+    """Because it is float64, which no autocast touches: bf16 in this product would move the sum by more than C."""
     rows = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     exact = clip_and_sum(rows, 0.5)
     with torch.autocast("cpu", torch.bfloat16):

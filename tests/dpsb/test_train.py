@@ -282,6 +282,23 @@ def test_optimizer_over_other_parameters(refused):
     assert refused(ValueError, "does not hold", optimizer=made)[1] == 0
 
 
+def test_an_optimizer_that_also_trains_the_loss(refused):
+    """The loss' own parameter would get the raw gradient of the batch, and follow it."""
+    made = lambda parameters, lr: torch.optim.SGD([*parameters, nn.Parameter(torch.ones(3))], lr=lr)  # noqa: E731
+    assert refused(ValueError, r"trainable tensor of shape \(3,\) that is no part", optimizer=made)[1] == 0
+
+
+def test_a_frozen_tensor_that_still_has_a_gradient_stays(tiny, trained):
+    """Of earlier training, say: an optimizer moves whatever has a gradient, frozen or not."""
+    adapter = tiny.adapter(tiny.base("bert"), scatter=0.0)
+    frozen = adapter.model.get_input_embeddings().weight
+    before = frozen.detach().clone()
+    frozen.grad = torch.ones_like(frozen)
+    made = lambda parameters, lr: torch.optim.SGD([*parameters, frozen], lr=lr)  # noqa: E731
+    trained("stays", adapter=adapter, optimizer=made)
+    assert torch.equal(frozen, before)
+
+
 def test_trainable_tensor_left_over(tiny, refused):
     adapter = tiny.adapter(tiny.base("bert"), scatter=0.0)
     adapter.model.get_input_embeddings().weight.requires_grad_(True)
