@@ -98,7 +98,8 @@ def test_a_run_that_dies_is_resumed(tmp_path):
     settings = workbench.run_settings(out, steps=6, checkpoint_every=2)
     code = (
         "import os\nfrom dpsb.config import RunConfig\nfrom dpsb.run import Callbacks, fine_tune\n"
-        f"fine_tune(RunConfig(**{settings!r}), callbacks=Callbacks(on_step=lambda p: os._exit(9) if p.step == 4 else None))"
+        "callbacks = Callbacks(on_step=lambda progress: os._exit(9) if progress.step == 4 else None)\n"
+        f"fine_tune(RunConfig(**{settings!r}), callbacks=callbacks)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     again = [sys.executable, "-m", "dpsb.cli", "train", "--out", str(out), "--resume"]
