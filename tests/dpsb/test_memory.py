@@ -1,5 +1,6 @@
 """The memory plan holds against what a real step allocates, and loads no weights."""
 
+import gc
 import json
 
 import pytest
@@ -69,9 +70,17 @@ def batch_of(kind):
 
 
 def peak_bytes(work):
-    """The most that torch's allocator holds at any moment of ``work``, from every single allocation."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
+    """The most that torch's allocator holds at any moment of ``work``, from every single allocation.
+
+    What earlier tests left in cycles must not be freed meanwhile: it would count against what ``work`` holds.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            work()
+    finally:
+        gc.enable()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -247,7 +247,7 @@ def test_the_schedule_goes_on_and_the_start_is_the_saved_one(tmp_path, monkeypat
     out, factors = tmp_path / "run", []
     stopped(out, basis="random")
     step = train._step
-    monkeypatch.setattr(train, "_step", lambda *args: (factors.append(args[3]), step(*args)))
+    monkeypatch.setattr(train, "_step", lambda *args: (factors.append(args[4]), step(*args)))
     before = (out / "start.safetensors").read_bytes()
     assert before
     resume(out)
