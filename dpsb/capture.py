@@ -17,7 +17,6 @@ from torch import nn
 
 from dpsb.adapter import Adapter
 
-_LEFT_BY_OPACUS_ON_MODULES = ("activations",)
 _LEFT_BY_OPACUS_ON_PARAMETERS = ("grad_sample", "_forward_counter")
 
 
@@ -168,11 +167,8 @@ def checkpointed_modules(model: nn.Module) -> list[nn.Module]:
 
 def _clean(modules: nn.Module) -> None:
     for module in modules.modules():
-        for held in getattr(module, "activations", ()):  # hooks of a graph that is still there hold it too
-            held.clear()
-        for attribute in _LEFT_BY_OPACUS_ON_MODULES:
-            if hasattr(module, attribute):
-                delattr(module, attribute)
+        for held in vars(module).pop("activations", ()):
+            held.clear()  # hooks of a graph that is still there hold it too
     for parameter in modules.parameters():
         parameter.grad = None
         for attribute in _LEFT_BY_OPACUS_ON_PARAMETERS:

@@ -367,8 +367,7 @@ def training_mode(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        _set_modes(modes)
 
 
 def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
@@ -381,5 +380,9 @@ def put_back(model: nn.Module, modes: Sequence[tuple[nn.Module, bool]]) -> None:
     if all(module.training is training for module, training in modes):
         return
     model.train()  # modules may do more in it than set a flag
+    _set_modes(modes)
+
+
+def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
     for module, training in modes:
         module.training = training

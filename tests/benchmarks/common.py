@@ -87,11 +87,17 @@ def _minilm(dtype: torch.dtype) -> nn.Module:
     return load_base("minilm", "classification", LABELS, dtype=dtype, pooling="native")[0]
 
 
-def smollm2(dtype: torch.dtype) -> nn.Module:
-    """SmolLM2-135M's shape with random weights: 135 million parameters, a vocabulary of 49,152, tied embeddings."""
+def _random_llama(dtype: torch.dtype, **shape: Any) -> nn.Module:
+    """A Llama with random weights; ``shape`` are fields of its config."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
+    return LlamaForCausalLM(LlamaConfig(**shape, pad_token_id=0, use_cache=False)).to(dtype)
+
+
+def smollm2(dtype: torch.dtype) -> nn.Module:
+    """SmolLM2-135M's shape with random weights: 135 million parameters, a vocabulary of 49,152, tied embeddings."""
+    return _random_llama(
+        dtype,
         hidden_size=576,
         num_hidden_layers=30,
         intermediate_size=1536,
@@ -100,17 +106,13 @@ def smollm2(dtype: torch.dtype) -> nn.Module:
         vocab_size=49152,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
-        pad_token_id=0,
-        use_cache=False,
     )
-    return LlamaForCausalLM(config).to(dtype)
 
 
 def llama(dtype: torch.dtype, hidden: int = 512, layers: int = 8, intermediate: int = 1408) -> nn.Module:
     """A Llama-shaped model with random weights; 34 million parameters as it stands."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
+    return _random_llama(
+        dtype,
         hidden_size=hidden,
         num_hidden_layers=layers,
         intermediate_size=intermediate,
@@ -118,30 +120,23 @@ def llama(dtype: torch.dtype, hidden: int = 512, layers: int = 8, intermediate: 
         num_key_value_heads=8,
         vocab_size=8192,
         max_position_embeddings=1024,
-        pad_token_id=0,
-        use_cache=False,
     )
-    return LlamaForCausalLM(config).to(dtype)
 
 
 def llama_1b(dtype: torch.dtype) -> nn.Module:
     """The shape of Llama-3.2-1B with random weights: 1.24 billion parameters, a vocabulary of 128,256."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=2048,
-        num_hidden_layers=16,
-        intermediate_size=8192,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128_256,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        use_cache=False,
-    )
     with torch.device(DEVICE):
-        return LlamaForCausalLM(config).to(dtype)
+        return _random_llama(
+            dtype,
+            hidden_size=2048,
+            num_hidden_layers=16,
+            intermediate_size=8192,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=128_256,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+        )
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

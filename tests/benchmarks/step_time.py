@@ -43,7 +43,7 @@ ROWS = 4096
 WARM_UP = 2
 TARGETS = {"nonprivate_r": 1.05, "peft_lora": 1.00, "opacus_lora": 0.80}
 CHOICES = {**common.WORKLOADS, "smollm2": common.SMOLLM2, **common.GPU_WORKLOADS}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "bfloat16")
 RATIO_NAMES = {
     "nonprivate_r": "private_over_nonprivate_r",
     "peft_lora": "private_over_peft_lora",
@@ -91,7 +91,7 @@ def adapter_of(workload: Workload, dtype: torch.dtype) -> Adapter:
 
 
 def nonprivate_r_step(
-    workload: Workload, examples: list[Any], collate: Collator, dtype: torch.dtype = torch.float32
+    workload: Workload, examples: list[Any], collate: Collator, dtype: torch.dtype
 ) -> Callable[[], None]:
     """One step of the R-only adapter without privacy."""
     adapter = adapter_of(workload, dtype)
@@ -105,26 +105,20 @@ def nonprivate_r_step(
     return step
 
 
-def peft_step(
-    workload: Workload, examples: list[Any], collate: Collator, dtype: torch.dtype = torch.float32
-) -> Callable[[], None]:
+def peft_step(workload: Workload, examples: list[Any], collate: Collator, dtype: torch.dtype) -> Callable[[], None]:
     """One step of LoRA as a user of PEFT writes it."""
     model = workload.lora(dtype).to(common.DEVICE).train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     return _huggingface_step(model, optimizer, workload, examples, collate)
 
 
-def opacus_step(
-    workload: Workload, examples: list[Any], collate: Collator, dtype: torch.dtype = torch.float32
-) -> Callable[[], None]:
+def opacus_step(workload: Workload, examples: list[Any], collate: Collator, dtype: torch.dtype) -> Callable[[], None]:
     """One step of LoRA under Opacus in hooks mode."""
     model, optimizer, _ = _under_opacus(workload, "hooks", dtype)
     return _huggingface_step(model, optimizer, workload, examples, collate)
 
 
-def ghost_step(
-    workload: Workload, examples: list[Any], collate: Collator, dtype: torch.dtype = torch.float32
-) -> Callable[[], None]:
+def ghost_step(workload: Workload, examples: list[Any], collate: Collator, dtype: torch.dtype) -> Callable[[], None]:
     """One step of LoRA on a causal model under Opacus in ghost mode, with the criterion that it wants."""
     model, optimizer, criterion, _ = _under_opacus(workload, "ghost", dtype)
 
@@ -163,7 +157,7 @@ def _huggingface_step(
     return step
 
 
-def arms_here(workload: Workload, dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], common.Elapsed]]:
+def arms_here(workload: Workload, dtype: torch.dtype) -> dict[str, Callable[[], common.Elapsed]]:
     """The arms beside the private one that run in this process."""
     collate = Collator(0, common.DEVICE)
     batch = workload.examples(workload.batch_size)
@@ -234,9 +228,9 @@ def time_rounds(
     return rounds[warm_up:]
 
 
-def measure(workload: Workload, repetitions: int, dtype_name: str = "float32") -> dict[str, Any]:
+def measure(workload: Workload, repetitions: int, dtype_name: str) -> dict[str, Any]:
     """The ratios, with the times behind them."""
-    dtype = DTYPES[dtype_name]
+    dtype = getattr(torch, dtype_name)
     rounds = time_rounds(workload, repetitions, arms_here(workload, dtype), dtype)
     compared = [arm for arm in RATIO_NAMES if arm in rounds[0]]
     ratios = {arm: common.paired_ratio(rounds, "private", arm) for arm in compared}
@@ -270,7 +264,7 @@ def main() -> None:
     parser = common.arguments(__doc__, repetitions=12, threads=2)
     parser.formatter_class = common.argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", choices=[*CHOICES, "all", "gpu"], default="all")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the frozen weights")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the frozen weights")
     options = parser.parse_args()
     common.quiet()
     torch.set_num_threads(options.threads)

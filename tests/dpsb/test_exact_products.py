@@ -71,7 +71,7 @@ def test_norms_and_sums_are_the_same_in_a_coarse_setting(tiny, around):
         assert settings() == inside
     assert torch.equal(norms, again)
     assert all(torch.equal(sums[name], sums_again[name]) for name in sums)
-    assert seen == [*[(*["ieee"] * len(module._BACKENDS), False)] * 4]
+    assert seen == [(*["ieee"] * len(module._BACKENDS), False)] * 4
 
 
 def test_the_setting_stays_exact_until_the_last_thread_is_done():
