@@ -1,5 +1,7 @@
 """Server rules of federated low-rank training side by side: Fed-SB, FedIT, FFA-LoRA, FedEx-LoRA, FLoRA and FedSVD.
 
+Fed-SB runs twice: with the basis of the weights, and with one from 512 public rows of the same task that no silo has.
+
     python tests/benchmarks/federated.py --data-dir DIR --out DIR --set snli20k --silos 3,10 --split iid,dirichlet-0.5
 
 Equal for all: epsilon, delta, rows, silos, rounds, local steps, sampling, clipping (AUTO-S, C = 1, head and adapter as
@@ -42,6 +44,7 @@ from dpsb_accounting.files import write_whole
 
 NAMES = {
     "fed_sb": "Fed-SB",
+    "fed_sb_public": "Fed-SB, public basis",
     "fedit": "FedIT",
     "ffa_lora": "FFA-LoRA",
     "fedex_lora": "FedEx-LoRA",
@@ -71,7 +74,7 @@ def bench_of(setting: Setting, method: str) -> Bench:
     if (setting, method) not in _kept:
         forget()
         common = setting.content
-        files = {name: Path(common[name]) for name in ("validation", "test")}
+        files = {name: Path(common[name]) for name in ("validation", "test", "public")}
         _kept[setting, method] = Bench(RunConfig(**common["config"]), method, common["rounds"], files)
     return _kept[setting, method]
 
@@ -240,8 +243,8 @@ def setting_of(options: argparse.Namespace, out: Path) -> Setting:
         "head_learning_rate": options.head_lr,
         "head_init_std": options.head_init_std,
     }
-    held_out = {name: str(parts[name]) for name in ("validation", "test")}
-    text = json.dumps({"config": config, "rounds": options.rounds, **held_out}, indent=1)
+    files = {"validation": str(parts["validation"]), "test": str(parts["test"]), "public": str(parts["near"])}
+    text = json.dumps({"config": config, "rounds": options.rounds, **files}, indent=1)
     file = out / "setting.json"
     if file.exists() and file.read_text() != text:
         raise SystemExit(f"The runs in {out} have other settings; see {file}, or take another --out.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from federated_rule import SEED, Combined, Rule, Silo, State, combine, head_of_state
 
-from dpsb import basis
 from dpsb.adapter import Adapter, attach
 from dpsb.baselines.build import adapt
 from dpsb.baselines.methods import method_named
+from dpsb.basis.stage import Setup, plan_basis
 from dpsb.config import RunConfig
 from dpsb.data import read_table, tokenize_classification
 from dpsb.evaluate import evaluate
@@ -39,13 +39,16 @@ from dpsb_accounting import Ledger, epsilon
 
 TRAINED_AS = {
     "fed_sb": "sb",
+    "fed_sb_public": "sb",
     "fedit": "lora",
     "ffa_lora": "ffa-lora",
     "fedex_lora": "lora",
     "flora": "lora",
     "fedsvd": "ffa-lora",
 }
-"""By server rule: what the silos train. FFA-LoRA and FedSVD start from the same random orthonormal A."""
+"""By method: what the silos train. FFA-LoRA and FedSVD start from the same random orthonormal A."""
+PUBLIC = "_public"
+"""Ends the name of a method whose basis is from public rows; without it, it is from the weights."""
 LEAST_ROWS = 40
 
 
@@ -97,35 +100,47 @@ class Bench:
     Args:
       config: Model, files, targets, rank and lengths. ``steps`` is rounds x local steps, and ``expected_batch_size``
         that of all silos together: each samples its own rows with the same probability.
-      method: The server rule.
+      method: One of ``TRAINED_AS``.
       rounds: Aggregations.
-      files: Held-out files by name, ``validation`` and ``test``.
+      files: By name: held-out ``validation`` and ``test``, and the ``public`` rows of a basis.
     """
 
     def __init__(self, config: RunConfig, method: str, rounds: int, files: Mapping[str, Path]) -> None:
-        self.method, self.rounds = method, rounds
-        self.config, kind = config, method_named(TRAINED_AS[method])
-        inputs = self.inputs = read_inputs(self._config(config, kind.name), warm=False)
+        self.rounds = rounds
+        kind = method_named(TRAINED_AS[method])
+        source = f"public:{files['public']}" if method.endswith(PUBLIC) else "weight"
+        inputs = self.inputs = read_inputs(replace(config, method=kind.name, basis=source), warm=False)
         model, labels, prepared = inputs.model, inputs.prepared.labels, inputs.prepared
-        self.adapter: Adapter = (
-            attach(model, basis.weight_svd(model), allow=HEAD_NAMES) if kind.kind == "cores" else adapt(model, kind)
-        )
+        self.adapter: Adapter = self._cores() if kind.kind == "cores" else adapt(model, kind)
         self.held_out = {
             name: tokenize_classification(
                 read_table(str(file)), columns_of(config), inputs.tokenizer, labels, prepared.max_length
             )
             for name, file in files.items()
+            if name != "public"
         }
-        self.rule = Rule(method, self.adapter)
+        self.rule = Rule(method.removesuffix(PUBLIC), self.adapter)
         self.synthetic = inputs.synthetic()
         self._kept = ExitStack()
         self._kept.enter_context(remember_frozen_prefix(model))
         self._theta, self._factors = self.adapter.state(), self.rule.pairs(self.adapter.state())
         self._base = {name: layer.get_base_layer().weight.detach().clone() for name, layer in self.rule.layers.items()}
 
-    @staticmethod
-    def _config(config: RunConfig, method: str) -> RunConfig:
-        return RunConfig(**{**vars(config), "method": method})
+    def _cores(self) -> Adapter:
+        """The adapter of R on the basis that the settings name; no private example is needed."""
+        inputs = self.inputs
+        setup = Setup(
+            config=inputs.config,
+            model=inputs.model,
+            loss_fn=inputs.loss_fn,
+            collate=inputs.collate,
+            examples=(),
+            public=inputs.prepared.public,
+            max_length=inputs.prepared.max_length,
+            delta=inputs.config.delta or 1e-5,
+            neighboring="zero_out",
+        )
+        return attach(inputs.model, plan_basis(setup).basis, allow=HEAD_NAMES)
 
     def close(self) -> None:
         """Forgets the hidden states."""
@@ -134,8 +149,8 @@ class Bench:
     def run(self, job: Job) -> dict[str, Any]:
         """Trains from the start; returns the run's row."""
         self._reset()
-        method, rule = self.method, self.rule
-        config = RunConfig(**{**vars(self.inputs.config), "learning_rate": job.learning_rate, "epsilon": job.epsilon})
+        rule = self.rule
+        config = replace(self.inputs.config, learning_rate=job.learning_rate, epsilon=job.epsilon)
         examples = self.inputs.prepared.examples
         parts = split_rows([e["labels"] for e in examples], job.silos, job.split, SEED + job.repeat)
         errors = []
@@ -148,7 +163,7 @@ class Bench:
                 theta = self.adapter.state()
                 replies = [self._round(silo, theta) for silo in silos]
                 states = [rule.pairs(reply) for reply in replies]
-                combined = combine(method, states, turn)
+                combined = combine(rule.method, states, turn)
                 errors.append(rule.error(states, combined))
                 measured = {} if turn + 1 < self.rounds else rule.measured(silos, replies, combined)
                 rule.put(combined, aggregate.mean([head_of_state(reply) for reply in replies]))

@@ -37,7 +37,8 @@ def setting(script, tmp_path):
         "targets": r"re:.*layer\.1\..*(query|key|value|dense)",
         "head_learning_rate": 0.1,
     }
-    content = {"config": config, "rounds": 1, "validation": data, "test": data}
+    files = {"validation": data, "test": data, "public": str(workbench.data_file(seed=5))}
+    content = {"config": config, "rounds": 1, **files}
     return script.Setting(text=json.dumps(content))
 
 

@@ -7,12 +7,16 @@ import subprocess
 import sys
 import threading
 from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from federation import NAMES, Federation, check_ledger, terms, trainer
 from test_federated_simulate import SPLIT, settings, split_file
 from test_federated_wire import at_work
 
+from dpsb.demo import mail_file
 from dpsb.federated.config import read_federation
 from dpsb.federated.flower.deployment import NODES, TLS, register, run_rounds, superlink, supernode
 from dpsb.federated.flower.keys import make_certificates, make_node_key
@@ -58,14 +62,37 @@ def test_only_ledgers_replace_the_servers_copies(federation):
         assert (copy.read_bytes() if copy.exists() else None) == kept
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("basis", ['"private"', '"hybrid"\nbasis_width = 8'], ids=["private", "hybrid"])
-def test_a_simulation_through_the_engine_is_that_of_plain_calls(tmp_path, monkeypatch, basis):
-    """Same file, same folder, same report; every message went through a grid, a ClientApp and a worker's socket."""
+def tiny_hybrid(tmp_path, monkeypatch):
+    """A hybrid basis on a tiny model; calibration and the probe have tests of their own."""
     monkeypatch.setattr("dpsb.federated.calibrate.noise_multiplier_for", lambda **_facts: 2.0)
     monkeypatch.setattr("dpsb.federated.trainer.check_before_run", lambda *_args: None)
-    replies = []
-    config = read_federation(settings(tmp_path, f"{split_file(tmp_path)}\nbasis = {basis}", SPLIT))
+    return read_federation(settings(tmp_path, f'{split_file(tmp_path)}\nbasis = "hybrid"\nbasis_width = 8', SPLIT))
+
+
+def mail_private(tmp_path, _monkeypatch):
+    """The example on a part of its mail, two weights and fewer steps, with a basis from the silos' gradients."""
+    example = read_federation(Path(__file__).resolve().parents[2] / "examples" / "federated_mail" / "fed.toml")
+    data = tmp_path / "mail.parquet"
+    pq.write_table(pq.read_table(mail_file("train")).slice(0, 900), data)
+    run = replace(
+        example.run,
+        data=str(data),
+        eval_data=None,
+        out=str(tmp_path / "out"),
+        basis="private",
+        targets=r"re:.*layer\.5\..*(query|value)",
+        max_length=64,
+        remember_frozen_blocks=False,
+        expected_batch_size=16,
+    )
+    return replace(example, run=run, federation=replace(example.federation, rounds=2, local_steps=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [tiny_hybrid, mail_private])
+def test_a_simulation_through_the_engine_is_that_of_plain_calls(tmp_path, monkeypatch, asked):
+    """Same settings, same folder, same report; every message went through a grid, a ClientApp and a worker's socket."""
+    config, replies = asked(tmp_path, monkeypatch), []
     done = run_simulation(config, engine="flower", callbacks=Callbacks(on_reply=replies.append))
     report = json.loads((done.out / "report.json").read_text())
     assert report["claim"] is True
