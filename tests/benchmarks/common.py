@@ -25,6 +25,7 @@ from dpsb import basis as bases
 from dpsb.adapter import Adapter, attach
 from dpsb.losses import LossFn, causal_lm_loss, classification_loss
 from dpsb.models import HEAD_NAMES, add_lora, load_base
+from dpsb.sampling import bucket_of, length_buckets, own_length
 
 RANK = 16
 LABELS = ("ham", "spam")
@@ -282,3 +283,10 @@ def _show_indented(result: Mapping[str, Any], indent: str) -> None:
             _show_indented(value, indent + "  ")
         else:
             print(f"{indent}{name:<{width}}  {value}")
+
+
+def shortest(synthetic: Sequence[Any], max_length: int) -> list[Any]:
+    """Of the examples to probe with, those of the smallest bucket: for a model that was probed whole before."""
+    buckets = length_buckets(max_length)
+    places = [bucket_of(own_length(example), buckets) for example in synthetic]
+    return [example for example, place in zip(synthetic, places, strict=True) if place == min(places)]

@@ -1,17 +1,18 @@
-"""SmolLM2-135M writes restaurant texts from E2E's tables: R-only and DP-LoRA, with and without privacy.
+"""SmolLM2-135M writes restaurant texts from E2E's tables: bases of R-only, FFA-LoRA and LoRA, at equal epsilon.
 
-    python tests/benchmarks/e2e.py --data-dir DIR --out DIR --arm sb
-    python tests/benchmarks/e2e.py --data-dir DIR --out DIR --arm lora
+    python tests/benchmarks/e2e.py --data-dir DIR --out DIR --arms sb,lora --epsilons 8,3,1,inf
 
 A smoke run by default: 2,000 rows, 20 steps of 64 expected rows, adapters on the four highest of thirty blocks. Equal
-for all arms: rows, epsilon, delta, steps, sampling, AUTO-S clipping, Adam with linear decay, and four learning
-rates at epsilon = inf and at 8, one run each, judged by perplexity on validation rows; epsilon 3 takes the rate of 8.
-Scores of greedy answers to test tables, each with all its references: BLEU (sacrebleu), ROUGE-L. The arm sb-near takes
-its basis from the gradient of 256 further rows, which count as public; the others use none.
+for all arms: rows, epsilon, delta, steps, sampling, AUTO-S clipping, Adam with linear decay, and four learning rates at
+epsilon 8, one run each, judged by perplexity on validation rows (and four at epsilon inf for what runs there); every
+other epsilon takes the rate of 8. *near* is a basis from the gradient of 256 further rows, which count as public;
+*private* and *hybrid* pay for theirs out of the same epsilon, in every run anew; *leak* is the raw gradient of 512
+private rows: its epsilon is infinite, its noise that of the others.
 
-Start it again to go on: each run is a JSON file in --out, and those that are there are kept. One process keeps one
-model, so that its frozen blocks run once per row for all runs. Reads e2e.parquet from --data-dir (columns text_a,
-text_b, split) and writes `e2e.csv` and `e2e.md`.
+Scores of greedy answers to test tables at the epsilons of --answers-at, each with all its references: BLEU (sacrebleu),
+ROUGE-L. Start it again to go on: each run is a JSON file in --out, and those that are there are kept. One process keeps
+one model, so that its frozen blocks run once per row for all runs of an arm. Reads e2e.parquet from --data-dir (columns
+text_a, text_b, split) and writes `e2e.csv` and `e2e.md`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,14 @@ import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 import torch
+from common import shortest
 
-from dpsb.adapter import Basis, attach
+from dpsb.adapter import attach, lora_layers
 from dpsb.baselines.build import adapt
 from dpsb.baselines.methods import method_named
-from dpsb.basis.stage import Setup, plan_basis
+from dpsb.basis.release import PrivateExamples
+from dpsb.basis.stage import Planned, Setup, charge_leak, plan_basis, release_basis
+from dpsb.basis_spec import RELEASED, parse_basis
 from dpsb.config import RunConfig
 from dpsb.data import read_table
 from dpsb.frozen_prefix import remember_frozen_prefix, whole_model
@@ -45,18 +50,42 @@ from dpsb.inputs import Inputs, read_inputs
 from dpsb.optimizers import make_optimizer
 from dpsb.plan import make_plan
 from dpsb.prepare import columns_of
+from dpsb.randomness import SystemRandomness
 from dpsb.train import Knobs, fit
 from dpsb_accounting import Ledger, Plan, epsilon
 from dpsb_accounting.files import write_whole
 
 SEED = 20261126
 """Of the choice of rows; public, as these data are."""
-RATES = {"sb": (0.03, 0.1, 0.3, 1.0), "sb-near": (0.03, 0.1, 0.3, 1.0), "lora": (0.001, 0.003, 0.01, 0.03)}
-"""Two higher ones each were added to (0.01, 0.03, 0.1) and (0.0003, 0.001, 0.003), and the lowest left out, because the
-highest had been best for both, with and without privacy, on validation rows."""
-RANKS = {"sb": 16, "sb-near": 16, "lora": 4}
-"""LoRA's is small because its noise grows with the number of its entries."""
+WEIGHT_RATES, GRADIENT_RATES = (0.03, 0.1, 0.3, 1.0), (0.01, 0.03, 0.1, 0.3)
+"""Of R by what its basis is from. For the weights two higher ones were added to (0.01, 0.03, 0.1) and, of LoRA, to
+(0.0003, 0.001, 0.003), the lowest left out, because the highest had been best for both, with and without privacy, by
+validation rows. Directions of gradients hold more of a step, so their grid is one rate lower."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is trained, from which basis, and the rates that are tried."""
+
+    method: str
+    rank: int
+    rates: tuple[float, ...]
+    basis: str | None = None
+
+
+ARMS = {
+    "sb": Arm("sb", 16, WEIGHT_RATES, "weight"),
+    "sb-random": Arm("sb", 16, WEIGHT_RATES, "random"),
+    "sb-near": Arm("sb", 16, GRADIENT_RATES, "public:{near}"),
+    "sb-hybrid": Arm("sb", 16, GRADIENT_RATES, "hybrid:{near}"),
+    "sb-private": Arm("sb", 16, GRADIENT_RATES, "private"),
+    "sb-leak": Arm("sb", 16, GRADIENT_RATES, "leak"),
+    "lora": Arm("lora", 4, (0.001, 0.003, 0.01, 0.03)),
+    "ffa-lora": Arm("ffa-lora", 4, (0.003, 0.01, 0.03, 0.1)),
+}
+"""LoRA's rank is small because its noise grows with the number of its entries."""
 TARGETS = r"re:.*layers\.2[6-9]\..*_proj"
+METRICS = ("bleu", "rouge_l", "perplexity")
 VALIDATION, NEAR, PROMPTS, NEW_TOKENS, DELTA = 150, 256, 100, 48, 1e-5
 
 
@@ -85,67 +114,94 @@ def write_parts(data_dir: Path, out: Path, rows: int) -> dict[str, Path]:
 class Bench:
     """A model with one arm's adapter, and what its frozen blocks have computed."""
 
-    def __init__(self, arm: str, paths: dict[str, Path], options: argparse.Namespace) -> None:
-        self.arm, self.options = arm, options
-        method = arm.removesuffix("-near")
+    def __init__(self, name: str, paths: dict[str, Path], options: argparse.Namespace) -> None:
+        self.name, self.options = name, options
+        arm = ARMS[name]
         self.config = RunConfig(
-            **{"model": "smollm2", "task": "causal-lm", "data": str(paths["train"]), "method": method},
+            **{"model": "smollm2", "task": "causal-lm", "data": str(paths["train"]), "method": arm.method},
             **{"prompt_column": "text_a", "completion_column": "text_b", "max_length": 96, "out": str(options.out)},
-            **{"eval_data": str(paths["validation"]), "targets": TARGETS, "rank": RANKS[arm]},
-            **({"basis": f"public:{paths['near']}"} if method != arm else {}),
+            **{"eval_data": str(paths["validation"]), "targets": TARGETS, "rank": arm.rank},
+            **({} if arm.basis is None else {"basis": arm.basis.format(near=paths["near"])}),
             **{"steps": options.steps, "expected_batch_size": options.batch, "token_budget": 2048},
+            allow_non_private_basis=True,
         )
         self.inputs: Inputs = read_inputs(self.config, warm=False)
-        kind, model = method_named(method), self.inputs.model
-        self.adapter = attach(model, self._basis()) if kind.kind == "cores" else adapt(model, kind)
+        method, model = method_named(arm.method), self.inputs.model
+        self._planned: dict[float, Planned] = {}
+        self._synthetic = self.inputs.synthetic()
+        self.is_paid = arm.basis is not None and parse_basis(self.config.basis).kind in RELEASED
+        self.adapter = adapt(model, method) if arm.basis is None else attach(model, self._plan_basis(8.0).basis)
         self.start = {name: value.clone() for name, value in self.adapter.state().items()}
         self.references = references_by_prompt(read_table(str(paths["test"])), columns_of(self.config), PROMPTS)
         self.remembered = remember_frozen_prefix(model)
         self.remembered.__enter__()
 
-    def _basis(self) -> Basis:
-        inputs = self.inputs
-        setup = Setup(
-            config=self.config,
-            model=inputs.model,
-            loss_fn=inputs.loss_fn,
-            collate=inputs.collate,
-            examples=(),
-            public=inputs.prepared.public,
-            max_length=inputs.prepared.max_length,
-            delta=DELTA,
-            neighboring="zero_out",
-        )
-        return plan_basis(setup).basis
+    def _plan_basis(self, target: float) -> Planned:
+        """The basis, or how it is released; what a release costs depends on the target."""
+        key = target if self.is_paid else 0.0
+        if key not in self._planned:
+            inputs = self.inputs
+            setup = Setup(
+                config=replace(self.config, epsilon=target),
+                model=inputs.model,
+                loss_fn=inputs.loss_fn,
+                collate=inputs.collate,
+                examples=inputs.prepared.examples,
+                public=inputs.prepared.public,
+                max_length=inputs.prepared.max_length,
+                delta=DELTA,
+                neighboring="zero_out",
+            )
+            self._planned[key] = plan_basis(setup)
+        return self._planned[key]
 
     def train(self, target: float, rate: float) -> Plan:
-        """A run from the start under a ledger of its own."""
+        """A run from the start under a ledger of its own, which pays for the basis where it has to be paid."""
         self.adapter.load_state(self.start)
+        inputs = self.inputs
+        planned = None if ARMS[self.name].basis is None else self._plan_basis(target)
         plan = make_plan(
             epsilon=target,
             delta=DELTA,
-            num_examples=len(self.inputs.prepared.examples),
+            num_examples=len(inputs.prepared.examples),
             num_examples_declared=False,
             expected_batch_size=self.options.batch,
             steps=self.options.steps,
             clipping="automatic",
-            basis=self.adapter.provenance.to_json(),
+            basis=(planned or self.adapter).provenance.to_json(),
+            released_before=() if planned is None else planned.phases,
         )
-        config = RunConfig(**{**vars(self.inputs.config), "learning_rate": rate, "epsilon": target})
-        optimizer, schedule = make_optimizer(config, self.adapter, plan)
+        config = replace(inputs.config, learning_rate=rate, epsilon=target)
+        synthetic, self._synthetic = self._synthetic, shortest(self._synthetic, inputs.prepared.max_length)
         with (
             tempfile.TemporaryDirectory() as scratch,
             Ledger.create(Path(scratch) / "ledger.jsonl", plan) as ledger,
         ):
+            if planned is not None and planned.make is not None:
+                examples = PrivateExamples(
+                    model=inputs.model,
+                    layers=lora_layers(inputs.model),
+                    dataset=inputs.prepared.examples,
+                    loss_fn=inputs.loss_fn,
+                    collate=inputs.collate,
+                    synthetic=synthetic,
+                    max_length=inputs.prepared.max_length,
+                    token_budget=config.token_budget,
+                    ledger=ledger,
+                    randomness=SystemRandomness(),
+                )
+                self.adapter = release_basis(Path(scratch), self.adapter, planned.make, examples)
+            charge_leak(ledger)
+            optimizer, schedule = make_optimizer(config, self.adapter, plan)
             fit(
                 self.adapter,
-                self.inputs.prepared.examples,
+                inputs.prepared.examples,
                 ledger=ledger,
                 optimizer=optimizer,
-                loss_fn=self.inputs.loss_fn,
-                collate=self.inputs.collate,
-                synthetic=self.inputs.synthetic(),
-                max_length=self.inputs.prepared.max_length,
+                loss_fn=inputs.loss_fn,
+                collate=inputs.collate,
+                synthetic=synthetic,
+                max_length=inputs.prepared.max_length,
                 schedule=schedule,
                 knobs=Knobs(token_budget=config.token_budget, checkpoint_every=0),
             )
@@ -167,10 +223,10 @@ class Bench:
 
 
 def run(bench: Bench, target: float | None, rate: float, repeat: int, purpose: str) -> dict[str, Any]:
-    """One row. Without ``target``: the model as it came."""
+    """One row. Without ``target``: the model as it came. ``target`` is what the noise is for."""
     began = time.perf_counter(), time.process_time()
     row: dict[str, Any] = {
-        "arm": "–" if target is None else bench.arm,
+        "arm": "–" if target is None else bench.name,
         "purpose": purpose,
         "learning_rate": rate,
         "repeat": repeat,
@@ -182,7 +238,7 @@ def run(bench: Bench, target: float | None, rate: float, repeat: int, purpose: s
         row |= {"target": target, "noise_multiplier": plan.noise_multiplier, "trained": bench.adapter.dimension}
         row |= {"epsilon": epsilon(plan).upper if plan.is_private else math.inf}
     row |= bench.inputs.metrics()
-    if purpose != "tuning":
+    if target is None or (purpose != "tuning" and target in bench.options.answers_at):
         row |= bench.answer()
     return {**row, "seconds": time.perf_counter() - began[0], "processor_seconds": time.process_time() - began[1]}
 
@@ -202,14 +258,16 @@ def do(arm: str, paths: dict[str, Path], options: argparse.Namespace) -> None:
     bench, out = Bench(arm, paths, options), options.out
     kept(out, "before", bench, None, 0.0, 0, "before")
     chosen: dict[float, float] = {}
-    for target in (8.0, math.inf):
-        rows = [kept(out, f"{arm}-{target:g}-rate{r:g}", bench, target, r, 0, "tuning") for r in RATES[arm]]
-        chosen[target] = min(rows, key=lambda row: float(row["perplexity"]))["learning_rate"]
-    chosen[3.0] = chosen[8.0]
-    for target in (8.0, 3.0, math.inf):
-        rate = chosen[target]
+    for target in options.epsilons:
+        if math.isinf(target) and bench.is_paid:
+            continue
+        tuned_at = math.inf if math.isinf(target) else 8.0
+        if tuned_at not in chosen:
+            names = {rate: f"{arm}-{tuned_at:g}-rate{rate:g}" for rate in ARMS[arm].rates}
+            rows = [kept(out, name, bench, tuned_at, rate, 0, "tuning") for rate, name in names.items()]
+            chosen[tuned_at] = min(rows, key=lambda row: float(row["perplexity"]))["learning_rate"]
         for repeat in range(options.repeats):
-            kept(out, f"{arm}-{target:g}-run{repeat}", bench, target, rate, repeat, "table")
+            kept(out, f"{arm}-{target:g}-run{repeat}", bench, target, chosen[tuned_at], repeat, "table")
 
 
 def write_table(out: Path) -> None:
@@ -223,7 +281,8 @@ def write_table(out: Path) -> None:
         if row["purpose"] != "tuning":
             groups.setdefault((row.get("target", -1.0), row["arm"]), []).append(row)
     for (target, arm), found in sorted(groups.items()):
-        means = " | ".join(spread([row[name] for row in found]) for name in ("bleu", "rouge_l", "perplexity"))
+        scored = {name: [row[name] for row in found if row.get(name) is not None] for name in METRICS}
+        means = " | ".join(spread(values) if values else "–" for values in scored.values())
         at = "before" if target < 0 else f"{target:g}"
         lines.append(f"| {at} | {arm} | {found[0]['learning_rate']:g} | {means} | {len(found)} |")
     (out / "e2e.md").write_text("\n".join(lines) + "\n")
@@ -236,11 +295,18 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean:.3g} ± {statistics.stdev(values):.2g}" if len(values) > 1 else f"{mean:.3g}"
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """Comma-separated numbers."""
+    return tuple(map(float, text.split(",")))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--arm", choices=list(RATES), help="all by default, one after the other")
+    parser.add_argument("--arms", default=",".join(ARMS), help=f"one after the other; default {','.join(ARMS)}")
+    parser.add_argument("--epsilons", type=numbers, default="8,3,1", help="inf is without privacy; default 8,3,1")
+    parser.add_argument("--answers-at", type=numbers, default="8", help="epsilons with BLEU and ROUGE-L; default 8")
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=64, help="expected batch size")
@@ -250,7 +316,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     paths = write_parts(options.data_dir, options.out, options.rows)
-    for arm in [options.arm] if options.arm else RATES:
+    for arm in options.arms.split(","):
         do(arm, paths, options)
     write_table(options.out)
 

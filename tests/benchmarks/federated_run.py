@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import shortest
 from federated_rule import SEED, Combined, Rule, Silo, State, combine, head_of_state
 
 from dpsb.adapter import Adapter, attach
@@ -33,7 +34,6 @@ from dpsb.models import HEAD_NAMES
 from dpsb.optimizers import make_optimizer
 from dpsb.plan import make_plan, noise_multiplier_for
 from dpsb.prepare import columns_of
-from dpsb.sampling import bucket_of, length_buckets, own_length
 from dpsb.train import private_steps
 from dpsb_accounting import Ledger, epsilon
 
@@ -121,6 +121,7 @@ class Bench:
         }
         self.rule = Rule(method.removesuffix(PUBLIC), self.adapter)
         self.synthetic = inputs.synthetic()
+        self._shortest = shortest(self.synthetic, prepared.max_length)
         self._kept = ExitStack()
         self._kept.enter_context(remember_frozen_prefix(model))
         self._theta, self._factors = self.adapter.state(), self.rule.pairs(self.adapter.state())
@@ -215,19 +216,13 @@ class Bench:
             optimizer=optimizer,
             loss_fn=self.inputs.loss_fn,
             collate=self.inputs.collate,
-            synthetic=self.synthetic if first else self._shortest(),
+            synthetic=self.synthetic if first else self._shortest,  # the first silo has probed the model whole
             max_length=self.inputs.prepared.max_length,
             schedule=schedule,
             token_budget=config.token_budget,
         )
         stack.callback(running.close)
         return Silo(plan=plan, ledger=ledger, optimizer=optimizer, steps=running)
-
-    def _shortest(self) -> list[Any]:
-        """Of the examples to probe with, those of the smallest bucket: the first silo has probed the model whole."""
-        buckets = length_buckets(self.inputs.prepared.max_length)
-        places = [bucket_of(own_length(example), buckets) for example in self.synthetic]
-        return [e for e, place in zip(self.synthetic, places, strict=True) if place == min(places)]
 
     def _round(self, silo: Silo, theta: State) -> dict[str, torch.Tensor]:
         """A silo's steps from the global adapter, its optimizer anew."""
