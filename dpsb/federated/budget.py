@@ -165,11 +165,10 @@ def open_ledger(folder: Path, policy: SiloPolicy, plan: Plan, run_id: str, recei
     """
     home = run_folder(folder, run_id)
     path = home / LEDGER_NAME
-    if path.exists() and not _begun(path):
-        path.unlink()
-    if not path.exists():
-        if receipt is not None or any(home.glob("*.safetensors")):
+    if not _begun(path):
+        if receipt is not None:
             raise LedgerError("The silo's ledger of this run is gone; what it spent is unknown, so the silo must stop.")
+        path.unlink(missing_ok=True)
         _check_budget(folder, policy, plan)
         _make_home(home)
         return Ledger.create(path, plan)
@@ -196,13 +195,27 @@ def _make_home(home: Path) -> None:
 
 
 def records(folder: Path) -> list[Any]:
-    """The silo's ledgers of all runs, read without locking them."""
-    return [Ledger.read(path) for path in sorted((folder / RUNS).glob(f"*/{LEDGER_NAME}")) if _begun(path)]
+    """The silo's ledgers of all runs, read without locking them.
+
+    Raises:
+      LedgerError: If one is damaged, or a run has replies and no ledger.
+    """
+    paths = [home / LEDGER_NAME for home in sorted((folder / RUNS).glob("*"))]
+    return [Ledger.read(path) for path in paths if _begun(path)]
 
 
 def _begun(path: Path) -> bool:
-    """Whether a ledger was ever charged: a silo that dies while it creates one leaves an empty file and no reply."""
-    return path.stat().st_size > 0 or any(path.parent.glob("*.safetensors"))
+    """Whether a ledger was ever charged: a silo that dies while it creates one leaves an empty file and no reply.
+
+    Raises:
+      LedgerError: If there are replies and no ledger: what they cost is unknown.
+    """
+    has_replies = any(path.parent.glob("*.safetensors"))
+    if has_replies and not path.exists():
+        raise LedgerError(
+            f"The silo's ledger of run {path.parent.name} is gone; what it spent is unknown, so the silo must stop."
+        )
+    return has_replies or (path.exists() and path.stat().st_size > 0)
 
 
 def _check_budget(folder: Path, policy: SiloPolicy, plan: Plan) -> None:

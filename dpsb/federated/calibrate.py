@@ -20,7 +20,6 @@ from dpsb_accounting import epsilon as epsilon_of
 
 _CLOSE = 1.001  # calibrated noise of whole numbers is within that factor of the least
 _MOST_NOISE = 1e4
-_FAR = 1e9  # a sum of many clipped rows, with noise, is longer than any update of theta
 
 
 def terms_of(
@@ -82,7 +81,6 @@ def terms_of(
         dropouts=federation.dropouts,
         colluders=federation.colluders,
         clip_steps=clip_steps,
-        max_update_norm=1000.0 if model is PrivacyModel.SILO_LOCAL else _FAR,
     )
     policies = {
         name: SiloPolicy(

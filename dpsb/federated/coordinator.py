@@ -26,6 +26,8 @@ from dpsb.randomness import Randomness, SystemRandomness
 
 _FAR = 1e12  # a release for the basis is a sum over all examples, with noise on every coordinate of every weight
 
+_LATE = "came after the sum was opened without it"
+
 
 class TooFewSilos(ServerError):
     """Fewer silos than ``min_silos`` replied; the round stays open and the run can be resumed."""
@@ -141,7 +143,8 @@ class Coordinator:
         if secure is not None:
             opened = _unmasked(state, updates, secure)
         elif state.terms.model is PrivacyModel.SECAGG:
-            state = self._open(state, tuple(updates))
+            state, updates = self._open(state, updates)
+            verdict.lost |= {name: _LATE for name in verdict.updates if name not in updates}
         theta, moments = self._next_theta(state, updates, opened)
         record = RoundRecord(
             round=state.round,
@@ -200,22 +203,25 @@ class Coordinator:
                 f"({reasons or 'no silo is left'}). What was charged stays charged; resume to ask again."
             )
 
-    def _open(self, state: ServerState, names: tuple[str, ...]) -> ServerState:
+    def _open(self, state: ServerState, updates: dict[str, Update]) -> tuple[ServerState, dict[str, Update]]:
         """Puts on disk whose sum is opened, before it is: the same round is never opened for another set of silos.
 
         Two sums of the same contributions over different silos would show what the silos between them contributed, with
-        one share of the noise instead of all.
+        one share of the noise instead of all. So after a crash the sum is of the silos it was of before; what others
+        sent since is not used.
         """
-        if state.opened is not None and state.opened[0] == state.round:
-            if state.opened[1] != names:
-                raise TooFewSilos(
-                    f"The sum of round {state.round} was opened for {', '.join(state.opened[1])} before the "
-                    f"coordinator stopped; it cannot be opened for {', '.join(names)}. Resume when those are there."
-                )
-            return state
-        state = replace(state, opened=(state.round, names))
-        save_state(self.out, state)
-        return state
+        if state.opened is None or state.opened[0] != state.round:
+            state = replace(state, opened=(state.round, tuple(updates)))
+            save_state(self.out, state)
+            return state, updates
+        names = state.opened[1]
+        missing = [name for name in names if name not in updates]
+        if missing:
+            raise TooFewSilos(
+                f"The sum of round {state.round} was opened for {', '.join(names)} before the coordinator stopped; it "
+                f"cannot be opened without {', '.join(missing)}. Resume when they are there."
+            )
+        return state, {name: updates[name] for name in names}
 
     def _collect(self, state: ServerState) -> tuple[Verdict, int, SecureSum | None]:
         """Asks the silos that have not left for a round; in a secure sum, those that sent their shares for it."""

@@ -12,6 +12,8 @@ from dpsb.federated.spec import PrivacyModel, RoundSpec
 
 LEAVES = ("spec", "budget", "ledger")
 """Refusals after which a silo is not asked again in this run."""
+MOST_ROWS = 1e12
+"""No silo has so many examples, so no sum of rows clipped to C is longer than so many C; its noise is far shorter."""
 
 
 @dataclass
@@ -138,9 +140,10 @@ def wrong_tensors(reply: Update, spec: RoundSpec, theta: State, max_update_norm:
             return "the reply holds a number that is not finite"
     if spec.clip_steps:
         return ""  # under its masks a vector has no size
-    if spec.model is PrivacyModel.CLIENT_LEVEL:
-        max_update_norm = min(max_update_norm, spec.l2_clip_norm * (1 + 1e-9))
     squares = sum(float((t.double() - wanted[n].double()).square().sum()) for n, t in reply.tensors.items())
+    if summed:  # such a vector has no noise of its own: its size decides about nothing, and is not told
+        longest = spec.l2_clip_norm * (1 + 1e-9 if spec.model is PrivacyModel.CLIENT_LEVEL else MOST_ROWS)
+        return "" if squares**0.5 <= longest else "the reply's vector is longer than any that the round can have"
     if not squares**0.5 <= max_update_norm:
         return f"the reply moves by {squares**0.5:.3g}, which is more than max_update_norm={max_update_norm:g}"
     return ""

@@ -1,8 +1,14 @@
-"""A silo's replies, kept beside its ledger and bound to it by their hash: a retry costs nothing and draws no noise."""
+"""A silo's replies, kept beside its ledger and bound to it by their hash: a retry costs nothing and draws no noise.
+
+Ledgers are public, and some replies are sums without noise (``trusted_server``, ``client_level``). So each file holds
+32 fresh random bytes that never leave the silo: without them its hash would let whoever has the ledger test a guess of
+the data.
+"""
 
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from dpsb.federated.messages import State
-from dpsb.federated.spec import RoundSpec
+from dpsb.federated.spec import RoundSpec, SpecRefused
 from dpsb_accounting import Ledger, LedgerError
 from dpsb_accounting.files import write_whole
 from dpsb_accounting.positions import metadata
@@ -60,6 +66,7 @@ def find(home: Path, ledger: Ledger, spec: RoundSpec, suffix: str = "") -> dict[
 
     Raises:
       ReplyLost: If the ledger binds a reply that is gone or changed.
+      SpecRefused: If the reply is to another specification of this round.
     """
     name = reply_name(spec, suffix)
     if name not in ledger.files:
@@ -70,6 +77,8 @@ def find(home: Path, ledger: Ledger, spec: RoundSpec, suffix: str = "") -> dict[
         raise ReplyLost(f"The reply of round {spec.round} was paid for and its file is gone.") from None
     if sha256(content).hexdigest() != ledger.files[name]:
         raise ReplyLost(f"The reply of round {spec.round} is not the one that the ledger binds.")
+    if _metadata(home / name, content).get("spec_sha256") != spec.digest:
+        raise SpecRefused(f"Round {spec.round} was answered from this theta under another specification.")
     return load(content)
 
 
@@ -80,7 +89,11 @@ def was_answered(home: Path, session: str) -> bool:
 
 def store(home: Path, ledger: Ledger, spec: RoundSpec, tensors: State, suffix: str = "") -> None:
     """Puts a reply down whole, readable by the silo alone, then binds it to the ledger."""
-    facts = {**metadata(ledger), "format": "dpsb-reply/1", "federation": spec.run_id, "round": str(spec.round)}
+    facts = {
+        **metadata(ledger),
+        **{"format": "dpsb-reply/2", "federation": spec.run_id, "round": str(spec.round), "spec_sha256": spec.digest},
+        "salt": secrets.token_hex(32),
+    }
     content = bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=facts))
     path = home / reply_name(spec, suffix)
     write_whole(path, content, mode=0o600)

@@ -7,11 +7,13 @@ the silo's own disk that no message can change: the server may be stricter, neve
 from __future__ import annotations
 
 import enum
+import json
 import math
 import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ SILO_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 OPTIMIZERS = ("sgd", "adam")
 RELATIONS = ("add_or_remove_one", "zero_out", "replace_one")
 _MOST = 1_000_000_000
+_FASTEST = 1e38  # a rate that no float32 holds would be charged for and fail
 _BASIS_CLIP_NORMS = (1e-6, 1e6)  # beyond these the float32 sums of a release would underflow or overflow by the data
 
 
@@ -148,8 +151,9 @@ class RoundSpec:
             raise FederatedError(f"Expected round={self.round!r} below rounds={self.rounds!r}.")
         positive = ("sampling_prob", "l2_clip_norm", "noise_multiplier", "learning_rate", "head_learning_rate")
         check_positive(**{name: getattr(self, name) for name in positive})
-        if self.sampling_prob > 1:
-            raise FederatedError(f"Expected sampling_prob={self.sampling_prob!r} of at most 1.")
+        for name, most in (("sampling_prob", 1), ("learning_rate", _FASTEST), ("head_learning_rate", _FASTEST)):
+            if getattr(self, name) > most:
+                raise FederatedError(f"Expected {name}={getattr(self, name)!r} of at most {most:g}.")
         check_choice(OPTIMIZERS, optimizer=self.optimizer)
         if not isinstance(self.momentum, (int, float)) or not 0 <= self.momentum < 1:
             raise FederatedError(f"Expected momentum={self.momentum!r} between 0 and 1.")
@@ -199,6 +203,11 @@ class RoundSpec:
     def charges(self) -> int:
         """What a round costs a silo: one charge for each step, or for the whole update where that is clipped."""
         return 1 if self.model is PrivacyModel.CLIENT_LEVEL or self.stage == "basis" else self.local_steps
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all fields."""
+        return sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """The specification as JSON."""

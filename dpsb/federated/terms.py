@@ -71,7 +71,8 @@ class Terms:
       dropouts: t of ``secagg``: how many silos may be missing in a sum that is opened.
       colluders: k of ``secagg``: how many silos may help the server, at least 1.
       clip_steps: Of ``secagg`` with Skellam noise in whole numbers: how many of these C is long; 0: Gaussian noise.
-      max_update_norm: Replies that are further from theta than this, or sums that are longer, are not used.
+      max_update_norm: Of ``silo_local``: replies that are further from theta than this are not used. A vector without
+        noise of its own is not judged by its size, which would tell something of it.
     """
 
     silos: Mapping[str, SiloTerms]

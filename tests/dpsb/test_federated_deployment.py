@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -189,6 +191,30 @@ def test_three_silos_and_one_that_is_killed(tmp_path):
         assert (fed / "ledgers" / f"{name}.jsonl").read_bytes() == ledger.read_bytes()
     assert (fed / "adapter" / "adapter_model.safetensors").exists()
     for text in texts.values():
+        assert "Subject:" not in text
+
+
+@pytest.mark.slow
+def test_the_walk_through_of_the_example(tmp_path):
+    """The script as a user would start it."""
+    script = Path(__file__).resolve().parents[2] / "examples" / "federated_mail" / "deployment.sh"
+    (port,), out = free_ports(1), tmp_path / "fed"
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", script, out, str(port)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((out / "server" / "report.json").read_text())
+    assert report["claim"] is True
+    assert [entry["silos"] for entry in report["rounds"]["history"]] == [list(NAMES)] * 2
+    assert done.stdout.count("claim: epsilon 2.99") == 3
+    assert sum(pq.read_metadata(out / name / "mail.parquet").num_rows for name in NAMES) == 3023
+    for text in (done.stdout, done.stderr, *((out / f"{name}.log").read_text() for name in NAMES)):
         assert "Subject:" not in text
 
 

@@ -148,10 +148,14 @@ def test_a_sum_is_never_opened_for_two_sets_of_silos(fed, monkeypatch):
         fed.coordinator(lost, asked).run()
     assert load_state(fed.out).opened == (0, ("north", "south"))
     monkeypatch.setattr(Coordinator, "_noisy_mean", mean)
-    with pytest.raises(TooFewSilos, match="was opened for north, south before"):
-        fed.coordinator(asked=asked).run()
-    done = fed.coordinator(Faulty(fed.silos(), before=lost.before), asked).run()
-    assert [record.silos for record in done.history] == [("north", "south")] * ROUNDS
+    without = Faulty(fed.silos(), before=lambda message: "lost" if message.silo == "north" else None)
+    with pytest.raises(TooFewSilos, match=r"opened for north, south before .* cannot be opened without north"):
+        fed.coordinator(without, asked).run()
+    done = fed.coordinator(asked=asked).run()
+    assert [record.silos for record in done.history] == [("north", "south"), NAMES]
+    assert done.history[0].lost == {"west": "came after the sum was opened without it"}
+    for name in NAMES:
+        check_ledger(fed.ledger(name), ROUNDS)
 
 
 def test_a_silo_wants_enough_parties_in_a_sum(fed):

@@ -8,13 +8,15 @@ import threading
 import zlib
 from contextlib import contextmanager
 from dataclasses import replace
+from secrets import token_hex
 
 import pytest
 import torch
-from federation import Federation, check_ledger, policy, terms, trainer
+from federation import NAMES, Federation, check_ledger, policy, terms, trainer
 
 from dpsb.federated import channel, worker
 from dpsb.federated.messages import SUM, Receipt, Refusal, RoundMessage, Update, bytes_of
+from dpsb.federated.terms import SiloTerms
 from dpsb.federated.wire import WireError, framing_bytes, pack, unpack
 
 THETA = {"z.R": torch.arange(6.0).view(2, 3), "a.R": torch.ones(2, 2), "head": torch.zeros(3, dtype=torch.bfloat16)}
@@ -59,12 +61,16 @@ def test_a_refusal_comes_through():
 
 
 def test_bytes_are_the_numbers_and_little_else():
-    """Framing is a constant of some hundred bytes, whatever the model: under 2 % from 5,000 numbers on."""
-    large = {f"layer{i}.R": torch.randn(16, 16) for i in range(36)}
-    spec = terms().specs("0" * 32, 0, large, "1" * 64)["north"]
-    down = pack(RoundMessage(silo="north", spec=spec, theta=large, receipt=RECEIPT))
-    up = pack(update(large))
-    assert bytes_of(large) == 36 * 16 * 16 * 4
+    """Framing is below 2 % at the size of the mail example, with digests and calibrated numbers as they are."""
+    large = {f"layer{i}.R": torch.randn(16, 16) for i in range(12)} | {"head": torch.randn(2, 385)}
+    run, digest, other = token_hex(16), token_hex(32), token_hex(32)
+    asked = SiloTerms(sampling_prob=64 / 1007, noise_multiplier=0.8712893412, expected_batch_size=64)
+    spec = terms(silos=dict.fromkeys(NAMES, asked), rounds=8, schedule="linear").specs(run, 3, large, digest)["north"]
+    receipt = Receipt(ledger_id=token_hex(16), length=31, head=other, round=2)
+    down = pack(RoundMessage(silo="north", spec=spec, theta=large, receipt=receipt))
+    theta = {"theta_sha256": spec.theta_sha256}
+    up = pack(Update(silo="north", run_id=run, round=3, tensors=large, receipt=receipt, follows=digest, **theta))
+    assert bytes_of(large) == (12 * 16 * 16 + 770) * 4
     for content in (down, up):
         assert len(content) == bytes_of(large) + framing_bytes(content)
         assert framing_bytes(content) < 0.02 * bytes_of(large)
@@ -91,12 +97,12 @@ def test_framing_that_inflates_without_end_is_refused():
     bomb = zlib.compress(b'{"a":"' + b"a" * (1 << 26) + b'"}', 9)
     assert len(bomb) < 1 << 17
     with pytest.raises(WireError):
-        unpack(b"dpsbfed1" + len(bomb).to_bytes(4, "big") + bomb, THETA)
+        unpack(b"dpsbfed2" + len(bomb).to_bytes(4, "big") + bomb, THETA)
 
 
 def framed(meta):
     framing = zlib.compress(meta, 9)
-    return b"dpsbfed1" + len(framing).to_bytes(4, "big") + framing
+    return b"dpsbfed2" + len(framing).to_bytes(4, "big") + framing
 
 
 def test_framing_that_nests_without_end_is_refused():

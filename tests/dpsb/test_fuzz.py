@@ -221,7 +221,7 @@ def received(content):
 @given(content=st.binary(max_size=200), magic=st.booleans())
 @quick
 def test_random_bytes_are_no_message(content, magic):
-    received(b"dpsbfed1" * magic + content)
+    received(b"dpsbfed2" * magic + content)
 
 
 @given(
@@ -241,14 +241,16 @@ def framed(meta, raw):
     import zlib
 
     framing = zlib.compress(json.dumps(meta).encode(), 9)
-    return b"dpsbfed1" + len(framing).to_bytes(4, "big") + framing + raw
+    return b"dpsbfed2" + len(framing).to_bytes(4, "big") + framing + raw
 
 
 def meta_of(message):
     import zlib
 
+    from dpsb.federated.wire import USUAL
+
     length = int.from_bytes(message[8:12], "big")
-    return json.loads(zlib.decompress(message[12 : 12 + length])), message[12 + length :]
+    return json.loads(zlib.decompressobj(zdict=USUAL).decompress(message[12 : 12 + length])), message[12 + length :]
 
 
 def places(value, path=()):
