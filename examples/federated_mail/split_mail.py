@@ -1,4 +1,4 @@
-"""Gives each of some silos its part of the embedded mail, by the senders' domains: `split_mail.py FOLDER FOLDER ...`."""
+"""Gives each of some silos its part of the embedded mail, by the senders' domains: `split_mail.py FOLDER ...`."""
 
 import json
 import sys
