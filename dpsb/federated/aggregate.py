@@ -33,7 +33,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dpsb.federated.spec import FederatedError
+from dpsb.federated.checks import FederatedError
 
 State = Mapping[str, torch.Tensor]
 A, B = ".A", ".B"

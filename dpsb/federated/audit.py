@@ -8,11 +8,12 @@ from pathlib import Path
 from dpsb.audit import Audit, white_box, write_audit
 from dpsb.federated.budget import LEDGER_NAME, RUNS
 from dpsb.federated.canaries import FederationCanaries
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.config import FederateConfig
 from dpsb.federated.report import SILOS
 from dpsb.federated.server import ServerError
 from dpsb.federated.simulate import Callbacks, simulate
-from dpsb.federated.spec import FederatedError, PrivacyModel
+from dpsb.federated.spec import PrivacyModel
 from dpsb_accounting import Ledger, Phase, Plan, auditing
 from dpsb_accounting import epsilon as epsilon_of
 

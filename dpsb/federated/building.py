@@ -22,11 +22,12 @@ from dpsb.config import RunConfig
 from dpsb.data import Collator, Table
 from dpsb.evaluate import evaluate
 from dpsb.federated.card import federation_card
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.config import SETTINGS_NAME, FederateConfig
 from dpsb.federated.paid_basis import provenance_of, wide_from
 from dpsb.federated.paid_layout import FRAMES_NAME, Wide, read_wide
 from dpsb.federated.report import Federation, write_report
-from dpsb.federated.spec import SOURCE_LENGTH, FederatedError, PaidBasis
+from dpsb.federated.spec import SOURCE_LENGTH, PaidBasis
 from dpsb.federated.trainer import Trainer
 from dpsb.models import HEAD_NAMES, add_lora, load_base
 from dpsb.prepare import Prepared, labels_of, loss_of, prepare, synthetic_of, targets_of

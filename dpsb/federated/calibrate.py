@@ -9,10 +9,11 @@ from dataclasses import replace
 
 from dpsb.basis.budget import basis_noise_multiplier, default_share
 from dpsb.basis_spec import PHASE
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.config import FederateConfig
 from dpsb.federated.paid_layout import Wide
 from dpsb.federated.secure.whole_numbers import clip_steps_for
-from dpsb.federated.spec import FederatedError, PaidBasis, PrivacyModel, SiloPolicy
+from dpsb.federated.spec import PaidBasis, PrivacyModel, SiloPolicy
 from dpsb.federated.terms import SiloTerms, Terms
 from dpsb.plan import noise_multiplier_for, relation_for
 from dpsb_accounting import Gaussian, Phase, PoissonSkellam, ResourceLimit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from dpsb.federated.spec import FederatedError
+from dpsb.federated.checks import FederatedError
 
 SOCKET_NAME = "worker.sock"
 NAME, ROUND, LEDGER = b"name", b"rund", b"ledg"

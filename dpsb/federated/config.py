@@ -12,18 +12,8 @@ from typing import Any
 
 from dpsb.basis_spec import RELEASED, parse_basis
 from dpsb.config import ConfigError, RunConfig, make_config
-from dpsb.federated.spec import (
-    OPTIMIZERS,
-    SILO_NAME,
-    FederatedError,
-    PrivacyModel,
-    check_choice,
-    check_match,
-    check_positive,
-    check_whole,
-    checked_fields,
-    model_named,
-)
+from dpsb.federated.checks import FederatedError, check_choice, check_match, check_positive, check_whole, checked_fields
+from dpsb.federated.spec import OPTIMIZERS, SILO_NAME, PrivacyModel, model_named
 from dpsb.federated.terms import SERVER_OPTIMIZERS
 
 NOISES = ("gaussian", "skellam")

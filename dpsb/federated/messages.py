@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from dpsb.federated.spec import RUN_ID, SHA256, RoundSpec, check_choice, check_match, check_whole, checked_fields
+from dpsb.federated.checks import check_choice, check_match, check_whole, checked_fields
+from dpsb.federated.spec import RUN_ID, SHA256, RoundSpec
 
 if TYPE_CHECKING:
     from dpsb.adapter import Adapter

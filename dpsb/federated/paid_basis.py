@@ -19,8 +19,9 @@ from dpsb.adapter import Factors, Provenance
 from dpsb.basis.hybrid import Frames, hybrid_provenance, turned
 from dpsb.basis.private import factors_of, private_provenance
 from dpsb.basis.release import Clip
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.paid_layout import GRADIENT, LEFT, RIGHT, VALUES, A, B, Shapes, Wide
-from dpsb.federated.spec import FederatedError, PaidBasis
+from dpsb.federated.spec import PaidBasis
 
 State = Mapping[str, torch.Tensor]
 

@@ -12,6 +12,7 @@ from dpsb.data import read_table
 from dpsb.federated.building import Built, build, finish
 from dpsb.federated.calibrate import policy_text, terms_of
 from dpsb.federated.canaries import FederationCanaries
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.config import SETTINGS_NAME, FederateConfig, silo_config
 from dpsb.federated.coordinator import Coordinator
 from dpsb.federated.local import LocalTransport
@@ -20,7 +21,7 @@ from dpsb.federated.report import REPORT_NAME, SILOS, Federation, federation_rep
 from dpsb.federated.secure.masks import own_key, public_of
 from dpsb.federated.server import RoundRecord, ServerError
 from dpsb.federated.silo import Silo
-from dpsb.federated.spec import POLICY_NAME, FederatedError, SiloPolicy
+from dpsb.federated.spec import POLICY_NAME, SiloPolicy
 from dpsb.federated.split import split_table
 from dpsb.federated.terms import Terms
 from dpsb.frozen_prefix import remember_frozen_prefix

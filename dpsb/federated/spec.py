@@ -12,10 +12,19 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+from dpsb.federated.checks import (
+    FederatedError,
+    check_choice,
+    check_match,
+    check_positive,
+    check_whole,
+    checked_fields,
+)
 
 POLICY_NAME = "policy.toml"
 RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -25,13 +34,8 @@ _NOTHING, _SOURCE = re.compile(""), re.compile(rf"[ -~]{{1,{SOURCE_LENGTH}}}")
 SILO_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 OPTIMIZERS = ("sgd", "adam")
 RELATIONS = ("add_or_remove_one", "zero_out", "replace_one")
-_MOST = 1_000_000_000
 _FASTEST = 1e38  # a rate that no float32 holds would be charged for and fail
 _BASIS_CLIP_NORMS = (1e-6, 1e6)  # beyond these the float32 sums of a release would underflow or overflow by the data
-
-
-class FederatedError(ValueError):
-    """Settings of a federation that are unknown, missing or out of range; the message names them."""
 
 
 class SpecRefused(FederatedError):
@@ -375,17 +379,6 @@ def read_policy(path: Path) -> SiloPolicy:
     return SiloPolicy(**checked_fields(SiloPolicy, content, str(path)))
 
 
-def checked_fields(kind: type[Any], content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The content, if all its keys are fields of the dataclass ``kind`` and none without a default is missing."""
-    known = {each.name: each.default is MISSING and each.default_factory is MISSING for each in fields(kind)}
-    for name in sorted(set(content) - set(known)):
-        raise FederatedError(f"{where}: unknown key {name!r}; known are {', '.join(sorted(known))}.")
-    for name, required in known.items():
-        if required and name not in content:
-            raise FederatedError(f"{where}: {name!r} is missing.")
-    return dict(content)
-
-
 def model_named(name: Any) -> PrivacyModel:
     """The privacy model of a name."""
     try:
@@ -393,31 +386,3 @@ def model_named(name: Any) -> PrivacyModel:
     except ValueError:
         known = ", ".join(model.value for model in PrivacyModel)
         raise FederatedError(f"Expected model={name!r} to be one of {known}.") from None
-
-
-def check_whole(least: int, **values: object) -> None:
-    """Refuses by name what is no whole number of at least ``least``."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
-            raise FederatedError(f"Expected {name}={value!r} to be a whole number of at least {least}.")
-
-
-def check_positive(**values: object) -> None:
-    """Refuses by name what is no positive finite number."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise FederatedError(f"Expected {name}={value!r} to be positive and finite.")
-
-
-def check_choice(choices: tuple[str | None, ...], **values: object) -> None:
-    """Refuses by name what is none of the choices."""
-    for name, value in values.items():
-        if value not in choices:
-            raise FederatedError(f"Expected {name}={value!r} to be one of {', '.join(filter(None, choices))}.")
-
-
-def check_match(pattern: re.Pattern[str], **values: object) -> None:
-    """Refuses by name what does not have the form of the pattern."""
-    for name, value in values.items():
-        if not isinstance(value, str) or pattern.fullmatch(value) is None:
-            raise FederatedError(f"Expected {name}={value!r} to have the form {pattern.pattern}.")

@@ -6,21 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from dpsb.federated.checks import FederatedError, check_choice, check_match, check_positive, check_whole, checked_fields
 from dpsb.federated.messages import State, theta_digest
-from dpsb.federated.spec import (
-    OPTIMIZERS,
-    SILO_NAME,
-    FederatedError,
-    PaidBasis,
-    PrivacyModel,
-    RoundSpec,
-    check_choice,
-    check_match,
-    check_positive,
-    check_whole,
-    checked_fields,
-    model_named,
-)
+from dpsb.federated.spec import OPTIMIZERS, SILO_NAME, PaidBasis, PrivacyModel, RoundSpec, model_named
 from dpsb.optimizers import SCHEDULES
 
 SERVER_OPTIMIZERS = ("none", *OPTIMIZERS)

@@ -19,11 +19,12 @@ from dpsb.basis.release import PrivateExamples
 from dpsb.capture import adapter_train_mode
 from dpsb.clipped_sums import charged_sum, clipped_sum
 from dpsb.federated.canaries import SiloCanaries
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.messages import SUM, basis_digest, theta_digest
 from dpsb.federated.paid_basis import check_frames, factors_from, frames_in
 from dpsb.federated.paid_layout import GRADIENT, Wide
 from dpsb.federated.secure.whole_numbers import round_sum, share_mean, skellam
-from dpsb.federated.spec import FederatedError, PaidBasis, PrivacyModel, RoundSpec
+from dpsb.federated.spec import PaidBasis, PrivacyModel, RoundSpec
 from dpsb.losses import LossFn
 from dpsb.mechanism import Mechanism, clip_and_sum
 from dpsb.models import HEAD_NAMES, in_head

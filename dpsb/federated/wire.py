@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from dpsb.federated.checks import FederatedError, check_whole, checked_fields
 from dpsb.federated.messages import REFUSALS, SUM, Note, Receipt, Refusal, RoundMessage, State, Summing, Update
 from dpsb.federated.paid_layout import GRADIENT
-from dpsb.federated.spec import FederatedError, RoundSpec, check_whole, checked_fields
+from dpsb.federated.spec import RoundSpec
 
 _MAGIC = b"dpsbfed2"
 _MOST_META = 1 << 16

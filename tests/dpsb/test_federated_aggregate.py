@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpsb.federated import aggregate
-from dpsb.federated.spec import FederatedError
+from dpsb.federated.checks import FederatedError
 from dpsb_accounting.noise import amplification
 from dpsb_accounting.shapes import Layer
 

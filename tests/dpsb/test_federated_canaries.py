@@ -15,10 +15,10 @@ from dpsb.federated import coordinator
 from dpsb.federated import trainer as training
 from dpsb.federated.audit import audit_federation, made_of
 from dpsb.federated.canaries import FederationCanaries
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.config import read_federation
 from dpsb.federated.local import LocalTransport
 from dpsb.federated.silo import Silo
-from dpsb.federated.spec import FederatedError
 from dpsb.federated.terms import SiloTerms
 from dpsb.mechanism import Mechanism
 from dpsb_accounting import Ledger, epsilon, make_report

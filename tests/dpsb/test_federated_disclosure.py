@@ -10,10 +10,10 @@ import torch
 from federation import NAMES, Federation, policy, terms
 from safetensors.torch import load, save
 
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.local import LocalTransport
 from dpsb.federated.messages import SUM
 from dpsb.federated.server import load_state
-from dpsb.federated.spec import FederatedError
 from dpsb_accounting import Ledger
 
 ROUNDS = 2

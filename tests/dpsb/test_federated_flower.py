@@ -17,6 +17,7 @@ from test_federated_simulate import SPLIT, settings, split_file
 from test_federated_wire import at_work
 
 from dpsb.demo import mail_file
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.config import read_federation
 from dpsb.federated.flower.deployment import NODES, TLS, register, run_rounds, superlink, supernode
 from dpsb.federated.flower.keys import make_certificates, make_node_key
@@ -24,7 +25,6 @@ from dpsb.federated.report import federation_report
 from dpsb.federated.server import load_state
 from dpsb.federated.simulate import Callbacks
 from dpsb.federated.simulate import simulate as run_simulation
-from dpsb.federated.spec import FederatedError
 from dpsb_accounting import verify
 
 pytest.importorskip("flwr")

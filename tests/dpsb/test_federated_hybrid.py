@@ -16,6 +16,7 @@ from dpsb.basis import release as release_module
 from dpsb.basis.gradient import mean_gradients
 from dpsb.basis.hybrid import frames_of, turned
 from dpsb.basis.private import factors_of
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.config import read_federation
 from dpsb.federated.coordinator import TooFewSilos
 from dpsb.federated.messages import theta_digest
@@ -24,7 +25,7 @@ from dpsb.federated.paid_layout import GRADIENT, LEFT, RIGHT, VALUES, Wide, read
 from dpsb.federated.report import federation_report
 from dpsb.federated.server import ServerError, load_state
 from dpsb.federated.simulate import simulate
-from dpsb.federated.spec import FederatedError, PaidBasis
+from dpsb.federated.spec import PaidBasis
 from dpsb.federated.terms import SiloTerms
 from dpsb.randomness import SystemRandomness
 from dpsb_accounting import Gaussian, Ledger, PoissonGaussian, verify

@@ -9,11 +9,12 @@ import workbench
 from test_federated_deployment import carry, command, config, free_ports, invoke, start_silos, stop
 
 from dpsb.federated.calibrate import policy_text
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.config import read_federation
 from dpsb.federated.secure.keys import PUBLIC_NAME, add_peers, known_key, make_key, read_public
 from dpsb.federated.secure.masks import KEY_NAME, SecureSumError, public_of
 from dpsb.federated.server import load_state
-from dpsb.federated.spec import FederatedError, SiloPolicy, read_policy
+from dpsb.federated.spec import SiloPolicy, read_policy
 from dpsb_accounting import Ledger, PoissonSkellam, epsilon, verify
 
 NAMES = ("north", "south", "west")

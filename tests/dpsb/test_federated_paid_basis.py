@@ -15,6 +15,7 @@ from dpsb.artifacts import CORE_NAME
 from dpsb.basis import release as release_module
 from dpsb.basis.gradient import mean_gradients
 from dpsb.basis.private import factors_of
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.config import read_federation
 from dpsb.federated.coordinator import Coordinator, TooFewSilos
 from dpsb.federated.messages import RoundMessage, theta_digest
@@ -22,7 +23,7 @@ from dpsb.federated.paid_layout import GRADIENT
 from dpsb.federated.report import federation_report
 from dpsb.federated.server import load_state
 from dpsb.federated.simulate import simulate
-from dpsb.federated.spec import FederatedError, PaidBasis
+from dpsb.federated.spec import PaidBasis
 from dpsb.federated.terms import SiloTerms
 from dpsb.federated.wire import pack, unpack
 from dpsb.randomness import SystemRandomness

@@ -14,12 +14,13 @@ from federation import NAMES, Federation, Killed, check_ledger, policy, terms
 
 from dpsb.federated import budget
 from dpsb.federated.aggregate import fed_sb
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.coordinator import TooFewSilos
 from dpsb.federated.local import LocalTransport
 from dpsb.federated.messages import RoundMessage, Update, theta_digest
 from dpsb.federated.report import federation_report
 from dpsb.federated.server import ServerError, load_state
-from dpsb.federated.spec import FederatedError, RoundSpec, SiloPolicy, read_policy
+from dpsb.federated.spec import RoundSpec, SiloPolicy, read_policy
 from dpsb.federated.terms import SiloTerms, Terms
 from dpsb.randomness import SeededRandomness
 from dpsb_accounting import federated, verify

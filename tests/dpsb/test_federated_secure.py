@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.messages import SUM, Note, Receipt, Refusal, RoundMessage, Summing, Update
 from dpsb.federated.secure import masks
 from dpsb.federated.secure.masks import SecureSumError, agreed, mask, public_of, seal, unseal
@@ -17,7 +18,7 @@ from dpsb.federated.secure.opening import SecureSum
 from dpsb.federated.secure.party import Party
 from dpsb.federated.secure.sessions import Session
 from dpsb.federated.secure.whole_numbers import modular
-from dpsb.federated.spec import FederatedError, RoundSpec, SiloPolicy
+from dpsb.federated.spec import RoundSpec, SiloPolicy
 
 pytest.importorskip("flwr")
 

@@ -11,10 +11,10 @@ import workbench
 from federation import NAMES, Faulty, Federation, Killed, check_ledger, policy, terms
 
 from dpsb import clipped_sums
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.coordinator import Coordinator
 from dpsb.federated.messages import SUM
 from dpsb.federated.server import ServerError, load_state
-from dpsb.federated.spec import FederatedError
 from dpsb.federated.terms import SiloTerms
 from dpsb.randomness import SeededRandomness
 from dpsb.train import fit

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 from dpsb.cli import app
 from dpsb.data import DataError, Table, read_table
 from dpsb.federated import trainer
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.config import read_federation
 from dpsb.federated.server import load_state
 from dpsb.federated.simulate import simulate
-from dpsb.federated.spec import FederatedError, read_policy
+from dpsb.federated.spec import read_policy
 from dpsb.federated.split import split_table
 from dpsb_accounting import Ledger, PoissonGaussian, epsilon, verify
 

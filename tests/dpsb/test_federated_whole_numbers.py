@@ -7,8 +7,9 @@ import pytest
 import torch
 from scipy import stats
 
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.secure.whole_numbers import clip_steps_for, modular, round_sum, share_mean, skellam, to_real
-from dpsb.federated.spec import FederatedError, RoundSpec
+from dpsb.federated.spec import RoundSpec
 from dpsb.randomness import SeededRandomness, SystemRandomness
 
 

@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpsb.config import ConfigError, RunConfig, make_config, read_config
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.config import FederateConfig, FederationSettings, SiloSettings, read_federation
 from dpsb.federated.judge import judge
 from dpsb.federated.messages import SUM, Receipt, Refusal, RoundMessage, Update
 from dpsb.federated.server import ServerError, load_state
-from dpsb.federated.spec import FederatedError, SiloPolicy, read_policy
+from dpsb.federated.spec import SiloPolicy, read_policy
 from dpsb.federated.wire import WireError, pack, unpack
 from dpsb.reasons import foreseen, reason
 

@@ -15,6 +15,7 @@ from typing import Any
 from dpsb.data import read_table
 from dpsb.federated.building import build, build_without_data
 from dpsb.federated.calibrate import policy_text, terms_of
+from dpsb.federated.checks import FederatedError, check_whole, checked_fields
 from dpsb.federated.config import SETTINGS_NAME, FederateConfig, settings_in
 from dpsb.federated.coordinator import Coordinator
 from dpsb.federated.flower.deployment import LOOPBACK, NODES, TLS, supernode
@@ -26,7 +27,7 @@ from dpsb.federated.secure.keys import check_peers, known_key
 from dpsb.federated.secure.masks import public_of
 from dpsb.federated.server import ServerError
 from dpsb.federated.silo import Silo
-from dpsb.federated.spec import POLICY_NAME, FederatedError, check_whole, checked_fields, read_policy
+from dpsb.federated.spec import POLICY_NAME, read_policy
 from dpsb.federated.trainer import Trainer
 from dpsb.federated.worker import serve
 from dpsb.frozen_prefix import remember_frozen_prefix

@@ -11,17 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dpsb.federated.checks import FederatedError, check_match, checked_fields
 from dpsb.federated.secure.masks import KEY_BYTES, KEY_NAME, SecureSumError, new_key, public_of
-from dpsb.federated.spec import (
-    POLICY_NAME,
-    SHA256,
-    SILO_NAME,
-    FederatedError,
-    SiloPolicy,
-    check_match,
-    checked_fields,
-    read_policy,
-)
+from dpsb.federated.spec import POLICY_NAME, SHA256, SILO_NAME, SiloPolicy, read_policy
 from dpsb_accounting.files import write_whole
 
 PUBLIC_NAME = "sum.pub"

@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.secure.whole_numbers import Masked
-from dpsb.federated.spec import FederatedError
 from dpsb_accounting.files import write_new
 
 KEY_NAME = "sum.key"

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dpsb.federated.spec import FederatedError, RoundSpec
+from dpsb.federated.checks import FederatedError
+from dpsb.federated.spec import RoundSpec
 from dpsb.randomness import Randomness
 
 Whole = npt.NDArray[np.int64]
