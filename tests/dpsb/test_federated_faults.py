@@ -1,12 +1,11 @@
 """Faults of a federation, each injected in process. After each, every ledger holds what was really released."""
 
-import shutil
 from dataclasses import replace
 
 import federation
 import pytest
 import torch
-from federation import NAMES, Faulty, Federation, Killed, check_ledger, policy, terms
+from federation import NAMES, Faulty, Federation, Killed, first_spec, only, policy, terms
 
 from dpsb import clipped_sums
 from dpsb.federated import silo as silo_module
@@ -22,29 +21,19 @@ def fed(tiny, tmp_path):
     return Federation(tmp_path / "fed", federation.trainer(tiny))
 
 
-def only(silo, number):
-    """Whether a message is that of one silo's round."""
-    return lambda message: (message.silo, message.spec.round) == (silo, number)
-
-
-def all_charged(fed, **steps):
-    for name in NAMES:
-        check_ledger(fed.ledger(name), steps.get(name, 6))
-
-
 KILLED = {
-    "after the charge": (Ledger, "charge", 2, 1),
-    "before the noise": (Mechanism, "release", 1, 1),
-    "after a step": (Mechanism, "release", 2, 2),
-    "before the reply is stored": (silo_module, "store", 1, 2),
-    "before the reply is bound": (Ledger, "bind_file", 1, 2),
+    "after the charge": (Ledger, "charge", 2),
+    "before the noise": (Mechanism, "release", 1),
+    "after a step": (Mechanism, "release", 2),
+    "before the reply is stored": (silo_module, "store", 1),
+    "before the reply is bound": (Ledger, "bind_file", 1),
 }
 
 
 @pytest.mark.parametrize("when", KILLED)
 def test_a_silo_that_dies_mid_round(fed, monkeypatch, when):
     """It comes back and is asked again; a reply that was whole is sent, other charges stay and are not refunded."""
-    place, name, count, _ = KILLED[when]
+    place, name, count = KILLED[when]
     inner, calls, dying = getattr(place, name), [], []
 
     def deadly(*arguments, **options):
@@ -74,7 +63,8 @@ def test_a_silo_that_dies_mid_round(fed, monkeypatch, when):
     assert calls
     assert [record.silos for record in state.history] == [NAMES] * 3
     charged_in_vain = {"after the charge": 1, "before the noise": 1, "after a step": 2, "before the reply is stored": 2}
-    all_charged(fed, south=6 + charged_in_vain.get(when, 0))
+    charged = 6 + charged_in_vain.get(when, 0)
+    fed.check_all(south=charged, released={"south": charged - (when in ("before the noise", "after a step"))})
     assert len(fed.replies("south")) == 3
 
 
@@ -100,7 +90,7 @@ def test_without_spare_rounds_a_crash_costs_the_last_round(fed, monkeypatch):
     state = fed.coordinator(Restarts(fed.silos())).run()
     assert [len(record.silos) for record in state.history] == [3, 3, 2]
     assert "budget of silo 'north' for this run is spent" in state.left["north"]
-    all_charged(fed, north=5)
+    fed.check_all(north=5, released={"north": 4})
 
 
 def test_a_lost_reply_is_sent_again_for_nothing(fed):
@@ -116,7 +106,7 @@ def test_a_lost_reply_is_sent_again_for_nothing(fed):
     state = fed.coordinator(transport).run()
     assert [record.silos for record in state.history] == [NAMES] * 3
     assert len([m for m in transport.seen if only("south", 1)(m)]) == 2
-    all_charged(fed)
+    fed.check_all()
 
 
 def test_a_lost_message_costs_nothing(fed):
@@ -124,8 +114,7 @@ def test_a_lost_message_costs_nothing(fed):
     state = fed.coordinator(transport).run()
     assert [record.silos for record in state.history] == [("north", "south")] * 3
     assert not (fed.out / "silos" / "west").exists()
-    for name in ("north", "south"):
-        check_ledger(fed.ledger(name), 6)
+    fed.check_all(west=0)
 
 
 def test_the_same_round_with_another_theta_is_charged_again(fed):
@@ -140,7 +129,7 @@ def test_the_same_round_with_another_theta_is_charged_again(fed):
     fed.policies["south"] = policy("south", spare_rounds=1)
     state = fed.coordinator(Faulty(fed.silos(), before=before)).run()
     assert state.round == 3
-    all_charged(fed, south=8)
+    fed.check_all(south=8)
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -158,7 +147,7 @@ def test_a_doubled_reply(fed, equal):
         assert len(record.notes) == 2
     else:
         assert record.lost["south"] == "sent two different replies to one round"
-    all_charged(fed)
+    fed.check_all()
 
 
 @pytest.mark.parametrize(
@@ -182,7 +171,7 @@ def test_a_bad_update_is_not_used(fed, change, said):
     assert said in state.history[1].lost["south"]
     assert state.history[2].silos == NAMES
     assert all(bool(torch.isfinite(value).all()) for value in state.theta.values())
-    all_charged(fed)
+    fed.check_all()
 
 
 def test_a_zero_update_is_an_update(fed):
@@ -191,7 +180,7 @@ def test_a_zero_update_is_an_update(fed):
 
     state = fed.coordinator(Faulty(fed.silos(), after=after)).run()
     assert [record.silos for record in state.history] == [NAMES] * 3
-    all_charged(fed)
+    fed.check_all()
 
 
 def test_replies_of_others_are_ignored(fed):
@@ -202,7 +191,7 @@ def test_replies_of_others_are_ignored(fed):
     state = fed.coordinator(Faulty(fed.silos(), after=after)).run()
     assert [record.silos for record in state.history] == [NAMES] * 3
     assert any("mallory" in note for note in state.history[0].notes)
-    all_charged(fed)
+    fed.check_all()
 
 
 def test_another_theta_in_a_reply_is_not_used(fed):
@@ -211,22 +200,38 @@ def test_another_theta_in_a_reply_is_not_used(fed):
 
     state = fed.coordinator(Faulty(fed.silos(), after=after)).run()
     assert "another theta" in state.history[0].lost["south"]
+    fed.check_all()
+
+
+def spends_a_round(fed):
+    """Somebody else has a round's worth of the south's steps done before the first round."""
+    spent = []
+
+    def before(message):
+        if only("south", 0)(message) and not spent:
+            spent.append(True)
+            theta = {name: value + 0.1 for name, value in message.theta.items()}
+            fed.silo("south").handle(theta, replace(message.spec, theta_sha256=theta_digest(theta)))
+
+    return Faulty(fed.silos(), before=before)
 
 
 def test_a_spent_budget_ends_a_silos_part_and_the_run_goes_on(fed):
-    extra = []
-
-    def before(message):
-        if only("south", 0)(message) and not extra:
-            extra.append(True)
-            theta = {name: value + 0.1 for name, value in message.theta.items()}
-            spec = replace(message.spec, theta_sha256=theta_digest(theta))
-            fed.silo("south").handle(theta, spec)  # somebody else spends a round's worth
-
-    state = fed.coordinator(Faulty(fed.silos(), before=before)).run()
+    state = fed.coordinator(spends_a_round(fed)).run()
     assert [len(record.silos) for record in state.history] == [3, 3, 2]
     assert "Nothing was charged" in state.left["south"]
-    all_charged(fed)
+    fed.check_all()
+
+
+def test_a_spent_budget_ends_the_run_where_every_silo_is_needed(fed):
+    said = "Round 2 has 2 usable replies, min_silos is 3"
+    with pytest.raises(TooFewSilos, match=rf"{said} \(south: budget: The budget of silo 'south' for this run is spent"):
+        fed.coordinator(spends_a_round(fed), terms(min_silos=3)).run()
+    fed.check_all()
+    with pytest.raises(TooFewSilos, match=said):  # asking again neither helps nor costs anything
+        fed.coordinator(asked=terms(min_silos=3)).run()
+    assert load_state(fed.out).round == 2
+    fed.check_all()
 
 
 def test_too_few_silos_stop_the_run_and_it_can_go_on(fed):
@@ -235,12 +240,12 @@ def test_too_few_silos_stop_the_run_and_it_can_go_on(fed):
 
     with pytest.raises(TooFewSilos, match=r"Round 1 has 1 usable replies, min_silos is 2 \(south: no reply; west"):
         fed.coordinator(Faulty(fed.silos(), before=before)).run()
-    all_charged(fed, north=4, south=2, west=2)
+    fed.check_all(north=4, south=2, west=2)
     theta = load_state(fed.out).theta
     state = fed.coordinator().run()
     assert [record.round for record in state.history] == [0, 1, 2]
     assert theta_digest(theta) != theta_digest(state.theta)
-    all_charged(fed)
+    fed.check_all()
 
 
 def test_a_laxer_specification_is_refused_at_no_cost(fed):
@@ -248,106 +253,7 @@ def test_a_laxer_specification_is_refused_at_no_cost(fed):
     state = fed.coordinator().run()
     assert state.left["south"].startswith("spec: Silo 'south' wants noise_multiplier of at least 2")
     assert [record.silos for record in state.history] == [("north", "west")] * 3
-    assert not list((fed.out / "silos" / "south").glob("**/*.jsonl"))
-
-
-def put_back(fed, name, keep, *, replies=True):
-    """Puts a silo's folder back to a copy; ``replies=False`` leaves the newer replies there."""
-    home = fed.out / "silos" / name
-    if replies:
-        shutil.rmtree(home)
-        shutil.copytree(keep, home)
-    else:
-        (path,) = home.glob("runs/*/ledger.jsonl")
-        shutil.copyfile(next(keep.glob("runs/*/ledger.jsonl")), path)
-
-
-@pytest.mark.parametrize("replies", [True, False])
-def test_an_old_ledger_put_back_is_refused(fed, tmp_path, replies):
-    keep = tmp_path / "copy"
-
-    def before(message):
-        if only("south", 1)(message):
-            shutil.copytree(fed.out / "silos" / "south", keep)
-        if only("south", 2)(message):
-            put_back(fed, "south", keep, replies=replies)
-
-    state = fed.coordinator(Faulty(fed.silos(), before=before)).run()
-    assert state.left["south"].startswith("ledger: ")
-    assert "behind" in state.left["south"]
-    assert str(tmp_path) not in state.left["south"]
-    assert [len(record.silos) for record in state.history] == [3, 3, 2]
-    assert fed.charges() == {"north": 6, "south": 2, "west": 6}  # nothing was drawn on the old ledger
-
-
-def test_an_old_ledger_is_noticed_without_the_coordinator_where_a_reply_saw_more(fed):
-    silo, start = fed.silo("north"), fed.trainer.start
-    spec = terms().specs("a" * 32, 0, start, fed.trainer.basis_sha256)["north"]
-    silo.handle(start, spec)
-    path = fed.ledger("north").path
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:2]))
-    reply = silo.handle(start, replace(spec, round=1))
-    assert (reply.kind, "behind" in reply.message) == ("ledger", True)
-
-
-def test_a_dishonest_silo_on_an_old_ledger_is_caught_by_its_receipts(fed, tmp_path):
-    """It leaves the coordinator's receipt unread, and charges the same steps again: the heads cannot be the same."""
-    keep = tmp_path / "copy"
-    honest = fed.silo("south")
-
-    class Forgets:
-        def answer(self, message):
-            if message.spec.round == 1:
-                shutil.copytree(honest.folder, keep, dirs_exist_ok=True)
-                reply = honest.answer(message)
-                put_back(fed, "south", keep)
-                return reply
-            reply = honest.handle(message.theta, message.spec)
-            if message.receipt is None or not isinstance(reply, Update):
-                return reply
-            ledger = fed.ledger("south")
-            return replace(reply, follows=ledger.hash_at(min(message.receipt.length, ledger.length) - 1))
-
-    state = fed.coordinator(Faulty({**fed.silos(), "south": Forgets()})).run()
-    assert "an old one was put back" in state.left["south"]
-
-
-def test_a_new_ledger_in_place_of_a_lost_one_is_refused(fed):
-    def before(message):
-        if only("south", 1)(message):
-            shutil.rmtree(fed.out / "silos" / "south")
-
-    state = fed.coordinator(Faulty(fed.silos(), before=before)).run()
-    assert "ledger of this run is gone" in state.left["south"]
-    assert not list((fed.out / "silos" / "south").glob("**/*.jsonl"))
-
-
-@pytest.mark.parametrize("how", ["gone", "changed"])
-def test_a_paid_reply_that_is_lost_is_not_drawn_again(fed, how):
-    silo, start = fed.silo("north"), fed.trainer.start
-    spec = terms().specs("a" * 32, 0, start, fed.trainer.basis_sha256)["north"]
-    silo.handle(start, spec)
-    (path,) = fed.replies("north")
-    if how == "gone":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:-1] + b"\0")
-    assert silo.handle(start, spec).kind == "reply_lost"
-    check_ledger(fed.ledger("north"), 2)
-
-
-def test_a_reply_that_charged_nothing_is_refused(fed):
-    held = {}
-
-    def after(message, reply):
-        if message.silo != "south":
-            return [reply]
-        held.setdefault("receipt", reply.receipt)
-        return [replace(reply, receipt=held["receipt"], follows=held["receipt"].head if message.receipt else None)]
-
-    state = fed.coordinator(Faulty(fed.silos(), after=after)).run()
-    assert "which is less than" in state.left["south"]
+    fed.check_all(south=0)
 
 
 def test_the_local_steps_are_those_of_fit(fed, tmp_path):
@@ -356,8 +262,7 @@ def test_the_local_steps_are_those_of_fit(fed, tmp_path):
     from dpsb.train import fit
 
     fed.randomness = SeededRandomness(3)
-    silo, start = fed.silo("north"), fed.trainer.start
-    spec = terms(rounds=1).specs("a" * 32, 0, start, fed.trainer.basis_sha256)["north"]
+    silo, start, spec = fed.silo("north"), fed.trainer.start, first_spec(fed, rounds=1)
     reply = silo.handle(start, spec)
     work = fed.trainer
     (tmp_path / "fit").mkdir()
@@ -392,7 +297,5 @@ def test_steps_are_charged_before_their_draw(fed, monkeypatch):
         return draw(*arguments)
 
     monkeypatch.setattr(clipped_sums, "poisson_draw", noted)
-    start = fed.trainer.start
-    spec = terms().specs("a" * 32, 0, start, fed.trainer.basis_sha256)["north"]
-    fed.silo("north").handle(start, spec)
+    fed.silo("north").handle(fed.trainer.start, first_spec(fed))
     assert seen == [1, 2]
