@@ -6,16 +6,17 @@ import federation
 import numpy as np
 import pytest
 import torch
-from federation import NAMES, Faulty, Federation, Killed, check_ledger, policy, terms
+from federation import NAMES, WHOLE, Faulty, Federation, Killed, policy, terms
 
 from dpsb import clipped_sums
+from dpsb.federated import trainer as trainer_module
 from dpsb.federated.coordinator import Coordinator, TooFewSilos
 from dpsb.federated.messages import SUM
 from dpsb.federated.report import federation_report
 from dpsb.federated.server import load_state
+from dpsb.federated.terms import SiloTerms
 from dpsb.federated.trainer import noise_share
 from dpsb.randomness import SeededRandomness, SystemRandomness
-from dpsb_accounting import Gaussian
 from dpsb_accounting import epsilon as epsilon_of
 from dpsb_accounting.federated import secagg as secagg_report
 
@@ -93,8 +94,7 @@ def test_with_the_same_draws_it_is_a_central_run(fed, monkeypatch):
 def test_report_of_shares(fed):
     allow(fed, "secagg")
     fed.coordinator(asked=secagg(dropouts=0, colluders=1)).run()
-    for name in NAMES:
-        check_ledger(fed.ledger(name), ROUNDS)
+    fed.check_all(ROUNDS)
     report = federation_report(fed.out).report
     assert report.claim
     own = epsilon_of(fed.ledger("north").plan).upper
@@ -113,11 +113,10 @@ def test_a_dropout_below_the_threshold_opens_nothing(fed, monkeypatch):
     with pytest.raises(TooFewSilos, match="Round 0 has 1 usable replies, min_silos is 2"):
         fed.coordinator(lost, asked).run()
     assert not opened
-    check_ledger(fed.ledger("north"), 1)  # the charge stays
+    fed.check_all(0, north=1)  # the charge stays
     fed.coordinator(asked=asked).run()
     assert opened == [list(NAMES)] * ROUNDS
-    for name in NAMES:
-        check_ledger(fed.ledger(name), ROUNDS)
+    fed.check_all(ROUNDS)
 
 
 def test_a_silo_that_never_came_is_one_of_the_dropouts_of_the_report(fed):
@@ -199,15 +198,12 @@ def test_client_updates_are_clipped_whole_and_charged_once_a_round(fed):
     assert all(float(update.norm()) <= CLIP * (1 + 1e-9) for update in seen)
     assert max(float(update.norm()) for update in seen) > 0.999 * CLIP, "the clip norm is small enough to bind"
     for name in NAMES:
-        record = fed.ledger(name)
-        assert record.charged("train") == ROUNDS
-        assert (record.plan.unit, record.plan.train.event) == ("client", Gaussian(noise_multiplier=federation.NOISE))
+        assert fed.ledger(name).plan.unit == "client"
+    fed.check_all(ROUNDS, event=WHOLE)
     report = federation_report(fed.out).report
     assert report.claim
     assert report.terms.unit == "client"
-    assert report.epsilon.upper == pytest.approx(
-        epsilon_of([(record.plan.train.event, ROUNDS)], 0.01, "zero_out").upper
-    )
+    assert report.epsilon.upper == pytest.approx(epsilon_of([(WHOLE, ROUNDS)], 0.01, "zero_out").upper)
 
 
 def test_the_servers_noise_is_on_the_sum_of_clients(fed, monkeypatch):
@@ -251,13 +247,72 @@ def test_a_client_that_does_not_clip_is_not_used(fed, value):
     assert [record.silos for record in state.history] == [("north", "west")] * ROUNDS
 
 
-def test_an_update_that_is_not_finite_is_a_zero_update(fed):
+@pytest.mark.parametrize(
+    ("value", "length"),
+    [(None, 0), (float("nan"), 0), (float("inf"), 0), (float("-inf"), 0), (3e38, CLIP), (1e-6, 1e-6)],
+    ids=["zero", "nan", "inf", "-inf", "huge", "small"],
+)
+def test_whatever_an_update_is_what_leaves_the_silo_is_finite_and_clipped(fed, monkeypatch, value, length):
+    """One number of theta becomes the start's plus ``value``, or none moves. Zero is an update too, and is charged."""
+
+    class Forced(torch.optim.SGD):
+        def step(self):
+            first = self.param_groups[0]["params"][0]
+            if value is not None:
+                first.data.view(-1)[0] = start.view(-1)[0] + value
+
     allow(fed, "client_level", delta=0.01)
-    asked = client_level(learning_rate=1e38, head_learning_rate=1e38, local_steps=3)
-    specs = asked.specs("a" * 32, 0, fed.trainer.start, fed.trainer.basis_sha256)
-    reply = fed.silo("north").handle(fed.trainer.start, specs["north"])
-    assert bool(torch.isfinite(reply.tensors[SUM]).all())
-    assert float(reply.tensors[SUM].norm()) <= CLIP * (1 + 1e-9)
+    start = next(iter(fed.trainer.start.values())).double()
+    monkeypatch.setattr(trainer_module, "local_optimizer", lambda adapter, _spec: Forced(adapter.parameters(), lr=1))
+    seen = []
+    transport = Faulty(fed.silos(), after=lambda _m, reply: seen.append(reply.tensors[SUM]) or [reply])
+    state = fed.coordinator(transport, client_level(rounds=1)).run()
+    raw = next(iter(fed.trainer.adapter.state().values()))
+    assert bool(torch.isfinite(raw).all()) == (value is None or math.isfinite(value)), "it is so before the clip"
+    for vector in seen:
+        assert float(vector.norm()) <= CLIP * (1 + 1e-9)
+        assert float(vector.norm()) == pytest.approx(length, rel=0.1)
+    assert state.history[0].silos == NAMES
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in state.theta.values())
+    fed.check_all(1, event=WHOLE)
+    assert fed.released("server") == 1
+
+
+def test_a_round_of_too_few_clients_opens_nothing_and_its_charges_stay(fed):
+    allow(fed, "client_level", delta=0.01)
+    away = Faulty(fed.silos(), before=lambda m: "lost" if m.silo != "north" and m.spec.round == 1 else None)
+    with pytest.raises(TooFewSilos, match="Round 1 has 1 usable replies, min_silos is 2"):
+        fed.coordinator(away, client_level()).run()
+    assert fed.released("server") == 1
+    fed.check_all(1, north=2, event=WHOLE)
+    done = fed.coordinator(asked=client_level()).run()
+    assert [record.silos for record in done.history] == [NAMES] * ROUNDS
+    assert fed.released("server") == ROUNDS
+    fed.check_all(ROUNDS, event=WHOLE)
+
+
+@pytest.mark.parametrize("model", ["silo_local", "client_level"])
+def test_silos_of_unequal_sizes_count_alike(fed, monkeypatch, model):
+    """A weight by size could be any number, and would move with one example; the sensitivity is that of equal parts."""
+    monkeypatch.setattr(SystemRandomness, "normal", lambda _s, n: torch.zeros(n, dtype=torch.float64))
+    allow(fed, model, delta=0.01)
+    fed.sizes = dict(zip(NAMES, (8, 24, 72), strict=True))
+    each = {"sampling_prob": federation.PROB, "noise_multiplier": federation.NOISE}
+    silos = {name: SiloTerms(**each, expected_batch_size=size // 4) for name, size in fed.sizes.items()}
+    asked = {"silo_local": terms, "client_level": client_level}[model](silos=silos, rounds=1)
+    vectors = []
+
+    def after(message, reply):
+        theta = message.theta
+        moves = {name: reply.tensors[name].double() - theta[name] for name in theta if name in reply.tensors}
+        vectors.append(reply.tensors[SUM] if not moves else torch.cat([move.flatten() for move in moves.values()]))
+        return [reply]
+
+    state = fed.coordinator(Faulty(fed.silos(), after=after), asked).run()
+    moved = torch.cat([(state.theta[name] - start).flatten() for name, start in fed.trainer.start.items()]).double()
+    torch.testing.assert_close(moved, sum(vectors) / 3, rtol=0, atol=1e-6)
+    by_size = sum(size * vector for size, vector in zip(fed.sizes.values(), vectors, strict=True)) / 104
+    assert float((moved - by_size).norm()) > 0.1 * float(moved.norm())
 
 
 def test_guarantees_for_silos_and_for_examples_are_not_added(fed):
