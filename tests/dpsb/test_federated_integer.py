@@ -277,7 +277,7 @@ def test_a_sum_is_not_begun_again_with_the_others_old_shares(fed):
     for each in (silo, fed.silo("north")):  # also after a restart
         again = each.handle({}, spec, None, Summing(session=summing.session, phase="share"))
         assert (again.kind, "is not begun again" in again.message) == ("state", True)
-    later = replace(spec, local_lr=spec.local_lr / 2) if hasattr(spec, "local_lr") else spec
+    later = replace(spec, learning_rate=spec.learning_rate / 2)
     assert silo.handle({}, later, None, Summing(session=summing.session, phase="share")).kind == "state"
 
 
