@@ -126,8 +126,9 @@ class Federation:
             check_ledger(self.ledger(name), charged, event=event)
         else:
             assert not list((self.out / "silos" / name).glob("**/*.jsonl"))
-        noised = charged if event == STEP else 0
-        assert self.released(name) == (noised if released is None else released)
+        if released is None:
+            released = charged if event == STEP else 0
+        assert self.released(name) == released, f"{name} drew noise for {self.released(name):g}, not for {released}"
 
     def check_all(self, charged=6, *, released=None, event=STEP, **others):
         """:meth:`check` for every silo; ``others`` are charged otherwise, and ``released`` names who released less."""
@@ -143,7 +144,7 @@ def by_dp_accounting(charges, delta):
     accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     for event, count in charges:
         one = dp_accounting.GaussianDpEvent(event.noise_multiplier)
-        if event != Gaussian(noise_multiplier=event.noise_multiplier):
+        if isinstance(event, PoissonGaussian):
             one = dp_accounting.PoissonSampledDpEvent(event.sampling_prob, one)
         accountant.compose(dp_accounting.SelfComposedDpEvent(one, count))
     return accountant.get_epsilon(delta)
