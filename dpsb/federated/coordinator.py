@@ -197,10 +197,13 @@ class Coordinator:
 
     def _need(self, state: ServerState, updates: Mapping[str, Update], verdict: Verdict, what: str) -> None:
         if len(updates) < state.terms.min_silos:
-            reasons = "; ".join(f"{name}: {why}" for name, why in sorted({**verdict.lost, **verdict.left}.items()))
+            away = {**state.left, **verdict.lost, **verdict.left}
+            enough = len(state.terms.silos) - len(state.left) >= state.terms.min_silos
+            advice = "resume to ask again" if enough else "too many silos have left for this run to go on"
+            reasons = "; ".join(f"{name}: {why}" for name, why in sorted(away.items()))
             raise TooFewSilos(
                 f"{what} has {len(updates)} usable replies, min_silos is {state.terms.min_silos} "
-                f"({reasons or 'no silo is left'}). What was charged stays charged; resume to ask again."
+                f"({reasons}). What was charged stays charged; {advice}."
             )
 
     def _open(self, state: ServerState, updates: dict[str, Update]) -> tuple[ServerState, dict[str, Update]]:
