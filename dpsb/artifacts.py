@@ -19,6 +19,7 @@ from dpsb.packaged import MINILM, SMOLLM2
 from dpsb.stamp import stamp
 from dpsb.start import START_NAME
 from dpsb_accounting import LedgerRecord, Plan, Report, make_report
+from dpsb_accounting.ledger import LEDGER_NAME
 
 _LORA_TAG = "- lora\n"
 CORE_NAME = "dpsb_core.safetensors"
@@ -59,7 +60,7 @@ def save_run(out: Path, adapter: Adapter, report: Report, ledger: LedgerRecord, 
         for name in names:
             os.replace(folder / name, out / name)
     report.write(out / "report.json")
-    return (*names, "ledger.jsonl", "report.json")
+    return (*names, LEDGER_NAME, "report.json")
 
 
 def write_results(folder: Path, adapter: Adapter, ledger: LedgerRecord, tokenizer: Any, start: Path) -> None:

@@ -15,13 +15,14 @@ from scipy.stats import norm
 from dpsb.basis.canaries import BasisCanaries, plan_of_release
 from dpsb.canaries import CanaryAudit, expected_scores
 from dpsb.config import RunConfig
-from dpsb.run import LEDGER_NAME, Callbacks, RunError, fine_tune
+from dpsb.run import Callbacks, RunError, fine_tune
 from dpsb_accounting import Ledger, Plan, auditing, make_report
 from dpsb_accounting import delta as delta_of
 from dpsb_accounting import epsilon as epsilon_of
 from dpsb_accounting.auditing import METHODS, CanaryScores, Counts, FixedThresholds, LowerBound, SplitThreshold
 from dpsb_accounting.auditing.page import Attack, to_html, to_json
 from dpsb_accounting.files import write_whole
+from dpsb_accounting.ledger import LEDGER_NAME
 
 CANARY_RUN, REPORT_NAME = "canary-run", "report.json"
 _GRADIENT, _BASIS = "gradient canaries", "basis canaries"
@@ -78,7 +79,7 @@ def audit_run(
         raise RunError(f"{out} is not empty; choose another folder for the audit.")
     canaries = CanaryAudit(gradient_canaries, input_canaries, _basis_canaries(gradient_canaries))
     fine_tune(replace(config, out=str(out / CANARY_RUN)), callbacks=callbacks, audit=canaries)
-    plan = Ledger.read(out / CANARY_RUN / "ledger.jsonl").plan
+    plan = Ledger.read(out / CANARY_RUN / LEDGER_NAME).plan
     claimed = epsilon_of(plan).upper
     callbacks.on_status("bounding epsilon by the scores")
     attacks = []
@@ -107,7 +108,7 @@ def audit_run(
         "of members against held-out examples are computed on people. Keep this page, audit.json and the scores as you "
         "keep the data.",
     ]
-    further: dict[str, Any] = {"canary_run": {"ledger": f"{CANARY_RUN}/ledger.jsonl", "released": False}}
+    further: dict[str, Any] = {"canary_run": {"ledger": f"{CANARY_RUN}/{LEDGER_NAME}", "released": False}}
     if canaries.secrets is not None:
         further["secrets"] = found = canaries.secrets.summary()
         notes.append(

@@ -18,6 +18,7 @@ from rich.table import Table
 from dpsb.config import RunConfig
 from dpsb.run import Callbacks, Run, RunError, fine_tune
 from dpsb_accounting import Ledger
+from dpsb_accounting.ledger import LEDGER_NAME
 
 LABELS = ("ham", "spam")
 # Chosen on the validation split; docs/benchmarks.md tells how, and with how many runs for each method.
@@ -66,7 +67,7 @@ def run_demo(out: Path, *, epsilon: float = 3.0, callbacks: Callbacks = Callback
     Raises:
       RunError: If ``out`` already holds a run.
     """
-    if (out / "ledger.jsonl").exists():
+    if (out / LEDGER_NAME).exists():
         raise RunError(f"{out} already holds a run; look at it with `dpsb report {out}`, or choose another --out.")
     return fine_tune(demo_config(out, epsilon=epsilon), callbacks=callbacks)
 
@@ -98,7 +99,7 @@ def frozen_features_baseline(
         l2_clip_norm=settings["l2_clip_norm"],
         details={"model": "minilm", "labels": list(LABELS), "task": "classification"},
     )
-    with tempfile.TemporaryDirectory() as scratch, Ledger.create(Path(scratch) / "ledger.jsonl", plan) as ledger:
+    with tempfile.TemporaryDirectory() as scratch, Ledger.create(Path(scratch) / LEDGER_NAME, plan) as ledger:
         weights = fit_logistic_regression(
             features["train"],
             labels["train"],

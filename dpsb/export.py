@@ -13,6 +13,7 @@ from dpsb.adapter_files import adapter_settings, with_adapter
 from dpsb.checkpoint import replacing
 from dpsb.models import HEAD_FILE
 from dpsb.run import RunError
+from dpsb_accounting.ledger import LEDGER_NAME
 
 _ADAPTER = "adapter_config.json"
 
@@ -82,5 +83,5 @@ def _output(model: Any) -> torch.Tensor:
 def _labels(folder: Path) -> list[str]:
     from dpsb_accounting import Ledger
 
-    details: Mapping[str, Any] = Ledger.read(folder / "ledger.jsonl").plan.details
+    details: Mapping[str, Any] = Ledger.read(folder / LEDGER_NAME).plan.details
     return [str(label) for label in details["labels"]]

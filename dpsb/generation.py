@@ -12,8 +12,9 @@ from torch import nn
 
 from dpsb.adapter_files import adapter_settings, with_adapter
 from dpsb.data import Columns, DataError, Table, prompt_ids, prompts_and_completions, read_table
-from dpsb.run import LEDGER_NAME, RunError
+from dpsb.run import RunError
 from dpsb_accounting import Ledger
+from dpsb_accounting.ledger import LEDGER_NAME
 
 _BATCH = 16
 _ADAPTER = "adapter_config.json"

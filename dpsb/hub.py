@@ -12,9 +12,10 @@ from typing import Any
 
 from dpsb.artifacts import CORE_NAME, HUB_NAMES
 from dpsb.models import HEAD_FILE
-from dpsb.run import LEDGER_NAME, SETTINGS_NAME, RunError
+from dpsb.run import SETTINGS_NAME, RunError
 from dpsb.serving.adapters import CONFIG, TOKENIZER_FILES, WEIGHTS
 from dpsb_accounting import Ledger, LedgerRecord
+from dpsb_accounting.ledger import LEDGER_NAME
 
 REPORT, CARD, SIGNATURE = "report.json", "README.md", "signature.json"
 ALLOWED = (WEIGHTS, CONFIG, CORE_NAME, HEAD_FILE, LEDGER_NAME, REPORT, CARD, SIGNATURE, *TOKENIZER_FILES)

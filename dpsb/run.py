@@ -44,8 +44,9 @@ from dpsb.start import START_NAME, attach_again, cut_off, digest, read_start, st
 from dpsb.train import Knobs, Progress, fit
 from dpsb_accounting import Ledger, LedgerError, Phase, Plan, Report, make_report
 from dpsb_accounting.files import write_whole
+from dpsb_accounting.ledger import LEDGER_NAME
 
-LEDGER_NAME, SETTINGS_NAME = "ledger.jsonl", "run.json"
+SETTINGS_NAME = "run.json"
 
 
 class RunError(RuntimeError):

@@ -15,6 +15,7 @@ from dpsb.baselines.build import adapt, frozen_factors
 from dpsb.baselines.methods import method_named
 from dpsb.models import HEAD_NAMES
 from dpsb_accounting import Ledger, Plan
+from dpsb_accounting.ledger import LEDGER_NAME
 
 START_NAME = "start.safetensors"
 
@@ -39,7 +40,7 @@ def start_of(adapter: Adapter) -> bytes:
 
 def cut_off(out: Path) -> str:
     """What to tell of a run that lacks what a resume needs: a ledger that holds charges is not to be deleted."""
-    record = Ledger.read(out / "ledger.jsonl")
+    record = Ledger.read(out / LEDGER_NAME)
     if any(record.charged(phase.name) for phase in record.plan.phases):
         return (
             f"The run in {out} lacks what a resume needs, and steps are charged: keep its ledger, start anew in "

@@ -25,7 +25,10 @@ from dpsb_accounting.files import flush
 from dpsb_accounting.plan import Plan
 from dpsb_accounting.record import LedgerRecord, in_use, read_file
 
-__all__ = ["BudgetSpent", "Ledger", "LedgerError", "LedgerRecord", "Taint", "in_use"]
+__all__ = ["LEDGER_NAME", "BudgetSpent", "Ledger", "LedgerError", "LedgerRecord", "Taint", "in_use"]
+
+LEDGER_NAME = "ledger.jsonl"
+"""What a run's ledger is called in its folder."""
 
 _RECORDED = (
     "dpsb",

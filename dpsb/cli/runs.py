@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from dpsb.cli._shared import Json, app, guarded, train_and_print
+from dpsb_accounting.ledger import LEDGER_NAME
 
 if TYPE_CHECKING:
     from dpsb.memory import MemoryPlan
@@ -144,7 +145,7 @@ def report(
     from dpsb_accounting import Ledger, make_report
 
     def run() -> None:
-        made = make_report(Ledger.read(folder / "ledger.jsonl"))
+        made = make_report(Ledger.read(folder / LEDGER_NAME))
         typer.echo(json.dumps(made.to_json(), indent=1) if as_json else made.to_text())
 
     guarded(run)

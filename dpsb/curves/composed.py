@@ -11,6 +11,7 @@ from dpsb.curves.cells import TUNING
 from dpsb.curves.folder import ABANDONED, CELLS, is_finished
 from dpsb_accounting import Bound, Ledger, LedgerError, LedgerRecord, Plan, epsilon
 from dpsb_accounting.engines import ResourceLimit
+from dpsb_accounting.ledger import LEDGER_NAME
 from dpsb_accounting.plan import number_to_json
 
 
@@ -70,11 +71,11 @@ def composed(out: Path) -> Composed:
     """
     records: list[tuple[LedgerRecord, str]] = []
     unreadable = [
-        f"{folder.relative_to(out)}/ledger.jsonl"  # a finished run whose price is not known
+        f"{folder.relative_to(out)}/{LEDGER_NAME}"  # a finished run whose price is not known
         for folder in sorted(out.glob(f"{CELLS}/*"))
-        if is_finished(folder) and not (folder / "ledger.jsonl").exists()
+        if is_finished(folder) and not (folder / LEDGER_NAME).exists()
     ]
-    for path in sorted(out.glob(f"{CELLS}/*/ledger.jsonl")) + sorted(out.glob(f"{ABANDONED}/*/ledger.jsonl")):
+    for path in sorted(out.glob(f"{CELLS}/*/{LEDGER_NAME}")) + sorted(out.glob(f"{ABANDONED}/*/{LEDGER_NAME}")):
         try:
             record = Ledger.read(path)
         except LedgerError:

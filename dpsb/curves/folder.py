@@ -13,6 +13,7 @@ from typing import Any
 from dpsb.curves.cells import Cell
 from dpsb_accounting import Ledger, LedgerError
 from dpsb_accounting.files import write_whole
+from dpsb_accounting.ledger import LEDGER_NAME
 
 SETTINGS_NAME, LOCK_NAME = "curve.json", ".curve.lock"
 CELLS, ABANDONED = "cells", "abandoned"
@@ -31,7 +32,7 @@ def sweep_folder(out: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     Raises:
       FolderError: If another process works in it, it holds something else, or the settings differ; names the first key.
     """
-    if (out / "ledger.jsonl").exists():
+    if (out / LEDGER_NAME).exists():
         raise FolderError(f"out={str(out)!r} holds a single run; choose another folder for the curve.")
     try:
         (out / CELLS).mkdir(parents=True, exist_ok=True)
@@ -85,7 +86,7 @@ def prepare_cell(out: Path, cell: Cell) -> bool:
     from dpsb.checkpoint import remove_checkpoint
 
     folder = out / CELLS / cell.name
-    if not (folder / "ledger.jsonl").exists():
+    if not (folder / LEDGER_NAME).exists():
         return False
     if resumable(folder):
         _note_interruption(folder)
@@ -105,7 +106,7 @@ def resumable(folder: Path) -> bool:
     from dpsb.start import StartError, read_start
 
     try:
-        ledger = Ledger.read(folder / "ledger.jsonl")
+        ledger = Ledger.read(folder / LEDGER_NAME)
     except LedgerError:
         return False
     try:
@@ -117,7 +118,7 @@ def resumable(folder: Path) -> bool:
 
 def _note_interruption(folder: Path) -> None:
     """Notes which updates are lost: steps charged since the last checkpoint, which are spent and not made again."""
-    lines = (folder / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    lines = (folder / LEDGER_NAME).read_bytes().splitlines(keepends=True)
     kept = 0
     for name in ("checkpoint", "checkpoint.old"):
         try:

@@ -12,7 +12,7 @@ from typing import Any
 from dpsb.curves.cells import Cell
 from dpsb.curves.folder import CELLS, FolderError, is_finished, prepare_cell
 from dpsb_accounting import Ledger, LedgerError
-from dpsb_accounting.ledger import in_use
+from dpsb_accounting.ledger import LEDGER_NAME, in_use
 
 _SECONDS_FOR_A_WRITER_TO_DIE = 20.0
 
@@ -68,9 +68,9 @@ def _run(job: Job, on_step: OnStep) -> None:
 def _wait_for_writer(folder: Path) -> None:
     """A process of a sweep that was killed ends soon, but perhaps not yet."""
     last = time.monotonic() + _SECONDS_FOR_A_WRITER_TO_DIE
-    while in_use(folder / "ledger.jsonl"):
+    while in_use(folder / LEDGER_NAME):
         if time.monotonic() > last:
-            raise LedgerError(f"{folder / 'ledger.jsonl'} is in use by another run; only one may write it.")
+            raise LedgerError(f"{folder / LEDGER_NAME} is in use by another run; only one may write it.")
         time.sleep(0.1)
 
 
@@ -81,10 +81,10 @@ def is_complete(out: Path, cell: Cell) -> bool:
       FolderError: If the two do not belong together.
     """
     folder = out / CELLS / cell.name
-    if not is_finished(folder) or not (folder / "ledger.jsonl").exists():
+    if not is_finished(folder) or not (folder / LEDGER_NAME).exists():
         return False
     try:
-        Ledger.read(folder / "ledger.jsonl")
+        Ledger.read(folder / LEDGER_NAME)
     except LedgerError as error:
         raise FolderError(f"{error}; a curve cannot be made of a cell whose ledger is damaged.") from None
     return True

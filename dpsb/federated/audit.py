@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dpsb.audit import Audit, white_box, write_audit
-from dpsb.federated.budget import LEDGER_NAME, RUNS
+from dpsb.federated.budget import RUNS
 from dpsb.federated.canaries import FederationCanaries
 from dpsb.federated.checks import FederatedError
 from dpsb.federated.config import FederateConfig
@@ -16,6 +16,7 @@ from dpsb.federated.simulate import Callbacks, simulate
 from dpsb.federated.spec import PrivacyModel
 from dpsb_accounting import Ledger, Phase, Plan, auditing
 from dpsb_accounting import epsilon as epsilon_of
+from dpsb_accounting.ledger import LEDGER_NAME
 
 CANARY_RUN = "canary-run"
 

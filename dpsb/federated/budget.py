@@ -17,8 +17,9 @@ from dpsb_accounting import Event, Gaussian, Ledger, LedgerError, Phase, Plan, P
 from dpsb_accounting import epsilon as epsilon_of
 from dpsb_accounting.engines import ResourceLimit
 from dpsb_accounting.files import flush
+from dpsb_accounting.ledger import LEDGER_NAME
 
-RUNS, LEDGER_NAME = "runs", "ledger.jsonl"
+RUNS = "runs"
 
 
 class FolderBusy(RuntimeError):

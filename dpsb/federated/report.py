@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpsb.federated.budget import LEDGER_NAME, run_folder
+from dpsb.federated.budget import run_folder
 from dpsb.federated.messages import Receipt
 from dpsb.federated.server import ServerError, ServerState, load_state
 from dpsb.federated.spec import PrivacyModel
@@ -17,6 +17,7 @@ from dpsb.federated.terms import Terms
 from dpsb_accounting import Ledger, LedgerRecord, federated
 from dpsb_accounting.federated import FederatedReport, Silo
 from dpsb_accounting.files import write_whole
+from dpsb_accounting.ledger import LEDGER_NAME
 
 SCHEMA = "dpsb-federation-report/1"
 REPORT_NAME, SILOS = "report.json", "silos"

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from dpsb.federated.budget import LEDGER_NAME, run_folder
+from dpsb.federated.budget import run_folder
 from dpsb.federated.channel import (
     LEDGER,
     NAME,
@@ -30,6 +30,7 @@ from dpsb.federated.messages import Reply, RoundMessage
 from dpsb.federated.silo import Silo
 from dpsb.federated.spec import RUN_ID
 from dpsb.federated.wire import WireError, pack, unpack
+from dpsb_accounting.ledger import LEDGER_NAME
 
 _SLACK = 1 << 17
 _PATIENCE = 600.0

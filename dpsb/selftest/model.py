@@ -25,6 +25,7 @@ from dpsb.selftest.run import run_selftest
 from dpsb.selftest.start import tolerance_for
 from dpsb.train import Knobs, fit, probe_every_bucket, training_mode
 from dpsb_accounting import Ledger, Plan
+from dpsb_accounting.ledger import LEDGER_NAME
 
 _STEPS, _DIVISOR = 4, 3
 _STRIDE = 0.1  # how far a sum of length C moves theta
@@ -159,7 +160,7 @@ def fit_loop(
         folder: Path, dataset: Sequence[Any], randomness: Randomness, on_step: Callable[[], None]
     ) -> Mapping[str, torch.Tensor]:
         adapter.load_state(start)
-        path = folder / "ledger.jsonl"
+        path = folder / LEDGER_NAME
         with Ledger.open(path) if path.exists() else Ledger.create(path, plan) as ledger:
             fit(
                 adapter,

@@ -25,6 +25,7 @@ from dpsb.randomness import Randomness, SeededRandomness
 from dpsb.selftest.noise import scale_check
 from dpsb.selftest.result import Check, at_most
 from dpsb_accounting import Ledger, Plan
+from dpsb_accounting.ledger import LEDGER_NAME
 
 _TOLERANCE = 2e-3
 _UPDATE_TOLERANCE = 1e-4
@@ -176,7 +177,7 @@ class _Watching(SeededRandomness):
         self._recording, self._folder = recording, folder
 
     def bernoulli(self, count: int, probability: float) -> Any:
-        path = self._folder / "ledger.jsonl"
+        path = self._folder / LEDGER_NAME
         self._recording.draws.append((count, probability))
         self._recording.charged_at_draw.append(Ledger.read(path).charged("train") if path.exists() else 0)
         return super().bernoulli(count, probability)
@@ -222,7 +223,7 @@ def _ledger_lines(folder: Path) -> list[tuple[str, ...]]:
     """The ledger without hashes, times and run ids: what a run on other data must not change."""
     varying = {"hash", "prev", "run_id", "created_utc", "time", "created"}
     lines: list[tuple[str, ...]] = []
-    for line in (folder / "ledger.jsonl").read_text().splitlines():
+    for line in (folder / LEDGER_NAME).read_text().splitlines():
         content = json.loads(line)
         facts = json.dumps({k: v for k, v in content.items() if k not in varying}, sort_keys=True)
         lines.append((str(content.get("kind")), facts))

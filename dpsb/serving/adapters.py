@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from dpsb.artifacts import CORE_NAME
 from dpsb.models import HEAD_FILE
-from dpsb.run import LEDGER_NAME, RunError
+from dpsb.run import RunError
 from dpsb_accounting import Ledger, LedgerError
+from dpsb_accounting.ledger import LEDGER_NAME
 from dpsb_accounting.positions import check_files
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from dpsb.checkpoint import replacing
-from dpsb.run import LEDGER_NAME, RunError
+from dpsb.run import RunError
 from dpsb.serving.adapters import TOKENIZER_FILES, copy_plain_files, read_core_adapter, write_plain_adapter
 from dpsb_accounting import Bound, Ledger, LedgerRecord, epsilon, make_report
+from dpsb_accounting.ledger import LEDGER_NAME
 from dpsb_accounting.plan import number_to_json
 
 

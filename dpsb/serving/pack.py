@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from dpsb.checkpoint import replacing
-from dpsb.run import LEDGER_NAME, SETTINGS_NAME, RunError
+from dpsb.run import SETTINGS_NAME, RunError
 from dpsb.serving.adapters import TOKENIZER_FILES, CoreAdapter, copy_plain_files, read_core_adapter, write_plain_adapter
 from dpsb_accounting import Ledger, LedgerError, make_report
 from dpsb_accounting.files import write_whole
+from dpsb_accounting.ledger import LEDGER_NAME
 
 SCHEMA, CLAIM = "dpsb-pack/1", "dpsb_claim"
 _PACK, _BASIS, _TENANTS = "pack.json", "basis.safetensors", "tenants"

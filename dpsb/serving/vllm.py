@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dpsb.checkpoint import replacing
-from dpsb.run import LEDGER_NAME, RunError
+from dpsb.run import RunError
 from dpsb.serving.adapters import CONFIG, LORA_A, LORA_B, TOKENIZER_FILES, WEIGHTS, copy_plain_files
+from dpsb_accounting.ledger import LEDGER_NAME
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` may be; an adapter's rank must not exceed it."""

@@ -29,9 +29,10 @@ from dpsb.checkpoint import replacing, write_state
 from dpsb.start import START_NAME, digest, start_of
 from dpsb_accounting import Ledger, LedgerError, LedgerRecord, Plan
 from dpsb_accounting.files import write_whole
+from dpsb_accounting.ledger import LEDGER_NAME
 from dpsb_accounting.positions import check_files
 
-LEDGER_NAME, REPORT_NAME, STATE_FILE = "ledger.jsonl", "report.json", "trainer_state.json"
+REPORT_NAME, STATE_FILE = "report.json", "trainer_state.json"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 _PUBLIC_LOGS = ("epsilon", "delta", "learning_rate", "epoch", "step")
 _TIMES = ("_runtime", "_per_second", "_preparation_time")
