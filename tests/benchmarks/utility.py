@@ -118,7 +118,11 @@ def arms_of(parts: dict[str, Path]) -> dict[str, str]:
         "public-far": f"public:{parts['far']}",
         "public-near": f"public:{parts['near']}",
         "private": "private",
+        "hybrid": "hybrid",
+        "hybrid-far": f"hybrid:{parts['far']}",
         "hybrid-near": f"hybrid:{parts['near']}",
+        "complementary": "complementary",
+        "hadamard": "hadamard",
         "leak": "leak",
     }
     others = {name: name for name in RATES if name != "sb"}
@@ -199,22 +203,43 @@ def rows_in(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
+FAMILIES = {
+    "R-only, any basis": lambda arm: arm not in (*RATES, "leak"),
+    "LoRA, FFA-LoRA or LoRA-XS": lambda arm: arm in ("lora", "ffa-lora", "lora-xs"),
+}
+"""What may be picked from for the lines that say what a user gets who tries all of a family on validation rows."""
+
+
+def picked(rows: Sequence[dict[str, Any]], name: str, family: str) -> tuple[str, int]:
+    """The arm of a family with the best tuning run on a data set, and how many tuning runs it was picked from."""
+    task = TASKS[name]
+    tried = [row for row in rows if (row["set"], row["purpose"]) == (name, "tuning") and row[task.metric] is not None]
+    tried = [row for row in tried if FAMILIES[family](row["arm"])]
+    best = max if task.has_head else min
+    return (best(tried, key=lambda row: float(row[task.metric]))["arm"] if tried else "", len(tried))
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: accuracy or perplexity by data set, arm and epsilon."""
-    epsilons = EPSILONS
-    lines = ["| data set | arm | learning rate | " + " | ".join(f"epsilon {e}" for e in epsilons) + " |"]
-    lines.append("|" + "---|" * (len(epsilons) + 3))
-    for key in dict.fromkeys((row["set"], row["arm"]) for row in rows):
-        mine = [row for row in rows if (row["set"], row["arm"]) == key and row["purpose"] == "curve"]
-        found = []
-        for epsilon in epsilons:
-            metric = TASKS[key[0]].metric
-            values = [r[metric] for r in mine if r["epsilon"] == float(epsilon) and r[metric] is not None]
-            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            found.append(f"{statistics.fmean(values):.3f}{spread} ({len(values)})" if values else "–")
-        rate = mine[0]["learning_rate"] if mine else "–"
-        lines.append(f"| {key[0]} | {key[1]} | {rate} | " + " | ".join(found) + " |")
+    """Markdown: accuracy or perplexity by data set, arm and epsilon; and what is picked from each family."""
+    lines = ["| data set | arm | learning rate | " + " | ".join(f"epsilon {e}" for e in EPSILONS) + " |"]
+    lines.append("|" + "---|" * (len(EPSILONS) + 3))
+    for name in dict.fromkeys(row["set"] for row in rows):
+        labels = {arm: arm for arm in dict.fromkeys(row["arm"] for row in rows if row["set"] == name)}
+        choices = {family: picked(rows, name, family) for family in FAMILIES}
+        labels |= {f"{family}: {arm}, of {tried} tuning runs": arm for family, (arm, tried) in choices.items() if arm}
+        for label, arm in labels.items():
+            mine = [r for r in rows if (r["set"], r["arm"], r["purpose"]) == (name, arm, "curve")]
+            cells = [spread([r[TASKS[name].metric] for r in mine if r["epsilon"] == float(e)]) for e in EPSILONS]
+            rate = mine[0]["learning_rate"] if mine else "–"
+            lines.append(f"| {name} | {label} | {rate} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Mean, standard deviation and number of runs."""
+    found = [value for value in values if value is not None]
+    deviation = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
+    return f"{statistics.fmean(found):.3f}{deviation} ({len(found)})" if found else "–"
 
 
 def main() -> None:
