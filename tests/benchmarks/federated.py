@@ -43,7 +43,7 @@ from dpsb.config import RunConfig
 from dpsb_accounting.files import write_whole
 
 NAMES = {
-    "fed_sb": "Fed-SB",
+    "fed_sb": "Fed-SB, weight basis",
     "fed_sb_public": "Fed-SB, public basis",
     "fedit": "FedIT",
     "ffa_lora": "FFA-LoRA",
@@ -198,7 +198,9 @@ def plots(points: Sequence[dict[str, Any]], out: Path) -> None:
                     x, 100 * p["accuracy"], spread, fmt="o", capsize=3, color=colours[p["method"]], label=name
                 )
             if kind == "accuracy":
-                axis.set_xticks(range(len(mine)), [NAMES[p["method"]] for p in mine], rotation=30, fontsize=8)
+                axis.set_xticks(
+                    range(len(mine)), [NAMES[p["method"]] for p in mine], rotation=30, ha="right", fontsize=8
+                )
             else:
                 axis.set_xscale("log")
                 axis.set_xlabel("kB up and down, per round and silo")
@@ -206,7 +208,7 @@ def plots(points: Sequence[dict[str, Any]], out: Path) -> None:
                     axis.legend(fontsize=7)
         for axis in axes[:, 0]:
             axis.set_ylabel("test accuracy (%)")
-        figure.savefig(out / f"{kind}.png", dpi=150)
+        figure.savefig(out / f"{kind}.png", dpi=120)
 
 
 def write(out: Path) -> str:
