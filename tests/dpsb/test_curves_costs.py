@@ -180,18 +180,22 @@ def test_help_teaches():
 
 
 def test_a_cell_that_fails_is_recorded_and_the_others_go_on(tmp_path):
-    command = (*arguments(tmp_path, rank=40), "--methods", "sb,head-only", "--epsilons", 8, "--json")
+    useless = tmp_path / "useless.csv"
+    useless.write_text("x,y\n1,2\n")
+    command = (*arguments(tmp_path / "out"), "--methods", f"sb:public:{useless},head-only", "--epsilons", 8, "--json")
     result = dpsb(*command)
     assert result.exit_code == 1
     facts = json.loads(result.stdout)
-    assert [entry["folder"] for entry in facts["failed"]] == ["cells/sb-weight-eps8-lr0.02-run1"]
-    assert "rank" in facts["failed"][0]["reason"]
+    (failed,) = facts["failed"]
+    assert failed["folder"].startswith("cells/sb-public-")
+    assert "useless.csv" in failed["reason"]
     assert [point["n"] for point in facts["points"]] == [0, 1]
     assert facts["composed"]["runs"]["all"] == 1
-    assert "1 of 2 cells failed, the first with:" in " ".join(result.stderr.split())
+    assert result.stderr.count("error:") == 1
+    assert "1 of 2 cells failed, the first with:" in result.stderr
     for name in facts["files"]:
-        assert (tmp_path / name).exists()
-    assert "What failed" in (tmp_path / "curve.html").read_text()
+        assert (tmp_path / "out" / name).exists()
+    assert "What failed" in (tmp_path / "out" / "curve.html").read_text()
 
 
 def test_errors_of_the_command_are_one_sentence(tmp_path):
