@@ -72,8 +72,9 @@ def compare(
             typer.echo(json.dumps([row.to_json() for row in rows], indent=1))
             return
         table = Table(title="methods at equal epsilon", title_justify="left")
-        for heading in ("method", "numbers released", "noise predicted", "measured", "row norm", "signal / noise"):
-            table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=heading == "measured")
+        for heading in ("method", "numbers released", "expected noise", "measured", "row norm", "signal / noise"):
+            whole = heading in ("method", "measured")
+            table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=whole)
         for row in rows:
             norm = None if row.signal is None else row.signal.median_norm
             numbers = [
