@@ -6,6 +6,7 @@ Nothing private is read and nothing is trained: the noise is that of an empty dr
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ import torch
 
 from dpsb.adapter import Adapter, attach
 from dpsb.baselines.build import adapt, add_method, lora_xs
-from dpsb.baselines.measure import CLOSED_FORMS, Signal, layers_of, measured_energy, signal_of
-from dpsb.baselines.methods import Method, method_named
+from dpsb.baselines.measure import Signal, layers_of, measured_energies, predicted_energy, signal_of
+from dpsb.baselines.methods import METHODS, Method, method_named
 from dpsb.basis import public as public_basis
 from dpsb.basis import random, weight_svd
 from dpsb.capture import adapter_train_mode
@@ -34,7 +35,6 @@ from dpsb.mechanism import Mechanism
 from dpsb.models import HEAD_NAMES, add_lora, config_labels, load_base, longest_input
 from dpsb.probe import without_dropout
 from dpsb.randomness import SystemRandomness
-from dpsb_accounting.noise import amplification
 
 BASES = ("weight", "random", "public")
 DEFAULT_METHODS = ("sb", "ffa-lora", "lora")
@@ -49,7 +49,8 @@ class Comparison:
       dimension: d, the head included.
       predicted: Expected squared length of the noise of one step's mean gradient, as it arrives on the target weights,
         at clip norm 1 for every method; None where there is no closed form.
-      measured: The same, drawn through the mechanism on the real adapter; None without target weights.
+      measured: The same, the mean over draws through the mechanism on the real adapter; None without target weights.
+      standard_error: Of ``measured``, from the spread of the draws; None with fewer than two.
       signal: Rows of public examples; None without public data.
       snr: Length of the mean gradient over that of the noise in one step, each method with its own clip norm.
     """
@@ -58,6 +59,7 @@ class Comparison:
     dimension: int
     predicted: float | None
     measured: float | None
+    standard_error: float | None
     signal: Signal | None
     snr: float | None
 
@@ -67,6 +69,7 @@ class Comparison:
             "dimension": self.dimension,
             "predicted_noise_energy": self.predicted,
             "measured_noise_energy": self.measured,
+            "measured_noise_energy_standard_error": self.standard_error,
             "snr_per_step": self.snr,
         }
         if self.signal is not None:
@@ -126,6 +129,10 @@ def compare_methods(
             raise ValueError(f"Expected {name}={value!r} of at least 1.")
     if examples < 4:
         raise ValueError(f"Expected examples={examples!r} of at least 4.")
+    if not methods:
+        raise ValueError(f"Expected methods to name at least one of {', '.join(METHODS)}, got none.")
+    if public is None and labels is not None and len(set(labels.split(","))) < 2:
+        raise ValueError(f"Expected labels={labels!r} to name at least two; 'from-data' needs a file of public data.")
     chosen = [method_named(name) for name in methods]
     loss_fn: LossFn = classification_loss if task == "classification" else causal_lm_loss
     for method in chosen:
@@ -153,13 +160,13 @@ def _compared(
             signal = signal_of(adapter, loss_fn, batches)
     rank = adapter.factors()[adapter.cores[0].name].A.shape[0] if adapter.cores else 1
     layers = layers_of(adapter, rank)
-    form = CLOSED_FORMS.get(method.name)
-    predicted = amplification(form, layers, noise_std=noise_std).energy if form and layers else None
+    energies = measured_energies(adapter, mean, SystemRandomness(), draws) if layers else []
     return Comparison(
         method=f"sb ({basis})" if method.name == "sb" else method.name,
         dimension=adapter.dimension,
-        predicted=predicted,
-        measured=measured_energy(adapter, mean, SystemRandomness(), draws) if layers else None,
+        predicted=predicted_energy(adapter, layers, noise_std),
+        measured=statistics.fmean(energies) if energies else None,
+        standard_error=statistics.stdev(energies) / math.sqrt(draws) if len(energies) > 1 else None,
         signal=signal,
         snr=None if signal is None else signal.snr(noise_multiplier, expected_batch_size),
     )

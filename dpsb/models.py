@@ -28,6 +28,10 @@ class ModelError(ValueError):
     """A model that cannot be loaded or adapted; the message says what to change."""
 
 
+class QuantizedConfigError(ModelError):
+    """A quantized model, whose config does not tell what its weights are."""
+
+
 class MeanPooledClassifier(nn.Module):
     """An encoder, the mean over each example's own tokens, and a linear head: what sentence encoders are made for.
 
@@ -130,21 +134,22 @@ def load_base(
     return base, tokenizer
 
 
-def empty_base(model: str, task: str, num_labels: int, dtype: torch.dtype) -> nn.Module:
+def empty_base(model: str, task: str, num_labels: int, dtype: torch.dtype, pooling: str = "auto") -> nn.Module:
     """The base model from its config alone, on whatever device is the default: on ``meta`` it holds no weights.
 
     Raises:
-      ModelError: If the config cannot be loaded, or is of a checkpoint that is quantized.
+      QuantizedConfigError: If the checkpoint is quantized.
+      ModelError: If the config cannot be loaded.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     path = resolve_model(model)
     config = _load(AutoConfig, path)
     if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"{model} is quantized; what its weights take cannot be told from the config.")
+        raise QuantizedConfigError(f"{model} is quantized; what its weights take cannot be told from the config.")
     if task != "classification":
         made: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    elif _is_mean_pooled(path):
+    elif pooling == "mean" or (pooling == "auto" and _is_mean_pooled(path)):
         made = MeanPooledClassifier(AutoModel.from_config(config, dtype=dtype), num_labels)
     else:
         config.num_labels = num_labels

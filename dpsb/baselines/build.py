@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from opacus.grad_sample import GradSampleHooks
-from peft import PeftConfig, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model
 from torch import nn
 
 from dpsb.adapter import Adapter, Basis, Factors, Provenance, lora_layers, trained_directly
-from dpsb.baselines.methods import PEFT_INITS, Method, MethodError
+from dpsb.baselines.methods import PEFT_INITS, REFUSED, Method, MethodError, plain_name
 from dpsb.basis._common import base_weight, public_generator, truncated_svd
 from dpsb.models import MeanPooledClassifier, ModelError, add_lora, in_head, peft_part, peft_task
 from dpsb.quantized import check_quantization, keep_gradients_exact
@@ -42,7 +42,7 @@ def add_method(base: nn.Module, method: Method, task: str, rank: int, targets: s
         torch.manual_seed(0)  # public: where PEFT's factors start
         if method.kind == "model":
             model = _add_parts(base, method.name, task)
-        elif method.peft is None or method.peft == "LoraConfig":
+        elif method.peft in (None, "lora"):
             model = add_lora(base, task, rank, targets)
         elif method.peft in PEFT_INITS:
             model = add_lora(base, task, rank, targets, init=method.peft)
@@ -51,6 +51,23 @@ def add_method(base: nn.Module, method: Method, task: str, rank: int, targets: s
     if method.name == "ffa-lora":
         _freeze_random_A(model)
     return model
+
+
+def peft_config_class(method: Method) -> type[PeftConfig]:
+    """The class of PEFT's that ``peft:NAME`` means.
+
+    Raises:
+      MethodError: If the installed PEFT has none; the message lists those that are not refused by name.
+    """
+    known = {plain_name(found.__name__): found for found in PEFT_TYPE_TO_CONFIG_MAPPING.values()}
+    usable = {name: found for name, found in known.items() if name not in map(plain_name, REFUSED)}
+    if method.peft not in usable:
+        names = ", ".join(sorted(found.__name__ for found in usable.values()))
+        raise MethodError(
+            f"method={method.name!r}: PEFT has no such method; it has {names}, and as starts of LoRA "
+            f"{', '.join(PEFT_INITS)}."
+        )
+    return usable[method.peft]
 
 
 def adapt(model: nn.Module, method: Method) -> Adapter:
@@ -161,13 +178,7 @@ def _add_peft(base: nn.Module, method: Method, task: str, rank: int, targets: st
 
 
 def _peft_config(method: Method, base: nn.Module, task: str, rank: int, targets: str | Sequence[str]) -> PeftConfig:
-    import peft
-
-    name = f"{(method.peft or '').removesuffix('Config')}Config"
-    found = getattr(peft, name, None)
-    if not (inspect.isclass(found) and issubclass(found, PeftConfig)) or found is PeftConfig:
-        known = sorted(entry for entry in dir(peft) if entry.endswith("Config") and entry != "PeftConfig")
-        raise MethodError(f"method={method.name!r}: PEFT has no {name}; it has {', '.join(known)}.")
+    found = peft_config_class(method)
     wanted = {
         "task_type": peft_task(base, task),
         "target_modules": targets if isinstance(targets, str) else list(targets),

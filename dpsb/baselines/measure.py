@@ -5,8 +5,9 @@ Everything here runs on public data or on none. The closed forms are in ``dpsb_a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -18,10 +19,8 @@ from dpsb.losses import LossFn, check_losses
 from dpsb.mechanism import Mechanism
 from dpsb.models import in_head
 from dpsb.randomness import Randomness
+from dpsb_accounting.noise import amplification
 from dpsb_accounting.shapes import Layer
-
-CLOSED_FORMS = {"sb": "r_only", "lora": "lora", "lora-plus": "lora", "ffa-lora": "ffa_lora", "full": "full_matrix"}
-"""The name in ``dpsb_accounting.noise`` of a method's noise; the other methods have no closed form there."""
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -117,18 +116,61 @@ def noisy_states(
         yield {name: value + part.view_as(value) for (name, value), part in zip(parameters, noise, strict=True)}
 
 
-def measured_energy(adapter: Adapter, mechanism: Mechanism, randomness: Randomness, draws: int) -> float:
-    """Mean over draws of the squared length of what one release's noise does to all target weights.
+def predicted_energy(adapter: Adapter, layers: Sequence[Layer], noise_std: float) -> float | None:
+    r"""Expected squared length of what one release's noise does to all target weights, in closed form.
+
+    For a core it is :math:`\tau^2 |A|^2 |B|^2` whatever the factors, that of R-only where they are orthonormal. For
+    LoRA it follows from which factors are trained; B alone is FFA-LoRA, A alone the same on the transposed weight.
+
+    Args:
+      adapter: As it stands.
+      layers: From :func:`layers_of`.
+      noise_std: tau, on each number of theta.
+
+    Returns:
+      None where no target weight moves.
+    """
+    if not layers:
+        return None
+    if adapter.cores:
+        sizes = (float(A.double().norm() * B.double().norm()) ** 2 for A, B, _ in adapter.factors().values())
+        return noise_std**2 * math.fsum(sizes)
+    trained = {part for name, _ in adapter.named_parameters() for part in ("lora_A", "lora_B") if f".{part}." in name}
+    if trained == {"lora_A"}:
+        layers, trained = [_transposed(layer) for layer in layers], {"lora_B"}
+    form = "full_matrix" if not trained else "lora" if len(trained) == 2 else "ffa_lora"
+    return amplification(form, layers, noise_std=noise_std).energy
+
+
+def _transposed(layer: Layer) -> Layer:
+    return replace(
+        layer,
+        out_features=layer.in_features,
+        in_features=layer.out_features,
+        norm_a=layer.norm_b,
+        norm_b=layer.norm_a,
+        norm_of_mean_a=layer.norm_of_mean_b,
+        norm_of_mean_b=layer.norm_of_mean_a,
+    )
+
+
+def measured_energies(adapter: Adapter, mechanism: Mechanism, randomness: Randomness, draws: int) -> list[float]:
+    """For each draw the squared length of what one release's noise does to all target weights.
 
     The noise comes from ``mechanism``, is put on theta, and the weights that result are compared with those before:
     nothing of the closed form is used.
     """
-    total = 0.0
     before = weights_at(adapter, {})
+    found = []
     for state in noisy_states(adapter, mechanism, randomness, draws):
         after = weights_at(adapter, state)
-        total += sum(float((after[name] - before[name]).square().sum()) for name in before)
-    return total / draws
+        found.append(math.fsum(float((after[name] - before[name]).square().sum()) for name in before))
+    return found
+
+
+def measured_energy(adapter: Adapter, mechanism: Mechanism, randomness: Randomness, draws: int) -> float:
+    """The mean of :func:`measured_energies`."""
+    return math.fsum(measured_energies(adapter, mechanism, randomness, draws)) / draws
 
 
 def measured_federated_energy(

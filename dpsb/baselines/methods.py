@@ -27,6 +27,7 @@ _BARE = (
     "gradients of the frozen weights)"
 )
 _NO_ROWS = "its trained tensors do not see the examples in dimension 0, so there are no per-example gradients of them"
+_VARIANT = "it is an option of PEFT's LoraConfig, not a method of its own, and is not offered here"
 _BARE_METHODS = """
 Adamss AdaLora Beft BOFT C3A Deft Delora FourierFT Frod Glora Gralora Hira HRA IA3 LoHa LoKr Miss OSF Poly Pvera
 RandLora Road Shira Supertuning TinyLora TrainableTokens UniLora VBLoRA Vera WaveFT XLora
@@ -39,6 +40,7 @@ REFUSED = {
     **dict.fromkeys(_PROMPT_METHODS.split(), _NO_ROWS),
     **dict.fromkeys(("OFT", "Psoft"), "it keeps its factor orthogonal, and noise on every coordinate leaves that set"),
     "Lily": "it routes by an average over the whole batch, so that one example moves the gradients of the others",
+    **dict.fromkeys(("Arrow", "BdLora", "Kasa", "Monteclora", "Velora"), _VARIANT),
     "Peanut": "it multiplies with its factors without calling them as layers, so that their rows are never seen",
     "Shadow": "it copies normalization layers for which Opacus has no exact per-example rule",
     "eva": "its start reads data; only the bases of this package (--basis public:FILE) keep account of which",
@@ -58,9 +60,9 @@ class Method:
     """How a model is trained.
 
     Args:
-      name: As the user gave it.
+      name: As the user gave it; a start of LoRA's as it is listed.
       kind: ``"cores"`` (R-only), ``"peft"`` (an adapter of PEFT's) or ``"model"`` (parts of the model itself).
-      peft: For ``peft:NAME``: the name of a start of LoRA's or of a ``PeftConfig`` class.
+      peft: For ``peft:NAME``: the name of a start of LoRA's or of a ``PeftConfig`` class, see :func:`plain_name`.
     """
 
     name: str
@@ -88,17 +90,27 @@ def method_named(name: str) -> Method:
     """
     family, _, rest = name.partition(":")
     if family == "peft":
-        plain = rest.removesuffix("Config")
-        if not rest:
+        plain = plain_name(rest)
+        if not plain:
             raise MethodError(f"Expected method={name!r} to name a start of LoRA or a PeftConfig; {_listed()}.")
         for refused, reason in REFUSED.items():
-            if plain.lower().replace("-", "_") == refused.lower():
+            if plain == plain_name(refused):
                 raise MethodError(f"method={name!r} is refused: {reason}.")
-        return Method(name, "peft", rest)
+        return Method(f"peft:{plain}" if plain in PEFT_INITS else name, "peft", plain)
     if rest or family not in METHODS:
         raise MethodError(f"Expected method={name!r} to be one of those that exist: {_listed()}.")
     kinds = {"sb": "cores", "lora-xs": "cores", "bitfit": "model", "head-only": "model", "full": "model"}
     return Method(name, kinds.get(name, "peft"))
+
+
+def plain_name(name: str) -> str:
+    """A name of PEFT's without what people spell differently.
+
+    Example:
+      >>> plain_name("LoraGAConfig"), plain_name("lora-ga"), plain_name("LN_Tuning")
+      ('loraga', 'loraga', 'lntuning')
+    """
+    return name.replace("-", "").replace("_", "").lower().removesuffix("config")
 
 
 def _listed() -> str:

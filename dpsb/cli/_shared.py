@@ -65,6 +65,8 @@ def guarded(run: Callable[[], None]) -> None:
 
     try:
         run()
+    except (typer.Exit, typer.Abort):  # a RuntimeError, but its sentence has been said
+        raise
     except KeyboardInterrupt:
         fail("interrupted; charged steps are spent, --resume continues with the rest.")
     except Exception as error:

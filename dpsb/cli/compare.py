@@ -13,7 +13,8 @@ from rich.table import Table
 from dpsb.cli._shared import Json, app, guarded
 
 _NOTE = (
-    "Noise: expected squared length of one step's noise as it arrives on the target weights, at clip norm 1. "
+    "Noise: expected squared length of one step's noise as it arrives on the target weights, at clip norm 1; "
+    "measured with one standard error over the draws. "
     "Signal / noise: length of the mean gradient over that of the noise in one step, each method with its own clip "
     "norm (the median length of its rows). All rows have the same epsilon."
 )
@@ -71,12 +72,16 @@ def compare(
             typer.echo(json.dumps([row.to_json() for row in rows], indent=1))
             return
         table = Table(title="methods at equal epsilon", title_justify="left")
-        for heading in ("method", "numbers released", "noise predicted", "measured", "row norm", "signal / noise"):
-            table.add_column(heading, justify="left" if heading == "method" else "right")
+        for heading in ("method", "numbers released", "expected noise", "measured", "row norm", "signal / noise"):
+            whole = heading in ("method", "measured")
+            table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=whole)
         for row in rows:
             norm = None if row.signal is None else row.signal.median_norm
-            cells = [row.predicted, row.measured, norm, row.snr]
-            numbers = ["-" if value is None else f"{value:.4g}" for value in cells]
+            numbers = [
+                "-" if value is None else f"{value:.4g}" for value in (row.predicted, row.measured, norm, row.snr)
+            ]
+            if row.standard_error is not None:
+                numbers[1] += f" ± {row.standard_error:.1g}"
             table.add_row(row.method, f"{row.dimension:,}", *numbers)
         console = Console()
         console.print(table)

@@ -41,6 +41,11 @@ class Entry:
         return f"{self.method} ({' '.join([spec.kind, *(Path(source).name for source in spec.sources)])})"
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The public files of its basis."""
+        return () if self.basis is None else parse_basis(self.basis).sources
+
+    @property
     def pays_for_basis(self) -> bool:
         """Whether its basis takes a share of epsilon, so that there is no cell at infinity."""
         return self.basis is not None and parse_basis(self.basis).kind in RELEASED

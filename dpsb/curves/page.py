@@ -89,9 +89,10 @@ def _repeats(curve: Curve) -> str:
 def _caption(curve: Curve) -> str:
     band = "" if curve.settings.repeats == 1 else " Line and band: mean ± one sample standard deviation."
     free = " Dashed: without clipping and noise (ε = ∞)." if math.inf in curve.settings.epsilons else ""
+    grey = " Grey and dashed: ε = ∞ whatever the target." if any(p.unbounded for p in curve.points) else ""
     return (
         f"{curve.metric.capitalize()} on held-out rows over the target ε of one run, {_repeats(curve)}, each with "
-        f"fresh noise and draws, no seed.{band}{free} The ε of the whole figure is below."
+        f"fresh noise and draws, no seed.{band}{free}{grey} The ε of the whole figure is below."
     )
 
 
@@ -108,14 +109,14 @@ def _price(curve: Curve) -> list[str]:
 
 def _pivot(curve: Curve) -> str:
     """Methods down, epsilons across; the best of each column is bold."""
-    best = {}
-    for epsilon in curve.settings.epsilons:
-        means = [p.mean for p in curve.points if p.epsilon == epsilon and p.mean is not None]
-        best[epsilon] = (max if curve.metric == "accuracy" else min)(means, default=None)
+    best = {epsilon: words.best_mean(curve, epsilon) for epsilon in curve.settings.epsilons}
 
     def cell(point: Point) -> str:
         text = _text(words.with_sd(point, curve.metric))
-        text = f"<b>{text}</b>" if point.mean is not None and point.mean == best[point.epsilon] else text
+        if point.unbounded:
+            text = f'<span class="reference">{text}, ε = ∞</span>'
+        elif point.mean is not None and point.mean == best[point.epsilon]:
+            text = f"<b>{text}</b>"
         few = f' <span class="small">n = {point.n}</span>' if point.n != curve.settings.repeats else ""
         return text + few
 

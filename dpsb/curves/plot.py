@@ -14,6 +14,7 @@ from dpsb.curves.table import Point
 COLOURS = ("#1f5f8b", "#c2571a", "#2e7d4f", "#7b4fa3", "#b03060", "#8a6d1a", "#118a8a", "#555555")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _GREY = "#8a8f98"
+_DASHED = (0, (4, 2))
 _LABEL = 1.025
 """Where names begin, in widths of the axes."""
 _PERCENT = ("accuracy",)
@@ -77,8 +78,10 @@ def _fill(axes: Any, points: Sequence[Point], metric: str) -> None:
         mine = [point for point in shown if point.label == label]
         if mine:
             style = (COLOURS[number % len(COLOURS)], _MARKERS[number % len(_MARKERS)])
+            if any(point.unbounded for point in mine):  # a reference, which has no place on an axis of epsilon
+                label, style = f"{label}, ε = ∞", (_GREY, style[1])
             ends.append((label, style[0], *_series(axes, mine, places, scale, style)))
-    _frame(axes, places, metric)
+    _frame(axes, places, metric, any(point.unbounded for point in shown))
     _labels(axes, ends)
 
 
@@ -112,7 +115,8 @@ def _series(
         axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
         if len(x) == 1:  # a band has no width there
             axes.errorbar(x, y, spread, color=colour, alpha=0.5, capsize=4, linewidth=1.2)
-    axes.plot(x, y, color=colour, marker=marker, markersize=5.5, linewidth=1.9, markeredgecolor="white", zorder=3)
+    look = {"marker": marker, "markersize": 5.5, "linewidth": 1.9, "markeredgecolor": "white", "zorder": 3}
+    axes.plot(x, y, color=colour, linestyle=_DASHED if any(p.unbounded for p in finite) else "-", **look)
     end = (x[-1], y[-1]) if x else (places.low, 0.0)
     for point in points:
         if places.infinity is not None and math.isinf(point.epsilon):
@@ -120,12 +124,12 @@ def _series(
             ends = (places.infinity / places.half, places.infinity * places.half)
             if half:
                 axes.fill_between(ends, value - half, value + half, color=colour, alpha=0.16, linewidth=0)
-            axes.plot(ends, (value, value), color=colour, linestyle=(0, (4, 2)), linewidth=1.9, zorder=3)
+            axes.plot(ends, (value, value), color=colour, linestyle=_DASHED, linewidth=1.9, zorder=3)
             end = (ends[1], value)
     return end
 
 
-def _frame(axes: Any, places: _Places, metric: str) -> None:
+def _frame(axes: Any, places: _Places, metric: str, references: bool) -> None:
     axes.set_xscale("log")
     axes.set_xlim(places.low, places.right)
     ticks = [*places.finite, *([places.infinity] if places.infinity else [])]
@@ -135,7 +139,8 @@ def _frame(axes: Any, places: _Places, metric: str) -> None:
     axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("ε of one run, at most (logarithmic)" + (";  ∞: without privacy" if places.infinity else ""))
+    notes = [";  ∞: without privacy"] * bool(places.infinity) + ["\ngrey: ε = ∞, drawn at its target"] * references
+    axes.set_xlabel("".join(["ε of one run, at most (logarithmic)", *notes]))
     axes.set_ylabel(_AXES.get(metric, metric))
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)

@@ -130,7 +130,10 @@ class CurveSettings:
             raise CurveError(
                 f"validation_data={self.validation_data!r} is not used: no method has more than one of learning_rates."
             )
-        for name, file in {**self._files(), "validation_data": self.validation_data}.items():
+        public = {name: self.shared.get(name) for name in ("warm_start", "precondition")}
+        files = [*self._files().items(), ("validation_data", self.validation_data), *public.items()]
+        files += [(f"methods={entry.text!r}: file", source) for entry in self.entries for source in entry.sources]
+        for name, file in files:
             if file is not None and Path(file).suffix and not Path(file).exists() and part_of(file) is None:
                 raise CurveError(f"{name}={file!r} does not exist.")
         if self.validation_data is not None and self.validation_data == self.shared.get("eval_data"):

@@ -28,6 +28,7 @@ td { overflow-wrap: anywhere; } table.runs { font-size: 12.5px; } table.runs td,
 table.bounds td:first-child { width: 130px; }
 table.bounds th:last-child, table.bounds td:last-child { padding-left: 32px; }
 ul { margin: 6px 0; padding-left: 20px; } li { margin: 3px 0; }
+.reference { color: #6b7078; }
 .small { color: #5b626c; font-size: 13px; } code { font: 12.5px ui-monospace, Menlo, Consolas, monospace; }
 details { margin-top: 28px; } summary { cursor: pointer; font-weight: 600; margin-bottom: 8px; }
 @media print { body { padding: 0; } h2 { break-after: avoid; } figure, .price, table { break-inside: avoid; } }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Protocol
 
 from dpsb.curves.cells import Cell, curve_cells, pairs, tuning_cells
 from dpsb.curves.composed import Composed, composed
+from dpsb.curves.fits import check_methods
 from dpsb.curves.folder import CELLS, is_finished, sweep_folder
 from dpsb.curves.pool import run_jobs
 from dpsb.curves.settings import CurveSettings
@@ -69,10 +71,12 @@ def run_sweep(settings: CurveSettings, out: Path, watch: Watch, *, processes: in
       processes: Cells at a time.
 
     Raises:
+      CurveError: If a method cannot be run on the model; nothing has been written.
       FolderError: If the folder is in use or holds another sweep.
     """
     if processes < 1:
         raise ValueError(f"Expected processes={processes!r} of at least 1.")
+    check_methods(settings)
     with sweep_folder(out, settings.to_json()):
         tuning = tuning_cells(settings)
         total = len(tuning) + settings.repeats * len(pairs(settings))
@@ -106,7 +110,7 @@ def _run(settings: CurveSettings, cells: Sequence[Cell], out: Path, watch: Watch
 def choose(settings: CurveSettings, rows: Sequence[Row]) -> dict[tuple[str, float], float]:
     """The best learning rate of each (method, epsilon) by the mean over its tuning runs; the first one of equals.
 
-    A pair whose tuning runs all failed is left out.
+    A pair whose tuning runs all failed, or came to no finite number, is left out.
     """
     metric = METRICS[settings.task][0]
     chosen: dict[tuple[str, float], float] = {}
@@ -123,6 +127,7 @@ def choose(settings: CurveSettings, rows: Sequence[Row]) -> dict[tuple[str, floa
                 for row in rows
                 if (row.method, row.basis, row.epsilon, row.learning_rate) == key
                 and (value := row.metrics[metric]) is not None
+                and math.isfinite(value)
             ]
             if values and (best is None or is_better(metric, statistics.fmean(values), best)):
                 best = statistics.fmean(values)
@@ -138,7 +143,7 @@ def _never_run(settings: CurveSettings, chosen: Mapping[tuple[str, float], float
             Path(),
             Cell(entry, epsilon, settings.rates[entry.text][0], repeat, False),
             settings.task,
-            "all runs that were to choose its learning rate failed.",
+            f"every run that was to choose its learning rate failed or has no finite {METRICS[settings.task][0]}.",
         )
         for repeat in range(1, settings.repeats + 1)
         for entry, epsilon in missing

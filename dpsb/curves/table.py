@@ -82,6 +82,11 @@ class Point:
     tuning_runs: int
     failed: int
 
+    @property
+    def unbounded(self) -> bool:
+        """Whether nothing bounds its epsilon although a finite one was asked for: a reference, never compared."""
+        return math.isfinite(self.epsilon) and self.upper is not None and math.isinf(self.upper)
+
 
 def is_better(metric: str, one: float, other: float) -> bool:
     """Whether one value of a metric is better than another."""

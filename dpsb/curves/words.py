@@ -21,7 +21,8 @@ _NAMES = {"accuracy": "accuracy", "perplexity": "perplexity"}
 def findings(curve: Curve) -> list[str]:
     """What the curve shows: the best method at each epsilon, whether by more than a standard deviation, and the gap.
 
-    The standard deviation is the larger one of the best two methods.
+    The standard deviation is the larger one of the best two methods. A point whose epsilon is infinite at a finite
+    target is compared with nothing; a sentence of its own says so.
     """
     groups: list[tuple[tuple[str, str], list[float]]] = []
     for epsilon in curve.settings.epsilons:
@@ -35,18 +36,16 @@ def findings(curve: Curve) -> list[str]:
     said = [f"At {listed(epsilons)} {best} {how}." for (best, how), epsilons in groups]
     if curve.settings.repeats == 1 and said:
         said.append("Each is a single run, which does not tell how far chance goes.")
-    gap = _gap(curve)
-    return [*said, gap] if gap else said
+    return [*said, *filter(None, [_gap(curve), _references(curve)])]
 
 
 def _verdict(curve: Curve, epsilon: float) -> tuple[str, str] | None:
     ranked = _ranked(curve, epsilon)
     if len(ranked) < 2:
-        return (
-            (ranked[0].label, "is the only method with a result")
-            if ranked and len(curve.settings.entries) > 1
-            else None
-        )
+        if not ranked or len(curve.settings.entries) == 1:
+            return None
+        others = any(point.unbounded for point in curve.points if point.epsilon == epsilon)
+        return ranked[0].label, "is the only method with a result" + " and a finite ε" * others
     best, second = ranked[0], ranked[1]
     if best.mean == second.mean:
         return f"{best.label} and {second.label}", "are equal"
@@ -58,10 +57,24 @@ def _verdict(curve: Curve, epsilon: float) -> tuple[str, str] | None:
 
 
 def _ranked(curve: Curve, epsilon: float) -> list[Point]:
-    """The points at one epsilon, the best first."""
-    points = [point for point in curve.points if point.epsilon == epsilon and point.mean is not None]
+    """The points at one epsilon, the best first; without those that have no guarantee at a finite one."""
+    points = [p for p in curve.points if p.epsilon == epsilon and p.mean is not None and not p.unbounded]
     rising = is_better(curve.metric, 1.0, 0.0)
     return sorted(points, key=lambda point: -(point.mean or 0) if rising else (point.mean or 0))
+
+
+def best_mean(curve: Curve, epsilon: float) -> float | None:
+    """The best mean at one epsilon among the points that are compared; None without one."""
+    return next((point.mean for point in _ranked(curve, epsilon)), None)
+
+
+def _references(curve: Curve) -> str:
+    """Which methods are shown at a finite target although their epsilon is infinite."""
+    labels = list(dict.fromkeys(point.label for point in curve.points if point.unbounded))
+    if not labels:
+        return ""
+    are, their = ("is a reference", "its") if len(labels) == 1 else ("are references", "their")
+    return f"{' and '.join(labels)} {are}: {their} ε is infinite whatever the target, so it is not compared."
 
 
 def _gap(curve: Curve) -> str:

@@ -1,5 +1,7 @@
 """Every method gives exact rows, starts where it should, survives a resume, and saves what plain PEFT loads."""
 
+import re
+
 import pytest
 import torch
 import workbench
@@ -7,7 +9,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dpsb import run
-from dpsb.baselines.build import adapt, add_method, frozen_factors
+from dpsb.baselines.build import adapt, add_method, frozen_factors, peft_config_class
 from dpsb.baselines.methods import METHODS, PEFT_INITS, REFUSED, MethodError, method_named
 from dpsb.config import ConfigError
 from dpsb.models import add_lora
@@ -98,6 +100,31 @@ def test_a_method_without_exact_rows_is_refused_by_name(name, tmp_path):
         workbench.run_config(tmp_path, method=f"peft:{name}")
 
 
+@pytest.mark.parametrize(
+    "name", ["LoraGAConfig", "lora-ga", "LoRA_GA", "KasaConfig", "Monteclora", "bdlora", "EvaConfig"]
+)
+def test_a_method_is_refused_however_it_is_spelt(name):
+    with pytest.raises(MethodError, match=f"'peft:{name}' is refused: it"):
+        method_named(f"peft:{name}")
+
+
+def test_a_method_of_peft_is_found_however_it_is_spelt(tiny):
+    assert method_named("peft:PissaConfig") == method_named("peft:pissa") == method_named("peft:PiSSA")
+    for name in ("lntuning", "LN_Tuning", "LNTuningConfig"):
+        assert peft_config_class(method_named(f"peft:{name}")).__name__ == "LNTuningConfig"
+    same = [adapter_of(tiny, "bert", name).dimension for name in ("lora", "peft:lora", "peft:LoraConfig")]
+    assert len(set(same)) == 1
+
+
+def test_only_what_is_usable_is_listed():
+    with pytest.raises(MethodError) as caught:
+        peft_config_class(method_named("peft:NoneSuch"))
+    listed = str(caught.value).split("it has ")[1]
+    assert "pissa" in listed
+    for name in re.findall(r"\w+Config", listed):
+        assert issubclass(peft_config_class(method_named(f"peft:{name}")), PeftConfig)
+
+
 @pytest.mark.parametrize("name", ["lorra", "", "peft:", "sb:x", "peft"])
 def test_a_method_that_does_not_exist_lists_those_that_do(name, tmp_path):
     with pytest.raises(ConfigError, match="lora-xs, lora, lora-plus, ffa-lora, bitfit, head-only, full, peft:pissa"):
@@ -105,7 +132,7 @@ def test_a_method_that_does_not_exist_lists_those_that_do(name, tmp_path):
 
 
 def test_a_peft_config_that_does_not_exist_lists_those_that_do(tiny):
-    with pytest.raises(MethodError, match=r"PEFT has no NoneSuchConfig; it has .*LoraConfig"):
+    with pytest.raises(MethodError, match=r"PEFT has no such method; it has .*LoraConfig"):
         add_method(tiny.base("bert"), method_named("peft:NoneSuch"), "classification", 4, "all-linear")
 
 

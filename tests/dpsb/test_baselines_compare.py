@@ -10,6 +10,7 @@ from dpsb.cli import app
 from dpsb.compare import compare_methods
 
 METHODS = "sb,lora-xs,ffa-lora,lora,bitfit,head-only,full"
+STARTS = "peft:pissa,peft:olora,peft:orthogonal,peft:mica"
 
 
 def command(*options):
@@ -29,14 +30,30 @@ def test_predicted_beside_measured(public, tmp_path, ending):
     assert result.exit_code == 0, result.output
     rows = {row["method"]: row for row in json.loads(result.stdout)}
     assert list(rows) == ["sb (weight)", *METHODS.split(",")[1:]]
-    for name in ("sb (weight)", "ffa-lora", "lora", "full"):
+    for name in ("sb (weight)", "lora-xs", "ffa-lora", "lora", "full"):
         row = rows[name]
         assert row["measured_noise_energy"] == pytest.approx(row["predicted_noise_energy"], rel=0.06)
+        assert 0 < row["measured_noise_energy_standard_error"] < 0.02 * row["measured_noise_energy"]
+    assert rows["bitfit"]["predicted_noise_energy"] is None
     assert rows["head-only"]["measured_noise_energy"] is None
     assert all(row["snr_per_step"] > 0 for row in rows.values())
     assert rows["sb (weight)"]["dimension"] < rows["ffa-lora"]["dimension"] < rows["lora"]["dimension"]
     assert picture.stat().st_size > 2000
     assert not any(canary in result.output for canary in workbench.CANARIES)
+
+
+def test_every_start_of_lora_has_a_closed_form():
+    model = str(workbench.bert_folder())
+    rows = list(compare_methods(model=model, methods=["lora-xs", *STARTS.split(",")], rank=4, draws=60))
+    assert len(rows) == 5
+    for row in rows:
+        assert abs(row.measured - row.predicted) < 5 * row.standard_error < 0.1 * row.predicted, row.method
+
+
+def test_one_draw_has_no_standard_error():
+    result = command("--methods", "sb,head-only", "--draws", "2")
+    assert "±" in result.stdout
+    assert "±" not in command("--methods", "sb,head-only", "--draws", "1").stdout
 
 
 def test_a_public_basis_is_measured_on_the_other_half(public):
@@ -57,6 +74,8 @@ def test_without_data_only_the_noise_is_compared():
     [
         (["--methods", "lorra"], "method='lorra' to be one of those that exist: sb, lora-xs"),
         (["--methods", "peft:IA3"], "is refused: it trains bare tensors"),
+        (["--methods", " , "], "methods to name at least one of sb, lora-xs"),
+        (["--labels", "from-data"], "labels='from-data' to name at least two; 'from-data' needs a file of public data"),
         (["--basis", "public"], "basis='public' to be one of"),
         (["--plot", "noise.pdf"], "to end in .svg or .png"),
         (["--noise-multiplier", "0"], "noise_multiplier=0.0 to be positive"),

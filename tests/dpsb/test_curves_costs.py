@@ -1,6 +1,7 @@
 """Sweeps: what they cost together, how rates are chosen, and the command."""
 
 import json
+import math
 
 import pytest
 import workbench
@@ -117,6 +118,21 @@ def test_the_best_mean_on_validation_is_chosen():
     assert choose(settings, [row(None, rate, failure="x") for rate in (0.1, 0.2, 0.3)]) == {}
 
 
+def test_a_rate_that_diverged_is_never_chosen(tmp_path, monkeypatch):
+    settings = settings_of(methods="lora,sb", epsilons="8", learning_rates="lora=0.1|0.2|0.3")
+    rows = [row(math.nan, 0.1), row(0.5, 0.2), row(0.9, 0.3)]
+    assert choose(settings, rows) == {("lora", 8.0): 0.3, ("sb:weight", 8.0): 0.02}
+    assert choose(settings, [row(math.nan, 0.1), row(math.inf, 0.2)]) == {("sb:weight", 8.0): 0.02}
+
+    def diverged(settings, cells, *_):
+        return [row(math.nan, cell.learning_rate) for cell in cells if cell.tuning]
+
+    monkeypatch.setattr("dpsb.curves.sweep._run", diverged)
+    (failed,) = run_sweep(settings, tmp_path, Silent()).failures
+    assert failed.method == "lora"
+    assert failed.failure == "every run that was to choose its learning rate failed or has no finite accuracy."
+
+
 def test_tuning_runs_are_counted_and_stated(tmp_path):
     """From one file: parts by a public seed, two rates, one of them chosen, all three runs in the sum."""
     given = shared(eval_data=None, data=str(workbench.data_file(count=120)))
@@ -164,18 +180,22 @@ def test_help_teaches():
 
 
 def test_a_cell_that_fails_is_recorded_and_the_others_go_on(tmp_path):
-    command = (*arguments(tmp_path, rank=40), "--methods", "sb,head-only", "--epsilons", 8, "--json")
+    useless = tmp_path / "useless.csv"
+    useless.write_text("x,y\n1,2\n")
+    command = (*arguments(tmp_path / "out"), "--methods", f"sb:public:{useless},head-only", "--epsilons", 8, "--json")
     result = dpsb(*command)
     assert result.exit_code == 1
     facts = json.loads(result.stdout)
-    assert [entry["folder"] for entry in facts["failed"]] == ["cells/sb-weight-eps8-lr0.02-run1"]
-    assert "rank" in facts["failed"][0]["reason"]
+    (failed,) = facts["failed"]
+    assert failed["folder"].startswith("cells/sb-public-")
+    assert "useless.csv" in failed["reason"]
     assert [point["n"] for point in facts["points"]] == [0, 1]
     assert facts["composed"]["runs"]["all"] == 1
-    assert "1 of 2 cells failed, the first with:" in " ".join(result.stderr.split())
+    assert result.stderr.count("error:") == 1
+    assert "1 of 2 cells failed, the first with:" in result.stderr
     for name in facts["files"]:
-        assert (tmp_path / name).exists()
-    assert "What failed" in (tmp_path / "curve.html").read_text()
+        assert (tmp_path / "out" / name).exists()
+    assert "What failed" in (tmp_path / "out" / "curve.html").read_text()
 
 
 def test_errors_of_the_command_are_one_sentence(tmp_path):
@@ -192,6 +212,18 @@ def test_errors_of_the_command_are_one_sentence(tmp_path):
         assert lines[0].startswith("error: ")
         assert match in lines[0]
         assert not (tmp_path / "x").exists()
+
+
+def test_ctrl_c_is_one_sentence(tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dpsb.curves.sweep.run_sweep", interrupted)
+    result = dpsb(*arguments(tmp_path / "x"))
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        "error: interrupted; charged steps are spent, finished cells are kept, and the same command goes on."
+    ]
 
 
 @pytest.mark.slow

@@ -5,11 +5,11 @@ import torch
 import workbench
 
 from dpsb.baselines.measure import (
-    CLOSED_FORMS,
     factors_of,
     layers_of,
     measured_energy,
     measured_federated_energy,
+    predicted_energy,
     signal_of,
     weights_at,
 )
@@ -44,12 +44,21 @@ def adapter(tiny):
 @pytest.mark.parametrize(("name", "draws"), [("sb", 150), ("ffa-lora", 60), ("lora", 60), ("full", 30)])
 def test_one_release(adapter, name, draws, noise_std):
     one = adapter(name)
-    predicted = amplification(CLOSED_FORMS[name], layers_of(one, RANK), noise_std=noise_std)
+    form = {"sb": "r_only", "ffa-lora": "ffa_lora", "lora": "lora", "full": "full_matrix"}[name]
+    predicted = amplification(form, layers_of(one, RANK), noise_std=noise_std)
+    assert predicted_energy(one, layers_of(one, RANK), noise_std) == pytest.approx(predicted.energy)
     measured = measured_energy(one, mechanism(noise_std), SeededRandomness(5), draws)
     assert measured == pytest.approx(predicted.energy, rel=0.02)
     assert sum(layer.dimension for layer in predicted.layers) <= one.dimension
     if name == "lora" and noise_std == STRONG:
         assert predicted.product > 0.1 * predicted.energy
+
+
+@pytest.mark.parametrize("name", ["lora-xs", "peft:mica"])
+def test_one_release_where_one_factor_is_large(adapter, name):
+    one = adapter(name)
+    predicted = predicted_energy(one, layers_of(one, RANK), 0.1)
+    assert measured_energy(one, mechanism(0.1), SeededRandomness(5), 150) == pytest.approx(predicted, rel=0.02)
 
 
 def test_r_only_does_not_amplify(adapter):

@@ -1,0 +1,68 @@
+"""Whether the methods of a sweep fit its model, told from the model's config before any cell is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dpsb.adapter import lora_layers
+from dpsb.baselines.build import adapt, add_method, peft_config_class
+from dpsb.baselines.methods import PEFT_INITS, method_named
+from dpsb.basis.budget import basis_noise_multiplier
+from dpsb.basis.hybrid import check_width
+from dpsb.basis_spec import RELEASED, parse_basis
+from dpsb.config import RunConfig
+from dpsb.curves.cells import pairs
+from dpsb.curves.entries import CurveError, Entry
+from dpsb.curves.settings import CurveSettings
+from dpsb.models import QuantizedConfigError, add_lora, empty_base
+from dpsb.prepare import targets_of
+
+_SOME_DELTA, _SOME_LABELS = 1e-5, 2
+"""Stand-ins for what only the data tell; nothing that is checked here depends on them."""
+
+
+def check_methods(settings: CurveSettings) -> None:
+    """Raises one sentence on the first method whose every run would fail, before another one has spent epsilon.
+
+    Checked are names of PEFT's, targets and rank against the shapes of the model, the width of a hybrid, the share of a
+    paid basis. The model is built without weights, so this costs seconds at most; one whose config does not tell its
+    shapes (a quantized one) is left to the cells.
+
+    Raises:
+      CurveError: With the method as the user wrote it.
+    """
+    first: dict[Entry, float] = {}
+    for entry, epsilon in pairs(settings):
+        first.setdefault(entry, epsilon)
+    for entry, epsilon in first.items():
+        config = settings.run(entry, epsilon, settings.rates[entry.text][0], Path("cell"))
+        try:
+            _check_share(config)
+            _check_shapes(config)
+        except QuantizedConfigError:
+            continue
+        except ValueError as error:
+            raise CurveError(f"methods: {entry.text!r} cannot be run: {error}") from None
+
+
+def _check_shapes(config: RunConfig) -> None:
+    method, targets = method_named(config.method), targets_of(config.targets)
+    with torch.device("meta"):
+        base = empty_base(config.model, config.task, _SOME_LABELS, getattr(torch, config.dtype), config.pooling)
+        if method.kind == "model":
+            adapt(add_method(base, method, config.task, config.rank, targets), method)
+        elif method.peft in (None, "lora", *PEFT_INITS):
+            layers = lora_layers(add_lora(base, config.task, config.rank, targets))
+            if parse_basis(config.basis).kind == "hybrid":
+                check_width(layers, config.rank, config.basis_width)
+        else:
+            peft_config_class(method)
+
+
+def _check_share(config: RunConfig) -> None:
+    spec = parse_basis(config.basis)
+    chosen_privately = len(spec.sources) > 1 and config.basis_choice == "private"
+    if config.basis_share is not None and (spec.kind in RELEASED or chosen_privately):
+        basis_noise_multiplier(epsilon=config.epsilon, delta=config.delta or _SOME_DELTA, share=config.basis_share)
