@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 KINDS = {
     "weight": "leading singular directions of the frozen weight (data-free)",
@@ -25,7 +26,7 @@ LARGEST_SHARE = 0.9
 """The most of a budget that a basis may take; the rest is for training."""
 
 _PAID = "a basis that is paid for"
-BASIS_SETTINGS = {
+BASIS_SETTINGS: dict[str, tuple[Any, str]] = {
     "basis_share": (None, _PAID),
     "basis_clip_norm": (None, _PAID),
     "basis_sampling_prob": (1.0, _PAID),

@@ -124,8 +124,8 @@ def same_data(one: str, other: str) -> bool:
             return False
     if Path(one).exists() and Path(other).exists():
         return Path(one).samefile(other)
-    (mine, splits), (theirs, others) = _hub_splits(one), _hub_splits(other)
-    return mine == theirs and ("all" in splits | others or bool(splits & others))
+    (name, splits), (again, others) = _hub_splits(one), _hub_splits(other)
+    return name == again and ("all" in splits | others or bool(splits & others))
 
 
 def _parts_of(name: str) -> tuple[str, list[Part]]:
