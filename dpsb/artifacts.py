@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from dpsb.adapter import Adapter
 from dpsb.baselines.methods import method_named
 from dpsb.baselines.save import save_weights
+from dpsb.basis.stage import CHOICE_NAME, chosen_file
 from dpsb.models import HEAD_FILE
 from dpsb.packaged import MINILM, SMOLLM2
 from dpsb.stamp import stamp
@@ -60,13 +61,15 @@ def save_run(out: Path, adapter: Adapter, report: Report, ledger: LedgerRecord, 
         for name in names:
             os.replace(folder / name, out / name)
     report.write(out / "report.json")
-    return (*names, LEDGER_NAME, "report.json")
+    kept = (CHOICE_NAME,) if CHOICE_NAME in ledger.files else ()
+    return (*names, *kept, LEDGER_NAME, "report.json")
 
 
 def write_results(folder: Path, adapter: Adapter, ledger: LedgerRecord, tokenizer: Any, start: Path) -> None:
     """Writes adapter, cores, tokenizer (if there is one) and model card, stamped with the state of the ledger."""
     write_adapter(folder, adapter, ledger.run_id, tokenizer, start)
-    (folder / "README.md").write_text(model_card(make_report(ledger), ledger.plan))  # without held-out metrics
+    card = model_card(make_report(ledger), ledger.plan, chosen_file(start.parent, ledger))  # without held-out metrics
+    (folder / "README.md").write_text(card)
     stamp(folder, ledger)
 
 
@@ -81,8 +84,14 @@ def write_adapter(folder: Path, adapter: Adapter, run_id: str, tokenizer: Any, s
         save_file(tensors, folder / CORE_NAME, metadata={"format": "dpsb-core/1", "run_id": run_id})
 
 
-def model_card(report: Report, plan: Plan) -> str:
-    """The model card: how to load the adapter, and what is claimed about privacy. No metrics on private people."""
+def model_card(report: Report, plan: Plan, chosen: str | None = None) -> str:
+    """The model card: how to load the adapter, and what is claimed about privacy. No metrics on private people.
+
+    Args:
+      report: Of the run.
+      plan: Of the run.
+      chosen: The public file that private examples chose for the basis, if they did.
+    """
     details: Mapping[str, Any] = plan.details
     labels = [str(label) for label in details.get("labels", [])]
     mean_pooled = details.get("pooling") == "mean"
@@ -95,6 +104,9 @@ def model_card(report: Report, plan: Plan) -> str:
     rank = "" if whole else f", rank {details.get('rank', '')} on {details.get('targets', '')}"
     base, extra_import = _PACKAGED.get(str(details.get("model")), (repr(details.get("model", "BASE")), ""))
     task = f"{details.get('task', '')} ({', '.join(labels)})" if labels else details.get("task", "")
+    choice = ""
+    if chosen is not None:
+        choice = f"\nThe private examples chose `{chosen}` for its basis by a charged release (`{CHOICE_NAME}`)."
     if whole:
         code = f"""from transformers import {auto_class}, AutoTokenizer
 
@@ -115,7 +127,7 @@ tags:
 
 # {what} trained with differential privacy
 
-Base model `{details.get("model", "")}`, task {task}, method {method.name}{rank}.
+Base model `{details.get("model", "")}`, task {task}, method {method.name}{rank}.{choice}
 It is a plain {what.lower()}; dpsb is not needed to load it:
 
 ```python

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 KINDS = {
     "weight": "leading singular directions of the frozen weight (data-free)",
@@ -20,6 +21,20 @@ RELEASED = ("private", "hybrid")
 
 PHASE = "basis"
 """Name of the phase of a plan that pays for it."""
+
+LARGEST_SHARE = 0.9
+"""The most of a budget that a basis may take; the rest is for training."""
+
+_PAID = "a basis that is paid for"
+BASIS_SETTINGS: dict[str, tuple[Any, str]] = {
+    "basis_share": (None, _PAID),
+    "basis_clip_norm": (None, _PAID),
+    "basis_sampling_prob": (1.0, _PAID),
+    "basis_width": (None, "'hybrid'"),
+    "basis_rounds": (None, "'private'"),
+    "basis_choice": ("public", "'public' with several files"),
+}
+"""Settings of a run that only some bases read: the value that says nothing, and what they are for."""
 
 _TAKE_FILES = {"public": "FILE[,FILE...]", "hybrid": "[FILE[,FILE...]]", "lora-sb": "[FILE]"}
 
@@ -64,6 +79,20 @@ def parse_basis(text: str) -> BasisSpec:
     if len(set(sources)) != len(sources):
         raise BasisSpecError(f"basis={text!r} names a file twice.")
     return BasisSpec(kind, sources)
+
+
+def settings_for(spec: BasisSpec, choice: str) -> set[str]:
+    """Which of ``BASIS_SETTINGS`` a basis reads.
+
+    Args:
+      spec: The basis.
+      choice: ``basis_choice`` of the run.
+    """
+    several = spec.kind == "public" and len(spec.sources) > 1
+    paid = spec.kind in RELEASED or (several and choice == "private")
+    used = {"basis_share", "basis_clip_norm", "basis_sampling_prob"} if paid else set()
+    own = {"hybrid": "basis_width", "private": "basis_rounds", "public": "basis_choice"}
+    return used | ({own[spec.kind]} if spec.kind in RELEASED or several else set())
 
 
 def _usage(kind: str) -> str:

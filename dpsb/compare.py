@@ -20,6 +20,7 @@ from dpsb.baselines.measure import Signal, layers_of, measured_energies, predict
 from dpsb.baselines.methods import METHODS, Method, method_named
 from dpsb.basis import public as public_basis
 from dpsb.basis import random, weight_svd
+from dpsb.basis.sources import public_sample
 from dpsb.capture import adapter_train_mode
 from dpsb.data import (
     Collator,
@@ -188,13 +189,13 @@ def _model_and_batches(
         tokenized = tokenize_classification(table, Columns(), tokenizer, names, longest)
     else:
         tokenized = tokenize_causal(table, Columns(), tokenizer, longest)
-    spread = tokenized[:: max(1, len(tokenized) // count)][:count]  # files are often sorted by label
-    if len(spread) < 4:
-        raise DataError(f"{public} holds {len(spread)} rows; at least 4 are needed.")
+    chosen = public_sample(tokenized, count)
+    if len(chosen) < 4:
+        raise DataError(f"{public} holds {len(chosen)} rows; at least 4 are needed.")
     collate = Collator(tokenizer.pad_token_id)
-    padded = max(len(example["input_ids"]) for example in spread)
-    size = min(8, len(spread) // 2)
-    return base, [collate(spread[i : i + size], padded) for i in range(0, len(spread), size)]
+    padded = max(len(example["input_ids"]) for example in chosen)
+    size = min(8, len(chosen) // 2)
+    return base, [collate(chosen[i : i + size], padded) for i in range(0, len(chosen), size)]
 
 
 def _adapter(

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from dpsb.baselines.methods import MethodError, method_named
-from dpsb.basis_spec import RELEASED, BasisSpecError, parse_basis
-from dpsb.parts import Part, part_of
+from dpsb.basis_spec import BASIS_SETTINGS, LARGEST_SHARE, BasisSpecError, parse_basis, settings_for
+from dpsb.parts import same_data
 
 _SCHEDULES = ("constant", "linear", "cosine")
 _OPTIMIZERS = ("adam", "adamw", "adam-corrected", "sgd")
@@ -177,7 +177,7 @@ class RunConfig:
                 re.compile(self.targets.removeprefix("re:"))
             except re.error as error:
                 raise ConfigError(f"targets={self.targets!r} is no regular expression: {error}.") from None
-        if self.eval_data and _same_data(self.eval_data, self.data):
+        if self.eval_data and same_data(self.eval_data, self.data):
             raise ConfigError(
                 f"eval_data={self.eval_data!r} is the training data: metrics on it would leak it unnoised."
             )
@@ -249,8 +249,7 @@ class RunConfig:
             spec = parse_basis(self.basis)
         except BasisSpecError as error:
             raise ConfigError(str(error)) from None
-        private_choice = spec.kind == "public" and len(spec.sources) > 1 and self.basis_choice == "private"
-        released = spec.kind in RELEASED or private_choice
+        released = "basis_share" in settings_for(spec, self.basis_choice)
         if spec.kind == "lora-sb" and not spec.sources and not math.isinf(self.epsilon):
             raise ConfigError(
                 f"basis='lora-sb' without a public file publishes raw gradients of the training data, so epsilon="
@@ -268,15 +267,19 @@ class RunConfig:
                 f"basis={self.basis!r} is released per example, so it does not protect the units of "
                 f"unit_column={self.unit_column!r}; use 'weight' or 'public:FILE'."
             )
-        for source in spec.sources:
-            if _same_data(source, self.data):
-                raise ConfigError(f"basis={self.basis!r} names the private training data as public.")
 
     def _check_public_files(self) -> None:
-        for name in ("warm_start", "precondition"):
-            source = getattr(self, name)
-            if source and _same_data(source, self.data):
-                raise ConfigError(f"{name}={source!r} names the private training data as public.")
+        named = [("basis", source) for source in parse_basis(self.basis).sources]
+        named += [(name, getattr(self, name)) for name in ("warm_start", "precondition") if getattr(self, name)]
+        for name, source in named:
+            given = f"{name}={getattr(self, name)!r}"
+            if same_data(source, self.data):
+                raise ConfigError(f"{given} names the private training data as public.")
+            if self.eval_data and same_data(source, self.eval_data):
+                raise ConfigError(
+                    f"{given} is evaluated on too (eval_data={self.eval_data!r}): metrics on rows that the run has "
+                    "learned from flatter it."
+                )
         if self.chat_template and self.task != "causal-lm":
             raise ConfigError(f"chat_template is for causal-lm; task is {self.task!r}.")
         if self.warm_start and self.task != "classification":
@@ -285,9 +288,10 @@ class RunConfig:
     def _check_basis_numbers(self) -> None:
         if self.basis_choice not in _CHOICES:
             raise ConfigError(f"Expected basis_choice={self.basis_choice!r} to be one of {', '.join(_CHOICES)}.")
-        if self.basis_share is not None and not 0 < self.basis_share < 1:
+        if self.basis_share is not None and not 0 < self.basis_share <= LARGEST_SHARE:
             raise ConfigError(
-                f"Expected basis_share={self.basis_share!r} between 0 and 1: a share of 1 leaves no budget to train."
+                f"Expected basis_share={self.basis_share!r} above 0 and at most {LARGEST_SHARE}: more leaves no budget "
+                "to train with."
             )
         if not 0 < self.basis_sampling_prob <= 1:
             raise ConfigError(f"Expected basis_sampling_prob={self.basis_sampling_prob!r} above 0 and at most 1.")
@@ -296,6 +300,17 @@ class RunConfig:
         for name, least in (("basis_rounds", 0), ("basis_width", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ConfigError(f"Expected {name}={getattr(self, name)!r} of at least {least}.")
+        if not self.part_of_sweep:  # what a sweep shares may be for another of its methods
+            self._check_basis_settings_used()
+
+    def _check_basis_settings_used(self) -> None:
+        used = settings_for(parse_basis(self.basis), self.basis_choice)
+        for name, (unset, purpose) in BASIS_SETTINGS.items():
+            if name not in used and getattr(self, name) != unset:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is for {purpose}, so basis={self.basis!r} would ignore it: leave "
+                    f"out {name}."
+                )
 
     @property
     def clipping(self) -> str:
@@ -312,34 +327,13 @@ class RunConfig:
         _check_keys(changes, "setting")
         return replace(self, **changes)
 
+    def with_basis(self, basis: str) -> RunConfig:
+        """A copy on another basis; settings that only some bases read say nothing again."""
+        return replace(self, basis=basis, **{name: unset for name, (unset, _) in BASIS_SETTINGS.items()})
+
     def to_json(self) -> dict[str, Any]:
         """Settings as JSON; an infinite epsilon is the string ``"inf"``."""
         return {name: "inf" if value == math.inf else value for name, value in asdict(self).items()}
-
-
-def _same_data(one: str, other: str) -> bool:
-    """Whether two names are the same file, folder or Hub id. A copy under another name cannot be noticed.
-
-    Two sides of one split share no row; a part and its whole file, or parts of two splits, do. Parts may be of parts.
-    """
-    (one, first), (other, second) = _parts_of(one), _parts_of(other)
-    for mine, theirs in zip(first, second, strict=False):
-        if replace(theirs, source=mine.source, side=mine.side) != mine:
-            break
-        if theirs.side != mine.side:
-            return False
-    if Path(one).exists() and Path(other).exists():
-        return Path(one).samefile(other)
-    return one.partition(":")[0].strip("/").lower() == other.partition(":")[0].strip("/").lower()
-
-
-def _parts_of(name: str) -> tuple[str, list[Part]]:
-    """The file that a name means in the end, and the parts that are taken of it, one after the other."""
-    parts: list[Part] = []
-    while (part := part_of(name)) is not None:
-        name = part.source
-        parts.insert(0, part)
-    return name, parts
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from dpsb.models import HEAD_INIT_STD, add_lora, load_base, longest_input
 from dpsb.prepare import targets_of
 
 _TASKS = ("classification", "causal-lm")
-_SOME_LABELS = ("a", "b")
+_SOME_LABELS = ("some label", "another label")
 
 
 def diagnose_files(

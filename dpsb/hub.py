@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsb.artifacts import CORE_NAME, HUB_NAMES
+from dpsb.basis.stage import CHOICE_NAME
 from dpsb.models import HEAD_FILE
 from dpsb.run import SETTINGS_NAME, RunError
 from dpsb.serving.adapters import CONFIG, TOKENIZER_FILES, WEIGHTS
@@ -18,7 +19,7 @@ from dpsb_accounting import Ledger, LedgerRecord
 from dpsb_accounting.ledger import LEDGER_NAME
 
 REPORT, CARD, SIGNATURE = "report.json", "README.md", "signature.json"
-ALLOWED = (WEIGHTS, CONFIG, CORE_NAME, HEAD_FILE, LEDGER_NAME, REPORT, CARD, SIGNATURE, *TOKENIZER_FILES)
+ALLOWED = (WEIGHTS, CONFIG, CORE_NAME, HEAD_FILE, CHOICE_NAME, LEDGER_NAME, REPORT, CARD, SIGNATURE, *TOKENIZER_FILES)
 """Every name that may go. Whatever else a folder holds stays: checkpoints, settings, states, logs, data."""
 _NEEDED = (WEIGHTS, CONFIG, LEDGER_NAME, REPORT, CARD)
 _KEPT = {

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 SIDES = ("train", "validation", "test")
@@ -106,3 +107,37 @@ def part_of(source: str) -> Part | None:
         seed=int(found["seed"]),
         by=found["by"],
     )
+
+
+def same_data(one: str, other: str) -> bool:
+    """Whether two names hold the same rows: the same file or folder, or the same split of a data set on the Hub.
+
+    Two sides of one split of a file share no row; a part and its whole file, or parts of two splits, do. Parts may be
+    of parts. Slices of a split on the Hub (``train[:80%]``) count as the whole split. A copy under another name cannot
+    be noticed here.
+    """
+    (one, first), (other, second) = _parts_of(one), _parts_of(other)
+    for mine, theirs in zip(first, second, strict=False):
+        if replace(theirs, source=mine.source, side=mine.side) != mine:
+            break
+        if theirs.side != mine.side:
+            return False
+    if Path(one).exists() and Path(other).exists():
+        return Path(one).samefile(other)
+    (name, splits), (again, others) = _hub_splits(one), _hub_splits(other)
+    return name == again and ("all" in splits | others or bool(splits & others))
+
+
+def _parts_of(name: str) -> tuple[str, list[Part]]:
+    """The file that a name means in the end, and the parts that are taken of it, one after the other."""
+    parts: list[Part] = []
+    while (part := part_of(name)) is not None:
+        name = part.source
+        parts.insert(0, part)
+    return name, parts
+
+
+def _hub_splits(name: str) -> tuple[str, set[str]]:
+    """The data set and the splits that ``NAME:SPLIT`` means; without a split it is ``train``, as it is read."""
+    repository, _, splits = name.partition(":")
+    return repository.strip("/").lower(), {split.partition("[")[0].strip() for split in (splits or "train").split("+")}

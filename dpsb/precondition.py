@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from dpsb.adapter import Adapter
-from dpsb.basis.sources import EXAMPLES, batches_of
+from dpsb.basis.sources import EXAMPLES, batches_of, public_sample
 from dpsb.capture import adapter_train_mode, per_example_gradients
 from dpsb.data import DataError
 from dpsb.losses import LossFn, check_losses
@@ -36,7 +36,8 @@ def public_row_scale(
     Args:
       adapter: What is trained, where training starts.
       loss_fn: Per-example loss.
-      examples: Rows that are **public; the caller vouches for that**. The first 512 are used.
+      examples: Rows that are **public; the caller vouches for that**. At most 512 are used, see
+        :func:`dpsb.basis.sources.public_sample`.
       collate: Examples to model inputs.
       max_length: Largest number of tokens.
       token_budget: Tokens per microbatch.
@@ -55,7 +56,7 @@ def public_row_scale(
     count = 0
     with training_mode(adapter.model), without_dropout(adapter.model):
         adapter_train_mode(adapter)
-        for batch in batches_of(examples[:EXAMPLES], collate, max_length, token_budget):
+        for batch in batches_of(public_sample(examples, EXAMPLES), collate, max_length, token_budget):
             size = len(next(iter(batch.values())))
             with per_example_gradients(adapter, size) as rows:
                 check_losses(loss_fn(adapter.model, batch), size).sum().backward()

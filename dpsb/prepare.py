@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpsb.basis.sources import PublicSet, read_public
+from dpsb.basis.sources import PublicSet, columns_here, read_public
 from dpsb.basis_spec import parse_basis
 from dpsb.canaries import InputShape, example_losses
 from dpsb.config import RunConfig
@@ -25,6 +25,9 @@ from dpsb.data import (
 )
 from dpsb.losses import IGNORED, LossFn, causal_lm_loss, classification_loss
 from dpsb.models import config_labels, longest_input
+
+_TELLING = 20
+"""Characters that a text must have to tell that two rows are the same row."""
 
 
 @dataclass(frozen=True)
@@ -98,19 +101,55 @@ def prepare(
     if not units and config.num_examples is None:  # with a declared N no number of rows is special
         owned = f" with a value in the unit column {config.unit_column!r}" if config.unit_column else ""
         raise DataError(f"{config.data} holds no rows{owned}.")
-    sources = parse_basis(config.basis).sources
+    public = {source: read_table(source) for source in (*parse_basis(config.basis).sources, *_other_public(config))}
+    for other in public.values():
+        check_not_shared(table, other, columns, config.task)
     return Prepared(
         examples=examples,
         units=units,
         held_out=tokenized(config.eval_data, columns),
-        public=tuple(read_public(s, config.task, columns, tokenizer, labels, max_length) for s in sources),
-        warm_start=tokenized(config.warm_start, columns) or (),
-        precondition=_with_labels(config.precondition, tokenized(config.precondition, columns) or ()),
+        public=tuple(
+            read_public(public[source], config.task, columns, tokenizer, labels, max_length)
+            for source in parse_basis(config.basis).sources
+        ),
+        warm_start=tokenized(public.get(config.warm_start or ""), columns) or (),
+        precondition=_with_labels(config.precondition, tokenized(public.get(config.precondition or ""), columns) or ()),
         columns=chosen_columns(table, columns, config.task),
         labels=labels,
         label_origin=origin,
         max_length=max_length,
     )
+
+
+def check_not_shared(private: Table, public: Table, columns: Columns, task: str) -> None:
+    """Refuses a public file that holds rows of the private one: what is computed from them would leak them.
+
+    Texts are compared as they stand, but for white space. Short ones (below 20 characters), such as "ok" or "thanks",
+    are not: they are alike in many files and nobody's own.
+
+    Raises:
+      DataError: With the number of such rows, for the operator's screen. No row is shown.
+    """
+    said = [text for text in _texts(public, columns, task) if len(text) >= _TELLING]
+    shared = set(said) & set(_texts(private, columns, task))
+    if shared:
+        count = sum(text in shared for text in said)
+        raise DataError(
+            f"{count} of the {len(public)} rows of {public.source}, named as public, are in the private data too; a "
+            "row is one or the other: leave them out of the training data, or name another public file."
+        )
+
+
+def _texts(table: Table, columns: Columns, task: str) -> list[str]:
+    """What each row says, its label left out. As sensitive as the table."""
+    found = chosen_columns(table, columns_here(table, columns), task)
+    parts = [table.column(name) for part, name in found.items() if name is not None and part != "label"]
+    return [" ".join(" ".join(str(v) for v in row if v is not None).split()) for row in zip(*parts, strict=True)]
+
+
+def _other_public(config: RunConfig) -> list[str]:
+    """Public files besides those of the basis."""
+    return [source for source in (config.warm_start, config.precondition) if source]
 
 
 def _with_labels(source: str | None, examples: Sequence[Any]) -> Sequence[Any]:

@@ -16,7 +16,7 @@ from dpsb.baselines.build import adapt, lora_xs
 from dpsb.baselines.methods import method_named
 from dpsb.basis.budget import realised_share
 from dpsb.basis.release import PrivateExamples
-from dpsb.basis.stage import BASIS_NAME, Planned, Setup, charge_leak, plan_basis, release_basis
+from dpsb.basis.stage import BASIS_NAME, Planned, Setup, charge_leak, chosen_file, plan_basis, release_basis
 from dpsb.canaries import CanaryAudit
 from dpsb.checkpoint import remove_checkpoint
 from dpsb.config import ConfigError, RunConfig
@@ -154,6 +154,8 @@ def fine_tune(
                 on_pass=lambda number, of: callbacks.on_status(f"basis: pass {number} of {of} over the data"),
             )
             adapter = release_basis(out, adapter, planned.make if planned else None, examples)
+            if (chosen := chosen_file(out, ledger)) is not None:
+                callbacks.on_status(f"basis: the private examples chose {chosen}")
         charge_leak(ledger)
         optimizer, schedule = make_optimizer(config, adapter, plan)
         units, losses = prepared.units, losses_by_example(config, model, loss_fn, collate, prepared)

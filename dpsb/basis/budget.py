@@ -6,13 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dpsb.basis_spec import PHASE
+from dpsb.basis_spec import LARGEST_SHARE, PHASE
 from dpsb_accounting import Event, Gaussian, Phase, Plan, PoissonGaussian, gaussian, noise_multiplier_for
 from dpsb_accounting import epsilon as epsilon_of
 
 _SHARES = {"private": (0.10, 0.05), "hybrid": (0.02, 0.02), "choice": (0.01, 0.01)}
 _LESS_FROM_EPSILON = 3.0
-_LARGEST_SHARE = 0.9
 
 
 class BudgetError(ValueError):
@@ -71,9 +70,9 @@ def basis_noise_multiplier(
     """
     if not 0 < share < math.inf:
         raise BudgetError(f"Expected basis_share={share!r} to be positive.")
-    if share > _LARGEST_SHARE:
+    if share > LARGEST_SHARE:
         raise BudgetError(
-            f"basis_share={share!r} leaves no budget to train with; the most is {_LARGEST_SHARE}, and 0.02 to 0.1 "
+            f"basis_share={share!r} leaves no budget to train with; the most is {LARGEST_SHARE}, and 0.02 to 0.1 "
             "is usual."
         )
     if math.isinf(epsilon):

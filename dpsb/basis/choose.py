@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -51,17 +52,19 @@ def held_energy(factors: Mapping[str, Factors], one: Gradients, other: Gradients
 
 
 def rank_public(factors: Sequence[Mapping[str, Factors]], gradients: Sequence[Gradients]) -> list[float]:
-    """For each public set, the mean share of the *other* sets' gradients that its basis holds. Public.
+    r"""For each public set, how well its basis stands in for the *other* sets' own. Public.
 
-    The set that stands nearest to all others is the best guess where nothing of the private data may be asked.
+    Set i gets the mean over :math:`j \ne i` of :math:`\|P_i g_j\|^2 / \|P_j g_j\|^2`. Some gradients are easier to hold
+    than others, so each is measured by what a basis of its own holds of it; and that basis has not seen :math:`g_j`.
 
     Args:
-      factors: A basis from each set.
-      gradients: The gradient of each set, in the same order.
+      factors: A basis from one half of each set.
+      gradients: The gradient of the other half of each set, in the same order.
     """
+    own = [held_energy(basis, gradient) for basis, gradient in zip(factors, gradients, strict=True)]
     scores = []
     for i, basis in enumerate(factors):
-        others = [held_energy(basis, gradient) for j, gradient in enumerate(gradients) if j != i]
+        others = [held_energy(basis, gradients[j]) / own[j] for j in range(len(gradients)) if j != i and own[j] > 0]
         scores.append(sum(others) / len(others) if others else 1.0)
     return scores
 
@@ -79,18 +82,25 @@ def choice_provenance(clip: Clip, candidates: Mapping[str, str]) -> Provenance:
 
 
 def choose_privately(
-    examples: PrivateExamples, provenance: Provenance, factors: Sequence[Mapping[str, Factors]]
-) -> tuple[Basis, int]:
+    examples: PrivateExamples, provenance: Provenance, factors: Mapping[str, Mapping[str, Factors]]
+) -> Basis:
     """The public basis that holds most of the private gradients, by one charged noisy release.
 
+    Args:
+      examples: The private examples.
+      provenance: What the plan states.
+      factors: Each public file's basis, by the file's name.
+
     Returns:
-      The basis and its position among ``factors``. Released.
+      The basis; its provenance also says which file was chosen, and the noisy scores. Released.
     """
     device = next(examples.model.parameters()).device
     candidates = [
         {name: Sketch(*(side.to(device) for side in sketch if side is not None)) for name, sketch in entry.items()}
-        for entry in map(sketches_of, factors)
+        for entry in map(sketches_of, factors.values())
     ]
     scores = examples.release_preferences(candidates)
-    best = int(scores.argmax())
-    return Basis(factors=factors[best], provenance=provenance), best
+    chosen = list(factors)[int(scores.argmax())]
+    listed = ", ".join(f"{name} {score:.6g}" for name, score in zip(factors, scores.tolist(), strict=True))
+    said = {**provenance.detail, "chosen": chosen, "scores": listed}
+    return Basis(factors=factors[chosen], provenance=replace(provenance, detail=said))

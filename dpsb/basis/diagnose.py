@@ -46,7 +46,7 @@ class Halves:
     Args:
       name: Of its file.
       note: What was done about its labels.
-      own_labels: As in :class:`dpsb.basis.sources.PublicSet`.
+      own_labels, run_labels: As in :class:`dpsb.basis.sources.PublicSet`.
       fit: Batches to fit on.
       quarters: Batches to judge on, twice.
     """
@@ -54,6 +54,7 @@ class Halves:
     name: str
     note: str
     own_labels: int
+    run_labels: bool
     fit: Sequence[Batch]
     quarters: tuple[Sequence[Batch], Sequence[Batch]]
 
@@ -119,7 +120,8 @@ class _Candidate:
 
 
 def cut(public_set: PublicSet, collate: Collate, count: int, token_budget: int) -> Halves:
-    """The first ``count`` examples of a set: neighbours, which are often alike, stay in one part.
+    """The first ``count`` examples of a set, in parts. The set is in random order, so that each part has every label;
+    copies within a file may then stand in two parts, and flatter what its own basis holds of it.
 
     Raises:
       DataError: If there are fewer than eight.
@@ -138,6 +140,7 @@ def cut(public_set: PublicSet, collate: Collate, count: int, token_budget: int) 
         name=public_set.name,
         note=public_set.note,
         own_labels=public_set.own_labels,
+        run_labels=public_set.run_labels,
         fit=batches(0, half),
         quarters=(batches(half, quarter), batches(quarter, len(chosen))),
     )
@@ -269,6 +272,7 @@ def _judge(
     """The figures of every candidate that set j judges, and those of the set itself."""
     part, measured = judging.halves[j], judging.measured[j]
     figures, looked_at = [], []
+    own = next(one.own_half for one in candidates if one.basis == f"public:{part.name}")
     with own_head(judging.model, part.own_labels, judging.head_std):
         for candidate in candidates:
             if j not in candidate.judged_on:
@@ -277,12 +281,14 @@ def _judge(
             if factors is None and noise:
                 factors, visible = _rehearsed(judging, candidate, j, noise[candidate.kind])
             looked_at.append(factors)
+            energy = None if factors is None else measured.energy_held(factors)
             figures.append(
                 BasisFigures(
                     basis=candidate.basis,
                     paid=candidate.factors is None,
                     judged_on=(part.name,),
-                    energy=None if factors is None else measured.energy_held(factors),
+                    energy=energy,
+                    of_own=energy / own if own and energy is not None else None,
                     own_half=candidate.own_half,
                     at_most=_at_most(judging, candidate.source, measured) if candidate.kind == "hybrid" else None,
                     visible_layers=visible,
@@ -305,7 +311,12 @@ def _judge(
         done.append(one)
     count = sum(len(next(iter(batch.values()))) for batches in (part.fit, *part.quarters) for batch in batches)
     entry = SetFigures(
-        name=part.name, labels=part.note, examples=count, coherence=measured.coherence, median_norm=whole
+        name=part.name,
+        labels=part.note,
+        examples=count,
+        coherence=measured.coherence,
+        median_norm=whole,
+        run_labels=part.run_labels,
     )
     return done, entry
 

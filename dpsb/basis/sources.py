@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -31,6 +31,19 @@ EXAMPLES = 512
 """How many public examples a basis is computed from."""
 
 _MOST_LABELS, _LONGEST_LABEL = 1000, 64
+_ROWS_OF_THE_RUN = 0.9
+"""The share of a file's rows that must have a label of the run for its labels to be the run's."""
+
+_Row = TypeVar("_Row")
+
+
+def public_sample(rows: Sequence[_Row], count: int) -> list[_Row]:
+    """At most so many rows, drawn with a fixed public seed and in the order drawn.
+
+    Files are often sorted by label, or alternate: the first rows, or every other one, could all be of one class.
+    """
+    order = torch.randperm(len(rows), generator=public_generator())
+    return [rows[i] for i in order[:count].tolist()]
 
 
 @dataclass(frozen=True)
@@ -39,21 +52,25 @@ class PublicSet:
 
     Args:
       name: Its file name, for the plan.
-      examples: With ``labels`` as the loss wants them.
+      examples: With ``labels`` as the loss wants them, as :func:`public_sample` draws them: any part stands for all.
       own_labels: Number of classes where it has a label space of its own; 0 where the model's head fits.
       note: What was done about labels or task, for the plan.
+      run_labels: Whether its rows carry the run's own labels.
     """
 
     name: str
     examples: Sequence[Example]
     own_labels: int
     note: str
+    run_labels: bool = False
 
 
 def read_public(
-    source: str, task: str, columns: Columns, tokenizer: Any, labels: Sequence[str], max_length: int
+    source: str | Table, task: str, columns: Columns, tokenizer: Any, labels: Sequence[str], max_length: int
 ) -> PublicSet:
-    """Reads a public file for a basis. Columns of the private file are used where they exist, else the usual ones.
+    """Reads a public file (or takes its table) for a basis.
+
+    Columns of the private file are used where they exist, else the usual ones.
 
     For classification with labels of its own the gradient is taken through a random head of that many classes, which
     :func:`public_gradients` puts in for the time. Without labels, or with too many, they are drawn at random: the
@@ -62,38 +79,45 @@ def read_public(
     Raises:
       DataError: If the file is missing, has no usable column or no rows.
     """
-    table = read_table(source)
-    name = Path(source).name
-    here = Columns(**{part: given if given in table.columns else None for part, given in vars(columns).items()})
+    table = source if isinstance(source, Table) else read_table(source)
+    name, here = Path(table.source).name, columns_here(table, columns)
     if not len(table):
-        raise DataError(f"{source} holds no rows to compute a basis from.")
+        raise DataError(f"{table.source} holds no rows to compute a basis from.")
     found = chosen_columns(table, here, "classification")
     if task != "classification":
         unused = found["label"]
         note = "language modelling on its text" + (f"; its column {unused!r} is not used" if unused else "")
-        return PublicSet(name, tokenize_causal(_first(table), here, tokenizer, max_length), 0, note)
+        return PublicSet(name, tokenize_causal(_sampled(table), here, tokenizer, max_length), 0, note)
     if found["text"] is None:  # perhaps prompts and completions
         parts = chosen_columns(table, here, "causal-lm")
         here = replace(here, text=parts["prompt"] or parts["completion"], text_pair=parts["completion"])
     column = found["label"]
     own = _label_set(table, column) if column else ()
-    if own and _mostly(table, column, labels):
+    occur, of_the_run = _labels_of_the_run(table, column, labels) if own else (0, False)
+    if of_the_run:
         own_labels, use, note = 0, tuple(labels), "the labels of the run"
     elif own:
         own_labels, use = len(own), own
-        note = f"another label space: a random head of {len(own)} classes for the gradient"
+        known = f" ({occur} of the run's {len(labels)} labels occur)" if occur else ""
+        note = f"another label space{known}: a random head of {len(own)} classes for the gradient"
     else:
         own_labels, use, note = 0, tuple(labels), "no usable labels: drawn at random"
         drawn = torch.randint(len(use), (len(table),), generator=public_generator()).tolist()
         table = Table(table.source, {**table.columns, "label": [use[i] for i in drawn]})
         here = replace(here, label="label")
-    examples = tokenize_classification(_first(table), here, tokenizer, use, max_length)
-    return PublicSet(name, examples, own_labels, note)
+    examples = tokenize_classification(_sampled(table), here, tokenizer, use, max_length)
+    return PublicSet(name, examples, own_labels, note, of_the_run)
 
 
-def _first(table: Table) -> Table:
-    """The first rows, twice as many as a basis uses: a diagnosis needs another half."""
-    columns = {name: column[: 2 * EXAMPLES] for name, column in table.columns.items()}
+def columns_here(table: Table, columns: Columns) -> Columns:
+    """The named columns, as far as this table has them."""
+    return Columns(**{part: given if given in table.columns else None for part, given in vars(columns).items()})
+
+
+def _sampled(table: Table) -> Table:
+    """Twice as many rows as a basis uses: a ranking and a diagnosis need another half."""
+    rows = public_sample(range(len(table)), 2 * EXAMPLES)
+    columns = {name: [column[i] for i in rows] for name, column in table.columns.items()}
     return Table(table.source, columns, table.class_names)
 
 
@@ -104,11 +128,18 @@ def _label_set(table: Table, column: str) -> tuple[str, ...]:
     return tuple(names) if names else (tuple(sorted(values)) if usable else ())
 
 
-def _mostly(table: Table, column: str | None, labels: Sequence[str]) -> bool:
-    """Whether most rows have a label of the run; the others then count for nothing."""
+def _labels_of_the_run(table: Table, column: str | None, labels: Sequence[str]) -> tuple[int, bool]:
+    """How many labels of the run occur, and whether the file is labelled with them; the other rows count for nothing.
+
+    Numbers from 0 name classes of any task, so it takes both: nine rows in ten have a label of the run, and most of
+    the run's labels occur (of those that so few rows could show).
+    """
     names = table.class_names.get(str(column))
     values = [names[v] if names and isinstance(v, int) else str(v) for v in table.column(str(column))]
-    return 2 * sum(value in labels for value in values) > len(values)
+    known = [value for value in values if value in labels]
+    occur = len(set(known))
+    enough = 2 * occur > min(len(labels), len(values)) and len(known) >= _ROWS_OF_THE_RUN * len(values)
+    return occur, enough
 
 
 @contextmanager
@@ -149,7 +180,7 @@ def public_gradients(
     token_budget: int,
     head_std: float,
 ) -> dict[str, torch.Tensor]:
-    """The mean gradient of each target weight over the first examples of a public set, (out, in). Public."""
+    """The mean gradient of each target weight over the first 512 examples of a public set, (out, in). Public."""
     batches = batches_of(public_set.examples[:EXAMPLES], collate, max_length, token_budget)
     with own_head(model, public_set.own_labels, head_std):
         return mean_gradients(model, loss_fn, batches)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -16,23 +17,26 @@ from dpsb.adapter import Adapter, Basis, Factors, Provenance, attach, detach, lo
 from dpsb.basis.budget import basis_phase, default_share
 from dpsb.basis.choose import choice_provenance, choose_privately, gradient_basis, rank_public
 from dpsb.basis.data_free import DATA_FREE
+from dpsb.basis.figures import CANNOT_TELL, nearest
 from dpsb.basis.gradient import mean_gradients
 from dpsb.basis.hybrid import Frames, check_width, frames_of, hybrid, hybrid_provenance
 from dpsb.basis.lora_sb import lora_sb
 from dpsb.basis.private import private, private_provenance, releases_for, rounds_for
 from dpsb.basis.random import random
 from dpsb.basis.release import Clip, PrivateExamples
-from dpsb.basis.sources import EXAMPLES, PublicSet, batches_of, public_gradients
+from dpsb.basis.sources import EXAMPLES, PublicSet, batches_of, public_gradients, public_sample
 from dpsb.basis_spec import PHASE, parse_basis
 from dpsb.config import RunConfig
 from dpsb.data import DataError
 from dpsb.losses import LossFn
 from dpsb.models import HEAD_NAMES
 from dpsb.probe import Collate, Example
-from dpsb_accounting import Ledger, LedgerError, NonPrivate, Phase
+from dpsb_accounting import Ledger, LedgerError, LedgerRecord, NonPrivate, Phase
 from dpsb_accounting.files import write_whole
 
 BASIS_NAME = "basis.safetensors"
+CHOICE_NAME = "basis_choice.json"
+"""Which public file private examples chose: a released number, kept with the finished run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,24 +96,21 @@ def plan_basis(setup: Setup) -> Planned:
     if spec.kind in ("lora-sb", "leak"):
         return _unpaid(setup, spec.kind)
     layers = lora_layers(setup.model)
-    gradients = [_gradients(setup, public_set) for public_set in setup.public]
     if spec.kind == "public":
-        return _public(setup, gradients)
+        return _public(setup)
     clip = _clip(config, spec.kind)
     if spec.kind == "private":
         rounds = rounds_for(layers, config.basis_rounds)
         provenance = private_provenance(clip, rounds)
         phase = _phase(setup, clip.share, releases_for(rounds))
         return _stand_in(setup, provenance, phase, lambda examples: private(examples, provenance))
-    frames, width, said = wide_frames(setup, gradients)
+    frames, width, said = wide_frames(setup)
     provenance = hybrid_provenance(clip, width, said)
     make = partial(hybrid, provenance=provenance, frames=frames)
     return _stand_in(setup, provenance, _phase(setup, clip.share, 1), make)
 
 
-def wide_frames(
-    setup: Setup, gradients: Sequence[Mapping[str, torch.Tensor]] | None = None
-) -> tuple[dict[str, Frames], int, dict[str, str | int | float]]:
+def wide_frames(setup: Setup) -> tuple[dict[str, Frames], int, dict[str, str | int | float]]:
     """The wide public basis of a hybrid, its width, and what a plan says of its source. Public.
 
     Raises:
@@ -117,12 +118,10 @@ def wide_frames(
     """
     layers = lora_layers(setup.model)
     width = check_width(layers, setup.config.rank, setup.config.basis_width)
-    if gradients is None:
-        gradients = [_gradients(setup, public_set) for public_set in setup.public]
-    if not gradients:
+    if not setup.public:
         return frames_of(layers, width), width, {"source": "weight"}
-    chosen, said = _nearest(setup, gradients)
-    return frames_of(layers, width, gradients[chosen]), width, said
+    chosen, said = _nearest(setup)
+    return frames_of(layers, width, _gradients(setup, chosen)), width, said
 
 
 def _clip(config: RunConfig, kind: str) -> Clip:
@@ -152,7 +151,7 @@ def _unpaid(setup: Setup, kind: str) -> Planned:
     if kind == "lora-sb" and setup.public:
         gradients, access, source = _gradients(setup, setup.public[0]), "public", parse_basis(config.basis).sources[0]
     else:
-        chosen = setup.examples[:EXAMPLES]
+        chosen = public_sample(setup.examples, EXAMPLES)
         batches = batches_of(chosen, setup.collate, setup.max_length, config.token_budget)
         gradients = mean_gradients(setup.model, setup.loss_fn, batches)
         access, source = "non_private", config.data
@@ -189,35 +188,58 @@ def _gradients(setup: Setup, public_set: PublicSet) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def _public(setup: Setup, gradients: Sequence[Mapping[str, torch.Tensor]]) -> Planned:
-    if len(gradients) > 1 and setup.config.basis_choice == "private":
+def _public(setup: Setup) -> Planned:
+    if len(setup.public) > 1 and setup.config.basis_choice == "private":
         clip = _clip(setup.config, "choice")
-        sources = parse_basis(setup.config.basis).sources
-        notes = {source: entry.note for source, entry in zip(sources, setup.public, strict=True)}
-        provenance = choice_provenance(clip, notes)
-        factors = [gradient_basis(setup.model, entry, provenance).factors for entry in gradients]
-        make = partial(_chosen, provenance=provenance, factors=factors)
+        sets = dict(zip(parse_basis(setup.config.basis).sources, setup.public, strict=True))
+        provenance = choice_provenance(clip, {source: entry.note for source, entry in sets.items()})
+        factors = {
+            source: gradient_basis(setup.model, _gradients(setup, entry), provenance).factors
+            for source, entry in sets.items()
+        }
+        make = partial(choose_privately, provenance=provenance, factors=factors)
         return _stand_in(setup, provenance, _phase(setup, clip.share, 1), make)
-    chosen, said = _nearest(setup, gradients)
+    chosen, said = _nearest(setup)
     provenance = Provenance(kind="public", access="public", detail=said)
-    return Planned(basis=gradient_basis(setup.model, gradients[chosen], provenance), provenance=provenance)
+    return Planned(basis=gradient_basis(setup.model, _gradients(setup, chosen), provenance), provenance=provenance)
 
 
-def _chosen(examples: PrivateExamples, provenance: Provenance, factors: Sequence[Mapping[str, Factors]]) -> Basis:
-    return choose_privately(examples, provenance, factors)[0]
+def _nearest(setup: Setup) -> tuple[PublicSet, dict[str, str | int | float]]:
+    """The public set to use, and what the plan says about it; nothing of the private data is asked.
+
+    Sets whose rows carry the run's own labels come before all others; those of equal standing are ranked by each other.
+    """
+    sets = dict(zip(parse_basis(setup.config.basis).sources, setup.public, strict=True))
+    rivals = [source for source, entry in sets.items() if entry.run_labels] or list(sets)
+    best, choice = rivals[0], "the only file whose rows carry the run's labels"
+    if len(rivals) > 1:
+        scores = _scores(setup, [sets[source] for source in rivals])
+        position, tells = nearest(scores)
+        best = rivals[position]
+        listed = ", ".join(f"{Path(source).name} {score:.4f}" for source, score in zip(rivals, scores, strict=True))
+        choice = f"ranked by the energy held of the others' gradients, over what a basis of their own holds: {listed}"
+        if not tells:
+            choice += f"; less than {CANNOT_TELL} apart, which does not tell, so the first named of them is used"
+            choice += (
+                "; --basis-choice private asks the private data" if setup.config.basis.startswith("public") else ""
+            )
+    said = {"choice": choice} if len(sets) > 1 else {}
+    return sets[best], {"source": best, "labels": sets[best].note, **said}
 
 
-def _nearest(setup: Setup, gradients: Sequence[Mapping[str, torch.Tensor]]) -> tuple[int, dict[str, str | int | float]]:
-    """The public set to use, and what the plan says about it; several are ranked without the private data."""
-    best, said = 0, {}
-    if len(gradients) > 1:
-        scores = rank_public([gradient_basis(setup.model, g, _RANKED).factors for g in gradients], gradients)
-        best = max(range(len(scores)), key=scores.__getitem__)
-        listed = ", ".join(f"{entry.name} {score:.4f}" for entry, score in zip(setup.public, scores, strict=True))
-        said = {"choice": f"ranked by the energy that each holds of the others' gradients: {listed}"}
-    chosen = setup.public[best]
-    source = parse_basis(setup.config.basis).sources[best]
-    return best, {"source": source, "labels": chosen.note, **said}
+def _scores(setup: Setup, sets: Sequence[PublicSet]) -> list[float]:
+    """How the sets rank: a basis of one half of each, judged on the other halves of the others."""
+    factors, judging = [], []
+    for entry in sets:
+        half = len(entry.examples) // 2
+        if not half:
+            raise DataError(f"{entry.name} holds a single row; to be ranked, each public file needs at least 2.")
+        fit, other = (
+            _gradients(setup, replace(entry, examples=part)) for part in (entry.examples[:half], entry.examples[half:])
+        )
+        factors.append(gradient_basis(setup.model, fit, _RANKED).factors)
+        judging.append(other)
+    return rank_public(factors, judging)
 
 
 _RANKED = Provenance(kind="public", access="public")
@@ -246,13 +268,14 @@ def release_basis(
     ledger, theta = examples.ledger, adapter.state()
     bound = ledger.files.get(BASIS_NAME)
     if bound is not None:
-        content = _read_bound(out, bound)
+        content = _read_bound(out, BASIS_NAME, bound)
         detach(adapter)
     elif make is None or ledger.charged(PHASE):
         raise _spent(out, ledger)
     else:
         detach(adapter)
         basis = make(examples)
+        _record_choice(out, ledger, basis.provenance)
         tensors = {f"{name}.A": factors.A.cpu() for name, factors in basis.factors.items()}
         tensors |= {f"{name}.B": factors.B.cpu() for name, factors in basis.factors.items()}
         content = bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
@@ -287,13 +310,30 @@ def _spent(out: Path, ledger: Ledger) -> LedgerError:
     )
 
 
-def _read_bound(out: Path, bound: str) -> bytes:
+def _record_choice(out: Path, ledger: Ledger, provenance: Provenance) -> None:
+    """Writes down which public file a charged release chose, bound to the ledger: the plan was frozen before it."""
+    said = {name: provenance.detail[name] for name in ("chosen", "scores") if name in provenance.detail}
+    if said:
+        content = (json.dumps(said, indent=1) + "\n").encode()
+        write_whole(out / CHOICE_NAME, content)
+        ledger.bind_file(CHOICE_NAME, sha256(content).hexdigest())
+
+
+def chosen_file(out: Path, ledger: LedgerRecord) -> str | None:
+    """The public file that private examples chose for the run in ``out``; None if there was no such choice. Released.
+
+    Raises:
+      LedgerError: If the file that says so is gone, or is not the one that the ledger binds.
+    """
+    bound = ledger.files.get(CHOICE_NAME)
+    return None if bound is None else str(json.loads(_read_bound(out, CHOICE_NAME, bound))["chosen"])
+
+
+def _read_bound(out: Path, name: str, bound: str) -> bytes:
     try:
-        content = (out / BASIS_NAME).read_bytes()
+        content = (out / name).read_bytes()
     except OSError:
-        raise LedgerError(
-            f"{out / BASIS_NAME} is gone, and what it cost is spent; start a new run elsewhere."
-        ) from None
+        raise LedgerError(f"{out / name} is gone, and what it cost is spent; start a new run elsewhere.") from None
     if sha256(content).hexdigest() != bound:
-        raise LedgerError(f"{out / BASIS_NAME} is not the one that the ledger binds; put it back or start a new run.")
+        raise LedgerError(f"{out / name} is not the one that the ledger binds; put it back or start a new run.")
     return content

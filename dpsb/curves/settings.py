@@ -10,7 +10,7 @@ from typing import Any
 
 from dpsb.config import RunConfig, make_config
 from dpsb.curves.entries import CurveError, Entry, parse_entries, parse_epsilons, parse_rates, rates_text
-from dpsb.parts import Part, part_of
+from dpsb.parts import Part, part_of, same_data
 
 DEMO = "demo"
 """``data`` of a sweep on the mail that the package brings along."""
@@ -136,7 +136,8 @@ class CurveSettings:
         for name, file in files:
             if file is not None and Path(file).suffix and not Path(file).exists() and part_of(file) is None:
                 raise CurveError(f"{name}={file!r} does not exist.")
-        if self.validation_data is not None and self.validation_data == self.shared.get("eval_data"):
+        eval_data = self._files().get("eval_data")
+        if self.validation_data is not None and eval_data is not None and same_data(self.validation_data, eval_data):
             raise CurveError(
                 f"validation_data={self.validation_data!r} is eval_data too: a curve on what it was tuned on flatters."
             )

@@ -180,7 +180,7 @@ def _new_adapter(run: RunConfig, model: torch.nn.Module, prepared: Prepared, col
     if kind in RELEASED:
         if kind == "private" and rounds_for(lora_layers(model), run.basis_rounds):
             raise FederatedError("A weight is wider than 1024 on both sides; silos release no whole gradients of it.")
-        run = replace(run, basis="random", basis_share=None)
+        run = run.with_basis("random")
     planned = plan_basis(_setup(run, model, prepared, collate))
     adapter = attach(model, planned.basis, allow=HEAD_NAMES)
     if adapter.provenance.access not in ("data_free", "public"):

@@ -143,7 +143,7 @@ def _built(config: FederateConfig, out: Path, callbacks: Callbacks) -> Built:
     for name, rows in tables.items():
         if not len(rows):
             raise FederatedError(f"Silo {name!r} has no rows; split over fewer silos, or by another column.")
-    runs = {name: replace(silo_config(config, name), basis="weight") for name in names}
+    runs = {name: silo_config(config, name).with_basis("weight") for name in names}
     runs[names[0]] = replace(silo_config(config, names[0]), eval_data=config.run.eval_data)
     return build(config, tables, runs, out, callbacks.on_status)
 

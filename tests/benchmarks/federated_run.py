@@ -109,7 +109,7 @@ class Bench:
         self.rounds = rounds
         kind = method_named(TRAINED_AS[method])
         source = f"public:{files['public']}" if method.endswith(PUBLIC) else "weight"
-        inputs = self.inputs = read_inputs(replace(config, method=kind.name, basis=source), warm=False)
+        inputs = self.inputs = read_inputs(replace(config, method=kind.name).with_basis(source), warm=False)
         model, labels, prepared = inputs.model, inputs.prepared.labels, inputs.prepared
         self.adapter: Adapter = self._cores() if kind.kind == "cores" else adapt(model, kind)
         self.held_out = {

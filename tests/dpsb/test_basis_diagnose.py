@@ -1,6 +1,7 @@
 """``dpsb basis``: what each basis holds, by direct computation; forecasts; the recommendation; only public files."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -236,6 +237,37 @@ def test_the_recommendation_and_its_reason(energies, expected, said):
 def test_the_recommendation_says_what_it_rests_on():
     assert "supposes" not in recommend(bases(public=0.2), public_sets(2))[1]
     assert "hardly agree" in recommend(bases(public=0.2), public_sets(1, 0.01))[1]
+
+
+def of_files(*, run_labels=(False, False), near=(0.20, 0.8), far=(0.30, 0.4)):
+    """Two public bases, judged on each other's file: energy, and its share of what that file's own basis holds."""
+    made = [BasisFigures(basis="weight", paid=False, judged_on=("near", "far"), energy=0.04, of_own=0.1)]
+    for name, other, (energy, of_own) in (("near", "far", near), ("far", "near", far)):
+        made.append(BasisFigures(basis=f"public:{name}", paid=False, judged_on=(other,), energy=energy, of_own=of_own))
+    sets = [replace(entry, run_labels=own) for entry, own in zip(public_sets(2), run_labels, strict=True)]
+    return recommend(made, sets)
+
+
+def test_bases_judged_on_different_sets_are_compared_by_what_the_sets_own_hold():
+    basis, reason = of_files()
+    assert basis == "public:near"
+    assert "it holds 80 % of what a public set's own basis holds of its gradient" in reason
+    assert of_files(far=(0.3, 0.85))[0] == "public:near", "too near to tell: the first named"
+    assert "does not tell them apart" in of_files(far=(0.3, 0.85))[1]
+    assert of_files(far=(0.3, 0.95))[0] == "public:far"
+
+
+def test_a_file_with_the_runs_labels_is_recommended_before_others():
+    basis, reason = of_files(run_labels=(True, False), far=(0.3, 0.95))
+    assert basis == "public:near"
+    assert "their labels are not the run's: far" in reason
+
+
+def test_a_basis_of_its_own_is_the_measure_of_a_set(tiny):
+    found = diagnosis(tiny, public_set("a"), public_set("b", seed=2))
+    own = {name: figures_of(found, f"public:{name}").own_half for name in "ab"}
+    assert figures_of(found, "public:a").of_own == pytest.approx(figures_of(found, "public:a").energy / own["b"])
+    assert figures_of(found, "public:b").of_own == pytest.approx(figures_of(found, "public:b").energy / own["a"])
 
 
 # --- the command

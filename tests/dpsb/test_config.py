@@ -44,6 +44,23 @@ LEAST = {"model": "m", "data": "d.csv", "out": "o"}
         ({"basis": "public:a.csv,a.csv"}, "names a file twice"),
         ({"basis": "public:a.csv,d.csv"}, "names the private training data as public"),
         ({"basis": "private", "basis_share": 1.0}, "leaves no budget to train"),
+        ({"basis": "private", "basis_share": 0.99}, r"basis_share=0\.99 above 0 and at most 0\.9"),
+        ({"basis": "hybrid", "basis_rounds": 2}, "basis_rounds=2 is for 'private', so basis='hybrid' would ignore it"),
+        ({"basis": "weight", "basis_share": 0.1}, r"basis_share=0\.1 is for a basis that is paid for.*leave out"),
+        ({"basis": "public:a.csv", "basis_clip_norm": 1.0}, r"basis_clip_norm=1\.0 is for a basis that is paid for"),
+        ({"basis": "public:a.csv,b.csv", "basis_sampling_prob": 0.5}, r"basis_sampling_prob=0\.5 is for a basis"),
+        ({"basis": "random", "basis_width": 8}, "basis_width=8 is for 'hybrid', so basis='random' would ignore it"),
+        ({"basis": "private", "basis_width": 8}, "basis_width=8 is for 'hybrid'"),
+        ({"basis": "public:a.csv", "basis_choice": "private"}, "basis_choice='private' is for 'public' with several"),
+        ({"basis": "hybrid:a.csv,b.csv", "basis_choice": "private"}, "basis_choice='private' is for 'public'"),
+        ({"basis": "public:e.csv", "eval_data": "e.csv"}, "basis='public:e.csv' is evaluated on too"),
+        ({"basis": "hybrid:a.csv,e.csv", "eval_data": "e.csv"}, "basis='hybrid:a.csv,e.csv' is evaluated on too"),
+        ({"warm_start": "e.csv", "eval_data": "e.csv"}, "warm_start='e.csv' is evaluated on too"),
+        ({"precondition": "o/n:test", "eval_data": "o/n:test"}, "precondition='o/n:test' is evaluated on too"),
+        ({"data": "o/n", "eval_data": "O/n:train"}, "is the training data"),
+        ({"data": "o/n:train+validation", "eval_data": "o/n:validation"}, "is the training data"),
+        ({"data": "o/n:all", "eval_data": "o/n:test"}, "is the training data"),
+        ({"data": "o/n:train[:80%]", "eval_data": "o/n:train"}, "is the training data"),
         ({"basis": "private", "basis_rounds": -1}, "basis_rounds=-1"),
         ({"basis": "private", "basis_sampling_prob": 0.0}, r"basis_sampling_prob=0\.0"),
         ({"basis": "private", "basis_clip_norm": 0.0}, r"basis_clip_norm=0\.0"),
@@ -61,6 +78,18 @@ def test_refused(changes, match):
 
 def test_whole_numbers_are_numbers():
     assert RunConfig(**LEAST, epsilon=3, learning_rate=1) == RunConfig(**LEAST, epsilon=3.0, learning_rate=1.0)
+
+
+def test_splits_of_a_data_set_on_the_hub_are_not_one_another():
+    config = RunConfig(
+        **{**LEAST, "data": "org/name:train"}, eval_data="org/name:test", warm_start="org/name:validation"
+    )
+    assert config.eval_data == "org/name:test"
+    assert RunConfig(**{**LEAST, "data": "org/name"}, eval_data="org/name:test").data == "org/name"
+
+
+def test_what_a_sweep_shares_may_be_for_another_of_its_methods():
+    assert RunConfig(**LEAST, basis="weight", basis_share=0.1, part_of_sweep=True).basis_share == 0.1
 
 
 def test_the_private_file_is_not_public_by_another_name(tmp_path):

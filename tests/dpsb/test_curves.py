@@ -115,6 +115,9 @@ def test_learning_rates_for_all_or_by_method():
             parse_rates(text, entries, usual)
 
 
+TEST_SPELT_OTHERWISE = f"{workbench.data_file(seed=5).parent}/./rows.jsonl"
+
+
 @pytest.mark.parametrize(
     ("given", "changes", "match"),
     [
@@ -132,6 +135,7 @@ def test_learning_rates_for_all_or_by_method():
         ({"eval_data": str(workbench.data_file())}, {}, "eval_data"),
         ({}, {"validation_data": str(workbench.data_file()), "learning_rates": "1,2"}, "training data"),
         ({}, {"validation_data": str(workbench.data_file(seed=5)), "learning_rates": "1,2"}, "tuned on flatters"),
+        ({}, {"validation_data": TEST_SPELT_OTHERWISE, "learning_rates": "1,2"}, "tuned on flatters"),
         ({}, {"validation_data": "v.csv"}, "validation_data='v.csv' is not used"),
         ({"data": "gone.csv"}, {}, "data='gone.csv' does not exist"),
         ({}, {"validation_data": "gone.csv", "learning_rates": "1,2"}, "validation_data='gone.csv' does not exist"),

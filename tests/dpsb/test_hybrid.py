@@ -1,19 +1,24 @@
 """The hybrid basis, the choice among public sets, and the data-free references."""
 
+import json
+from hashlib import sha256
+
 import pytest
 import torch
 import workbench
 
 from dpsb import run
 from dpsb.adapter import lora_layers
+from dpsb.basis import stage
 from dpsb.basis.choose import held_energy, rank_public
 from dpsb.basis.complementary import complementary
 from dpsb.basis.hadamard import hadamard, walsh_frame
 from dpsb.basis.hybrid import TIMES_RANK, WidthError, check_width, frames_of, turn
-from dpsb.basis.sources import own_head, read_public
+from dpsb.basis.release import PrivateExamples
+from dpsb.basis.sources import EXAMPLES, own_head, read_public
 from dpsb.data import Columns, DataError
 from dpsb.models import ModelError
-from dpsb_accounting import Gaussian, Ledger, epsilon
+from dpsb_accounting import Gaussian, Ledger, LedgerError, epsilon
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +159,121 @@ def test_the_set_nearest_to_the_others_is_ranked_first():
     assert held_energy(factors[2], gradients[2]) == pytest.approx(1.0, abs=1e-4)
 
 
+def test_a_gradient_that_any_basis_holds_speaks_for_nobody():
+    """More of set a's gradient is held by b's basis (0.4) than of b's by a's (0.25), but a's stands in better for b's
+    own (0.25 of 0.3) than b's for a's (0.4 of 0.6)."""
+    from dpsb.adapter import Factors
+
+    unit = torch.eye(3)
+    factors = [{"w": Factors(A=unit[i : i + 1], B=unit[:, i : i + 1])} for i in (0, 1)]
+    energies = [(0.6, 0.4, 0.0), (0.25, 0.3, 0.45)]
+    gradients = [{"w": torch.diag(torch.tensor(parts)).sqrt()} for parts in energies]
+    assert rank_public(factors, gradients) == pytest.approx([0.25 / 0.3, 0.4 / 0.6])
+
+
+def ranked(tmp_path, monkeypatch, scores, first, second, **changes):
+    """The file that is taken of two, and what the plan says, if they are ranked by these scores."""
+    monkeypatch.setattr(stage, "_scores", lambda _setup, _sets: scores)
+    monkeypatch.setattr(run, "fit", lambda *_a, **_k: pytest.fail("not this far"))
+    basis = f"public:{first},{second}"
+    seen = []
+
+    def stop(plan):
+        seen.append(plan.basis)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.fine_tune(
+            workbench.run_config(tmp_path / "run", basis=basis, **changes), callbacks=run.Callbacks(on_plan=stop)
+        )
+    return seen[0]
+
+
+def labelled(path, labels, texts=("see the free offer now", "we meet on monday at noon", "the report is here for you")):
+    lines = [f'{{"text": "{text} {i}", "label": "{labels[i % len(labels)]}"}}' for i, text in enumerate(texts * 4)]
+    return write(path, lines)
+
+
+def test_a_ranking_that_does_not_tell_takes_the_first_named_and_says_so(tmp_path, monkeypatch):
+    files = [labelled(tmp_path / f"{name}.jsonl", ("ham", "spam")) for name in "ab"]
+    basis = ranked(tmp_path, monkeypatch, [0.5, 0.55], *files)
+    assert basis["source"] == files[0]
+    assert "first named" in basis["choice"]
+    assert "--basis-choice private" in basis["choice"]
+    basis = ranked(tmp_path, monkeypatch, [0.5, 0.65], *files)
+    assert basis["source"] == files[1]
+    assert "first named" not in basis["choice"]
+
+
+def test_a_file_with_the_runs_labels_comes_before_one_with_others(tmp_path, monkeypatch):
+    other, own = labelled(tmp_path / "other.jsonl", "xyz"), labelled(tmp_path / "own.jsonl", ("ham", "spam"))
+    monkeypatch.setattr(stage, "rank_public", lambda *_a: pytest.fail("there is nothing to rank"))
+    basis = ranked(tmp_path, monkeypatch, None, other, own)
+    assert (basis["source"], basis["labels"]) == (own, "the labels of the run")
+    assert basis["choice"] == "the only file whose rows carry the run's labels"
+
+
+def test_a_file_of_one_row_cannot_be_ranked(tmp_path):
+    files = [write(tmp_path / f"{name}.jsonl", ['{"text": "see"}']) for name in "ab"]
+    with pytest.raises(DataError, match="single row; to be ranked"):
+        run.fine_tune(workbench.run_config(tmp_path / "run", basis=f"public:{','.join(files)}"))
+
+
+def test_a_file_sorted_by_label_shows_every_label(tmp_path):
+    """Sorted or alternating: any part of the rows that a basis is made from has both labels."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(workbench.bert_folder())
+    files = {"sorted": ["ham"] * 1100 + ["spam"] * 1100, "alternating": ["ham", "spam"] * 1100}
+    for name, labels in files.items():
+        path = write(tmp_path / f"{name}.jsonl", [f'{{"text": "see", "label": "{label}"}}' for label in labels])
+        found = read_public(path, "classification", Columns(), tokenizer, ("ham", "spam"), 16)
+        assert len(found.examples) == 2 * EXAMPLES
+        for part in (found.examples[:EXAMPLES], found.examples[EXAMPLES:], found.examples[:64]):
+            share = sum(example["labels"] for example in part) / len(part)
+            assert 0.3 < share < 0.7, name
+
+
+@pytest.mark.parametrize(
+    ("labels", "count", "own", "said"),
+    [
+        ([str(i % 3) for i in range(90)], 77, 3, "3 of the run's 77 labels occur"),
+        ([str(i % 3) for i in range(90)], 2, 3, "2 of the run's 2 labels occur"),
+        ([str(i % 77) for i in range(154)], 77, 0, "the labels of the run"),
+        ([str(i) for i in range(30)], 77, 0, "the labels of the run"),
+        (["0"] * 50 + ["1"] * 45 + ["unknown"] * 5, 2, 0, "the labels of the run"),
+    ],
+    ids=["numbers of another task", "a label more", "the run's", "too few rows for all", "some rows without"],
+)
+def test_the_runs_labels_are_told_from_those_of_another_task(tmp_path, labels, count, own, said):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(workbench.bert_folder())
+    path = write(tmp_path / "p.jsonl", [f'{{"text": "see", "label": "{label}"}}' for label in labels])
+    found = read_public(path, "classification", Columns(), tokenizer, [str(i) for i in range(count)], 16)
+    assert (found.own_labels, found.run_labels) == (own, own == 0)
+    assert said in found.note
+
+
+def test_the_file_that_private_examples_chose_is_on_record(tmp_path, monkeypatch):
+    statuses, out = [], tmp_path / "run"
+    paid = PrivateExamples.release_preferences
+    scores = torch.tensor([-1.5, 2.0]).double()
+    monkeypatch.setattr(PrivateExamples, "release_preferences", lambda *given: (paid(*given), scores)[1])
+    config = workbench.run_config(out, basis=f"public:{','.join(PUBLIC)}", basis_choice="private")
+    finished = run.fine_tune(config, callbacks=run.Callbacks(on_status=statuses.append))
+    content = (out / "basis_choice.json").read_bytes()
+    ledger = Ledger.read(out / "ledger.jsonl")
+    assert json.loads(content) == {"chosen": PUBLIC[1], "scores": f"{PUBLIC[0]} -1.5, {PUBLIC[1]} 2"}
+    assert ledger.files["basis_choice.json"] == sha256(content).hexdigest()
+    assert f"chose `{PUBLIC[1]}` for its basis" in (out / "README.md").read_text()
+    assert f"basis: the private examples chose {PUBLIC[1]}" in statuses
+    assert "basis_choice.json" in finished.files
+    (out / "basis_choice.json").write_bytes(content.replace(b"2", b"3"))
+    with pytest.raises(LedgerError, match="not the one that the ledger binds"):
+        stage.chosen_file(out, ledger)
+
+
 def write(path, lines):
     path.write_text("".join(line + "\n" for line in lines))
     return str(path)
@@ -233,7 +353,8 @@ def test_runs_say_what_was_used_and_pay_for_it(tmp_path, changes, kind, access, 
     ledger = Ledger.read(tmp_path / "run" / "ledger.jsonl")
     assert 7.9 < epsilon(ledger).upper <= 8
     assert (sum(ledger.charged(p.name) for p in ledger.plan.phases) - 3) == charges
-    assert ledger.files.keys() == ({"basis.safetensors"} if charges else set())
+    choice = {"basis_choice.json"} if changes.get("basis_choice") == "private" else set()
+    assert ledger.files.keys() == ({"basis.safetensors"} | choice if charges else set())
     assert not (tmp_path / "run" / "basis.safetensors").exists(), "a finished run keeps what it needs elsewhere"
     if charges:
         assert isinstance(ledger.plan.phases[0].event, Gaussian)

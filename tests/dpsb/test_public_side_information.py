@@ -8,11 +8,12 @@ import workbench
 
 from dpsb import run
 from dpsb.config import ConfigError
-from dpsb.data import Collator, DataError
+from dpsb.data import Collator, Columns, DataError, Table
 from dpsb.losses import IGNORED, classification_loss
 from dpsb.mechanism import Mechanism
 from dpsb.models import head_of, load_base
 from dpsb.precondition import public_row_scale
+from dpsb.prepare import check_not_shared
 from dpsb.randomness import SeededRandomness
 from dpsb.train import fit
 from dpsb.warm_start import warm_start
@@ -165,6 +166,53 @@ def test_bad_input_is_one_sentence(tmp_path):
     with pytest.raises(DataError, match="no row has a usable label"):
         run.fine_tune(workbench.run_config(tmp_path / "run", precondition=str(other)))
     assert not (tmp_path / "run" / "ledger.jsonl").exists()
+
+
+def shared_with_private(tmp_path, kind, name):
+    private = workbench.rows(task=kind)
+    strange = [{key: f"{value} of somebody else" for key, value in row.items() if key != "label"} for row in private]
+    longest = sorted(private, key=lambda row: -min(len(text) for key, text in row.items() if key != "label"))
+    path = tmp_path / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*strange, *longest[:3], {"text": ""}]))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["classification", "causal-lm", "pairs"])
+@pytest.mark.parametrize("how", ["basis=public", "basis=hybrid", "warm_start", "precondition"])
+def test_a_public_file_with_private_rows_is_refused(tmp_path, kind, how):
+    if kind != "classification" and how == "warm_start":
+        pytest.skip("a head's")
+    path = shared_with_private(tmp_path, kind, "secret.jsonl")
+    name, _, basis = how.partition("=")
+    task = "classification" if kind == "classification" else "causal-lm"
+    changes = {name: f"{basis}:{path}" if basis else str(path), "data": str(workbench.data_file(kind))}
+    with pytest.raises(DataError) as caught:
+        run.fine_tune(workbench.run_config(tmp_path / "run", task, **changes))
+    assert "3 of the 64 rows" in str(caught.value)
+    assert not any(word in str(caught.value) for word in workbench.CANARIES)
+    assert not (tmp_path / "run").exists()
+
+
+def test_short_texts_are_nobodys_own():
+    private = Table("p", {"text": ["ok", "thanks", "a  text of\nsome length"], "label": ["x", "y", "x"]})
+    check_not_shared(private, Table("q", {"text": ["ok", "thanks"]}), Columns(), "classification")
+    copy = Table("q", {"text": ["a text of some length ", "ok"], "label": ["y", "y"]})
+    with pytest.raises(DataError, match="1 of the 2 rows of q, named as public, are in the private data"):
+        check_not_shared(private, copy, Columns(), "classification")
+
+
+def test_second_moments_are_not_those_of_the_first_rows(tiny, monkeypatch):
+    adapter, seen = tiny.adapter(tiny.base("bert")), []
+
+    def collate(examples, length):
+        seen.extend(example["labels"] for example in examples)
+        return Collator(0)(examples, length)
+
+    monkeypatch.setattr("dpsb.precondition.EXAMPLES", 12)
+    by_label = sorted(workbench.examples(60), key=lambda example: example["labels"])
+    public_row_scale(adapter, classification_loss, by_label, collate, workbench.PADDED, 64)
+    assert len(seen) == 12
+    assert set(seen) == {0, 1, 2}
 
 
 def test_canaries_and_a_scale_do_not_go_together(tiny, tmp_path):
