@@ -9,9 +9,8 @@ import torch
 from dpsb.adapter import lora_layers
 from dpsb.baselines.build import adapt, add_method, peft_config_class
 from dpsb.baselines.methods import PEFT_INITS, method_named
-from dpsb.basis.budget import basis_noise_multiplier
 from dpsb.basis.hybrid import check_width
-from dpsb.basis_spec import RELEASED, parse_basis
+from dpsb.basis_spec import parse_basis
 from dpsb.config import RunConfig
 from dpsb.curves.cells import pairs
 from dpsb.curves.entries import CurveError, Entry
@@ -19,16 +18,16 @@ from dpsb.curves.settings import CurveSettings
 from dpsb.models import QuantizedConfigError, add_lora, empty_base
 from dpsb.prepare import targets_of
 
-_SOME_DELTA, _SOME_LABELS = 1e-5, 2
-"""Stand-ins for what only the data tell; nothing that is checked here depends on them."""
+_SOME_LABELS = 2
+"""Stands in for what only the data tell; nothing that is checked here depends on it."""
 
 
 def check_methods(settings: CurveSettings) -> None:
     """Raises one sentence on the first method whose every run would fail, before another one has spent epsilon.
 
-    Checked are names of PEFT's, targets and rank against the shapes of the model, the width of a hybrid, the share of a
-    paid basis. The model is built without weights, so this costs seconds at most; one whose config does not tell its
-    shapes (a quantized one) is left to the cells.
+    Checked are names of PEFT's, targets and rank against the shapes of the model, the width of a hybrid. The
+    model is built without weights, so this costs seconds at most; one whose config does not tell its shapes (a
+    quantized one) is left to the cells.
 
     Raises:
       CurveError: With the method as the user wrote it.
@@ -39,7 +38,6 @@ def check_methods(settings: CurveSettings) -> None:
     for entry, epsilon in first.items():
         config = settings.run(entry, epsilon, settings.rates[entry.text][0], Path("cell"))
         try:
-            _check_share(config)
             _check_shapes(config)
         except QuantizedConfigError:
             continue
@@ -59,10 +57,3 @@ def _check_shapes(config: RunConfig) -> None:
                 check_width(layers, config.rank, config.basis_width)
         else:
             peft_config_class(method)
-
-
-def _check_share(config: RunConfig) -> None:
-    spec = parse_basis(config.basis)
-    chosen_privately = len(spec.sources) > 1 and config.basis_choice == "private"
-    if config.basis_share is not None and (spec.kind in RELEASED or chosen_privately):
-        basis_noise_multiplier(epsilon=config.epsilon, delta=config.delta or _SOME_DELTA, share=config.basis_share)

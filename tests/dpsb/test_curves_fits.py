@@ -19,7 +19,6 @@ ALL = [*METHODS, "sb:random", "sb:hybrid", "sb:private", *(f"peft:{name}" for na
         ({"rank": 40}, "head-only,peft:pissa", "'peft:pissa' cannot be run: rank=40 exceeds"),
         ({"basis_width": 33}, "lora,sb:hybrid", "'sb:hybrid' cannot be run: basis_width=33 exceeds the smaller side"),
         ({"basis_width": 3}, "lora,sb:hybrid", "'sb:hybrid' cannot be run: Expected basis_width=3 of at least"),
-        ({"basis_share": 0.95}, "lora,sb:private", "'sb:private' cannot be run: basis_share=0.95 leaves no budget"),
         ({}, "lora,peft:NoneSuch", "'peft:NoneSuch' cannot be run: .*PEFT has no such method"),
         ({"targets": "none_such"}, "head-only,lora", "'lora' cannot be run: targets=.*do not fit"),
     ],
