@@ -77,7 +77,7 @@ def find(home: Path, ledger: Ledger, spec: RoundSpec, suffix: str = "") -> dict[
         raise ReplyLost(f"The reply of round {spec.round} was paid for and its file is gone.") from None
     if sha256(content).hexdigest() != ledger.files[name]:
         raise ReplyLost(f"The reply of round {spec.round} is not the one that the ledger binds.")
-    if _metadata(home / name, content).get("spec_sha256") != spec.digest:
+    if _header(content).get("spec_sha256") != spec.digest:
         raise SpecRefused(f"Round {spec.round} was answered from this theta under another specification.")
     return load(content)
 
@@ -103,7 +103,11 @@ def store(home: Path, ledger: Ledger, spec: RoundSpec, tensors: State, suffix: s
 def _metadata(path: Path, content: bytes) -> Mapping[str, str]:
     try:
         load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return _header(content)
     except (SafetensorError, ValueError):
         raise LedgerError(f"{path.name} cannot be read; it was damaged.") from None
+
+
+def _header(content: bytes) -> Mapping[str, str]:
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     return dict(header.get("__metadata__", {}))

@@ -23,6 +23,9 @@ from torch import nn
 
 from dpsb import basis as bases
 from dpsb.adapter import Adapter, attach
+from dpsb.basis.stage import Planned, Setup, plan_basis
+from dpsb.config import RunConfig
+from dpsb.inputs import Inputs
 from dpsb.losses import LossFn, causal_lm_loss, classification_loss
 from dpsb.models import HEAD_NAMES, add_lora, load_base
 from dpsb.sampling import bucket_of, length_buckets, own_length
@@ -283,6 +286,23 @@ def _show_indented(result: Mapping[str, Any], indent: str) -> None:
             _show_indented(value, indent + "  ")
         else:
             print(f"{indent}{name:<{width}}  {value}")
+
+
+def planned_basis(inputs: Inputs, config: RunConfig, delta: float) -> Planned:
+    """The basis that ``config`` names, or how it is released; ``inputs`` may have been read for another epsilon."""
+    return plan_basis(
+        Setup(
+            config=config,
+            model=inputs.model,
+            loss_fn=inputs.loss_fn,
+            collate=inputs.collate,
+            examples=inputs.prepared.examples,
+            public=inputs.prepared.public,
+            max_length=inputs.prepared.max_length,
+            delta=delta,
+            neighboring="zero_out",
+        )
+    )
 
 
 def shortest(synthetic: Sequence[Any], max_length: int) -> list[Any]:

@@ -34,13 +34,13 @@ import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 import torch
-from common import shortest
+from common import planned_basis, shortest
 
 from dpsb.adapter import attach, lora_layers
 from dpsb.baselines.build import adapt
 from dpsb.baselines.methods import method_named
 from dpsb.basis.release import PrivateExamples
-from dpsb.basis.stage import Planned, Setup, charge_leak, plan_basis, release_basis
+from dpsb.basis.stage import Planned, charge_leak, release_basis
 from dpsb.basis_spec import RELEASED, parse_basis
 from dpsb.config import RunConfig
 from dpsb.data import read_table
@@ -140,19 +140,7 @@ class Bench:
         """The basis, or how it is released; what a release costs depends on the target."""
         key = target if self.is_paid else 0.0
         if key not in self._planned:
-            inputs = self.inputs
-            setup = Setup(
-                config=replace(self.config, epsilon=target),
-                model=inputs.model,
-                loss_fn=inputs.loss_fn,
-                collate=inputs.collate,
-                examples=inputs.prepared.examples,
-                public=inputs.prepared.public,
-                max_length=inputs.prepared.max_length,
-                delta=DELTA,
-                neighboring="zero_out",
-            )
-            self._planned[key] = plan_basis(setup)
+            self._planned[key] = planned_basis(self.inputs, replace(self.config, epsilon=target), DELTA)
         return self._planned[key]
 
     def train(self, target: float, rate: float) -> Plan:

@@ -17,13 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import shortest
+from common import planned_basis, shortest
 from federated_rule import SEED, Combined, Rule, Silo, State, combine, head_of_state
 
 from dpsb.adapter import Adapter, attach
 from dpsb.baselines.build import adapt
 from dpsb.baselines.methods import method_named
-from dpsb.basis.stage import Setup, plan_basis
 from dpsb.config import RunConfig
 from dpsb.data import read_table, tokenize_classification
 from dpsb.evaluate import evaluate
@@ -111,7 +110,11 @@ class Bench:
         source = f"public:{files['public']}" if method.endswith(PUBLIC) else "weight"
         inputs = self.inputs = read_inputs(replace(config, method=kind.name).with_basis(source), warm=False)
         model, labels, prepared = inputs.model, inputs.prepared.labels, inputs.prepared
-        self.adapter: Adapter = self._cores() if kind.kind == "cores" else adapt(model, kind)
+        if kind.kind == "cores":
+            made = planned_basis(inputs, inputs.config, config.delta or 1e-5).basis
+            self.adapter: Adapter = attach(model, made, allow=HEAD_NAMES)
+        else:
+            self.adapter = adapt(model, kind)
         self.held_out = {
             name: tokenize_classification(
                 read_table(str(file)), columns_of(config), inputs.tokenizer, labels, prepared.max_length
@@ -126,22 +129,6 @@ class Bench:
         self._kept.enter_context(remember_frozen_prefix(model))
         self._theta, self._factors = self.adapter.state(), self.rule.pairs(self.adapter.state())
         self._base = {name: layer.get_base_layer().weight.detach().clone() for name, layer in self.rule.layers.items()}
-
-    def _cores(self) -> Adapter:
-        """The adapter of R on the basis that the settings name; no private example is needed."""
-        inputs = self.inputs
-        setup = Setup(
-            config=inputs.config,
-            model=inputs.model,
-            loss_fn=inputs.loss_fn,
-            collate=inputs.collate,
-            examples=(),
-            public=inputs.prepared.public,
-            max_length=inputs.prepared.max_length,
-            delta=inputs.config.delta or 1e-5,
-            neighboring="zero_out",
-        )
-        return attach(inputs.model, plan_basis(setup).basis, allow=HEAD_NAMES)
 
     def close(self) -> None:
         """Forgets the hidden states."""
