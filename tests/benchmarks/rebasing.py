@@ -1,19 +1,21 @@
 """Periodic re-basing: every so many steps B R A goes into the frozen weights, R back to 0, and new directions come in.
 
-    python tests/benchmarks/rebasing.py --data-dir DIR --out DIR --periods 0,20,10 --repeats 3
+    python tests/benchmarks/rebasing.py --data-dir DIR --out DIR --basis random --periods 0,20,10 --repeats 3
 
 It reads released R and public directions only, so it is post-processing: no epsilon is spent. What is measured is
-whether it helps: R-only on random directions, everything else as in `utility.py`; period 0 is without. Prints a JSON
-object for each run and keeps it in --out, so that a second start goes on. With --freeze-head-after S the head is left
-where it is from step S on (its rows are still clipped along).
+whether it helps: R-only on random directions, or with --basis near on those of a public gradient, taken anew at the
+weights and the head that training has reached; everything else as in `utility.py`. Period 0 is without. Prints a JSON
+object for each run and keeps it in --out, so that a second start goes on; then a table. With --freeze-head-after S the
+head is left where it is from step S on (its rows are still clipped along).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,42 +24,90 @@ import torch
 from utility import TARGETS, TASKS, write_parts
 
 from dpsb import basis
-from dpsb.adapter import Adapter, attach, lora_layers
+from dpsb.adapter import Adapter, Factors, attach
+from dpsb.basis.stage import Setup, plan_basis
 from dpsb.config import RunConfig
 from dpsb.head_share import clip_parts
-from dpsb.inputs import read_inputs
+from dpsb.inputs import Inputs, read_inputs
 from dpsb.models import HEAD_NAMES, in_head
 from dpsb.optimizers import make_optimizer
 from dpsb.plan import make_plan
 from dpsb.train import private_steps
 from dpsb_accounting import Ledger
 
+DELTA = 1e-5
 
-def rebase(adapter: Adapter, optimizer: torch.optim.Optimizer) -> None:
-    """Folds the update into the base weights and starts again at R = 0 on new random directions."""
+NewFactors = Callable[[Adapter], Mapping[str, Factors]]
+
+
+def rebase(adapter: Adapter, optimizer: torch.optim.Optimizer, new_factors: NewFactors) -> None:
+    """Folds the update into the base weights and starts again at R = 0 on new directions."""
     with torch.no_grad():
         for core in adapter.cores:
-            down, up = core.layer.lora_A[adapter.adapter_name], core.up
             weight = core.layer.get_base_layer().weight
-            weight += (up.weight @ down.weight).to(weight.dtype)
-            for buffer, transposed in ((down.weight, True), (up.up, False)):
-                frame = torch.linalg.qr(torch.randn(max(buffer.shape), min(buffer.shape))).Q
-                buffer.copy_(frame.T if transposed else frame)
-            up.core.weight.zero_()
-            optimizer.state.pop(up.core.weight, None)
+            weight += (core.up.weight @ core.layer.lora_A[adapter.adapter_name].weight).to(weight.dtype)
+            core.up.core.weight.zero_()
+            optimizer.state.pop(core.up.core.weight, None)
+    chosen = new_factors(adapter)
+    with torch.no_grad():
+        for core in adapter.cores:
+            core.layer.lora_A[adapter.adapter_name].weight.copy_(chosen[core.name].A)
+            core.up.up.copy_(chosen[core.name].B)
+
+
+def random_factors(adapter: Adapter) -> Mapping[str, Factors]:
+    """New random directions for every layer."""
+    found = {}
+    for core in adapter.cores:
+        rank = core.up.core.weight.shape[0]
+        frames = [torch.linalg.qr(torch.randn(side, rank)).Q for side in core.layer.get_base_layer().weight.shape]
+        found[core.name] = Factors(A=frames[1].T, B=frames[0])
+    return found
+
+
+def public_factors(config: RunConfig, twin: Inputs) -> NewFactors:
+    """The leading directions of the public gradient at the weights and the head that training has reached."""
+
+    def factors(adapter: Adapter) -> Mapping[str, Factors]:
+        own = dict(twin.model.named_modules())
+        with torch.no_grad():
+            for core in adapter.cores:
+                own[core.name].get_base_layer().weight.copy_(core.layer.get_base_layer().weight)
+            for name, parameter in adapter.named_parameters():
+                if in_head(name):
+                    twin.model.get_parameter(name).copy_(parameter)
+        return first_basis(config, twin).factors
+
+    return factors
+
+
+def first_basis(config: RunConfig, inputs: Inputs) -> basis.Basis:
+    """The basis that the settings name, for a model without an adapter of ours."""
+    prepared = inputs.prepared
+    setup = Setup(
+        config=config,
+        model=inputs.model,
+        loss_fn=inputs.loss_fn,
+        collate=inputs.collate,
+        examples=prepared.examples,
+        public=prepared.public,
+        max_length=prepared.max_length,
+        delta=DELTA,
+        neighboring="add_or_remove_one",
+    )
+    return plan_basis(setup).basis
 
 
 def one_run(config: RunConfig, period: int, freeze_head_after: int | None) -> dict[str, Any]:
     """Trains and evaluates; returns its metrics."""
     inputs = read_inputs(config, warm=True)
     prepared = inputs.prepared
-    adapter = attach(inputs.model, basis.random(inputs.model), allow=HEAD_NAMES)
-    if not lora_layers(inputs.model):
-        raise ValueError("nothing is adapted")
+    new_factors = public_factors(config, read_inputs(config, warm=True)) if prepared.public else random_factors
+    adapter = attach(inputs.model, first_basis(config, inputs), allow=HEAD_NAMES)
     parts = {} if config.head_share is None else {"clip_parts": clip_parts(adapter, config.head_share)}
     plan = make_plan(
         epsilon=config.epsilon,
-        delta=config.delta or 1e-5,
+        delta=DELTA,
         num_examples=len(prepared.examples),
         num_examples_declared=False,
         expected_batch_size=config.expected_batch_size,
@@ -88,7 +138,7 @@ def one_run(config: RunConfig, period: int, freeze_head_after: int | None) -> di
                     for head, value in zip(heads, frozen, strict=True):
                         head.copy_(value)
             if period and progress.step % period == 0 and progress.step < progress.steps:
-                rebase(adapter, optimizer)
+                rebase(adapter, optimizer, new_factors)
     return inputs.metrics()
 
 
@@ -97,6 +147,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with NAME.parquet")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--set", choices=list(TASKS), default="banking77", help="default banking77")
+    parser.add_argument("--basis", choices=["random", "near"], default="random", help="default random")
     parser.add_argument("--periods", default="0,20,10", help="steps between two re-basings; default 0,20,10")
     parser.add_argument("--repeats", type=int, default=3, help="default 3")
     parser.add_argument("--epsilon", type=float, default=3.0, help="default 3")
@@ -113,8 +164,9 @@ def main() -> None:
         eval_data=str(parts["test"]),
         out=str(options.out),
         labels=",".join(labels),
+        basis="random" if options.basis == "random" else f"public:{parts['near']}",
         epsilon=options.epsilon,
-        delta=1e-5,
+        delta=DELTA,
         steps=40,
         max_length=task.max_length,
         targets=TARGETS["top2"],
@@ -123,14 +175,19 @@ def main() -> None:
         head_learning_rate=0.1,
         head_share=options.head_share,
     )
+    found: dict[int, list[float]] = {}
     for repeat in range(1, options.repeats + 1):
         for period in (int(part) for part in options.periods.split(",")):
-            name = f"period{period}-share{options.head_share}-freeze{options.freeze_head_after}-run{repeat}.json"
-            file = options.out / name
+            told = f"period{period}-share{options.head_share}-freeze{options.freeze_head_after}-lr{options.lr:g}"
+            file = options.out / f"{options.set}-{options.basis}-{told}-run{repeat}.json"
             if not file.exists():
-                found = one_run(replace(config), period, options.freeze_head_after)
-                file.write_text(json.dumps({"period": period, "repeat": repeat, **found}) + "\n")
-            print(f"{name}: {file.read_text().strip()}", flush=True)
+                metrics = one_run(config, period, options.freeze_head_after)
+                file.write_text(json.dumps({"period": period, "repeat": repeat, **metrics}) + "\n")
+            found.setdefault(period, []).append(json.loads(file.read_text())["accuracy"])
+            print(f"{file.name}: {file.read_text().strip()}", flush=True)
+    for period, values in found.items():
+        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        print(f"| {options.basis} | {period or 'never'} | {statistics.fmean(values):.3f}{spread} ({len(values)}) |")
 
 
 if __name__ == "__main__":

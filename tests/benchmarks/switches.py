@@ -23,12 +23,13 @@ import pyarrow.parquet as pq
 from utility import TARGETS, TASKS, Task, write_parts
 
 EPSILON, METHOD = "3", "sb:weight"
-ADAM, SGD = "0.02|0.05|0.12", "0.3|1|3"
+ADAM, SGD, HEAD = "0.02|0.05|0.12", "0.3|1|3", "0.003|0.01|0.03"
 USUAL = {"--auto-clip": "", "--rank": "16", "--expected-batch-size": "256", "--steps": "40", "--head-lr": "0.1"}
 SWITCHES: dict[str, dict[str, str | None]] = {
     "reference": {},
     "warm start, near": {"--warm-start": "near"},
     "warm start, near, head rate 0.01": {"--warm-start": "near", "--head-lr": "0.01"},
+    "head alone, warm start, near": {"method": "head-only", "--warm-start": "near", "--head-lr": None},
     "second moments, near": {"--precondition": "near"},
     "near basis, second moments": {"basis": "public", "--precondition": "near"},
     "near basis, warm start, second moments": {"basis": "public", "--warm-start": "near", "--precondition": "near"},
@@ -36,22 +37,24 @@ SWITCHES: dict[str, dict[str, str | None]] = {
     "flat clipping, C = 1": {"--auto-clip": None},
     "adaptive clipping, q = 0.5": {"--auto-clip": None, "--adaptive-clip": "0.5"},
     "adam-corrected": {"--optimizer": "adam-corrected"},
+    "adamw, decay 0.01": {"--optimizer": "adamw", "--weight-decay": "0.01"},
     "sgd, momentum 0.9": {"--optimizer": "sgd", "--head-lr": None},
     "constant rate": {"--schedule": "constant"},
-    "rank 4": {"--rank": "4"},
-    "rank 64": {"--rank": "64"},
+    "cosine decay": {"--schedule": "cosine"},
+    **{f"rank {rank}": {"--rank": str(rank)} for rank in (2, 4, 8, 32, 64, 128)},
     "128 x 80": {"--expected-batch-size": "128", "--steps": "80"},
     "512 x 20": {"--expected-batch-size": "512", "--steps": "20"},
 }
-"""What differs from the usual options; None leaves one out, "near" stands for the file of public rows, and the basis
-"public" is that file's."""
+"""What differs from the usual options; None leaves one out, "near" stands for the file of public rows, the basis
+"public" is that file's, and "method" is another method."""
 
 
 def sweep(task: Task, parts: dict[str, Path], out: Path, options: argparse.Namespace, changes: dict[str, Any]) -> None:
     """The runs of one switch, by the command line."""
     labels = sorted(set(pq.read_table(parts["private"])["label"].to_pylist()))
-    method = f"sb:public:{parts['near']}" if changes.get("basis") == "public" else METHOD
-    rates = SGD if changes.get("--optimizer") == "sgd" else ADAM
+    near = f"sb:public:{parts['near']}" if changes.get("basis") == "public" else METHOD
+    method = changes.get("method", near)
+    rates = SGD if changes.get("--optimizer") == "sgd" else HEAD if method == "head-only" else ADAM
     command = [
         *(sys.executable, "-m", "dpsb.cli", "curve", "--out", str(out), "--model", "minilm"),
         *("--data", str(parts["private"]), "--eval-data", str(parts["test"]), "--labels", ",".join(labels)),
@@ -61,7 +64,7 @@ def sweep(task: Task, parts: dict[str, Path], out: Path, options: argparse.Names
         *("--token-budget", "2048", "--processes", str(options.processes), "--json"),
     ]
     for name, value in {**USUAL, **changes}.items():
-        if value is not None and name != "basis":
+        if value is not None and name.startswith("--"):
             command += [name, str(parts["near"]) if value == "near" else value] if value else [name]
     if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
         print(f"some runs of {out.name} failed; see {out}", flush=True)
