@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
 
 _NOTE = (
     "energy: share of the mean gradient's energy that the cores hold, measured on public examples that the basis was "
-    "not computed from (with several files: on the other files; own half: on the other half of its own). at most: for "
-    "a hybrid, if its release had no noise. rho: an example's gradient in the cores over that in the weights "
-    "(medians). signal / noise: of one step, mean gradient over noise, clip norm at the median row. private and hybrid "
-    "rows are forecasts: the release rehearsed on public examples, scaled to N, with its noise."
+    "not computed from (with several files: on the other files; own half: on the other half of its own). of own: "
+    "energy over what a basis of the judging file's own holds, which compares files. at most: for a hybrid, if its "
+    "release had no noise. rho: an example's gradient in the cores over that in the weights (medians). signal "
+    "/ noise: of one step, mean gradient over noise, clip norm at the median row. private and hybrid rows are "
+    "forecasts: the release rehearsed on public examples, scaled to N, with its noise."
 )
 
 
@@ -123,14 +125,26 @@ def _print(console: Console, found: Diagnosis) -> None:
     title = f"{found.layers} weights, rank {found.rank}: {found.numbers:,} numbers; hybrid width {found.width}"
     table = Table(title=title, title_justify="left")
     table.add_column("basis", overflow="fold")
-    for heading in ("energy", "own half", "at most", "rho", "signal / noise", "share of budget", "layers above noise"):
+    distinct = len({Path(entry.name).name for entry in found.sets}) == len(found.sets)
+    for heading in (
+        "energy",
+        "of own",
+        "own half",
+        "at most",
+        "rho",
+        "signal / noise",
+        "share of budget",
+        "above noise",
+    ):
         table.add_column(heading, justify="right")
     for row in found.bases:
-        shares = [_percent(row.energy), _percent(row.own_half), _percent(row.at_most)]
+        kind, colon, file = row.basis.partition(":")
+        name = kind + colon + (Path(file).name if distinct else file)
+        shares = [_percent(row.energy), _percent(row.of_own), _percent(row.own_half), _percent(row.at_most)]
         numbers = ["-" if value is None else f"{value:.3g}" for value in (row.rho, row.snr_per_step)]
         cost = _percent(row.share) if row.paid else "free"
         style = "bold" if row.basis == found.recommended else None
-        table.add_row(escape(row.basis), *shares, *numbers, cost, _percent(row.visible_layers), style=style)
+        table.add_row(escape(name), *shares, *numbers, cost, _percent(row.visible_layers), style=style)
     console.print(table)
     for entry in found.sets:
         facts = (
