@@ -102,6 +102,7 @@ def model_card(report: Report, plan: Plan, chosen: str | None = None) -> str:
     whole = method.kind == "model"
     what = "Model" if whole else "Adapter"
     rank = "" if whole else f", rank {details.get('rank', '')} on {details.get('targets', '')}"
+    rank += f", re-based every {details['rebase_every']} steps" if "rebase_every" in details else ""
     base, extra_import = _PACKAGED.get(str(details.get("model")), (repr(details.get("model", "BASE")), ""))
     task = f"{details.get('task', '')} ({', '.join(labels)})" if labels else details.get("task", "")
     choice = ""

@@ -33,6 +33,7 @@ BASIS_SETTINGS: dict[str, tuple[Any, str]] = {
     "basis_width": (None, "'hybrid'"),
     "basis_rounds": (None, "'private'"),
     "basis_choice": ("public", "'public' with several files"),
+    "rebase_every": (None, "'random' and 'public' (chosen without the private data)"),
 }
 """Settings of a run that only some bases read: the value that says nothing, and what they are for."""
 
@@ -91,6 +92,7 @@ def settings_for(spec: BasisSpec, choice: str) -> set[str]:
     several = spec.kind == "public" and len(spec.sources) > 1
     paid = spec.kind in RELEASED or (several and choice == "private")
     used = {"basis_share", "basis_clip_norm", "basis_sampling_prob"} if paid else set()
+    used |= {"rebase_every"} if spec.kind in ("random", "public") and not paid else set()
     own = {"hybrid": "basis_width", "private": "basis_rounds", "public": "basis_choice"}
     return used | ({own[spec.kind]} if spec.kind in RELEASED or several else set())
 

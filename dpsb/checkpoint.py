@@ -23,6 +23,7 @@ from dpsb_accounting.files import flush
 
 if TYPE_CHECKING:
     from dpsb.adapter import Adapter
+    from dpsb.rebasing import Rebasing
 
 _SCHEMA = "dpsb-checkpoint/1"
 _CURRENT, _OLD = "checkpoint", "checkpoint.old"
@@ -60,10 +61,12 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     ledger: Ledger,
     l2_clip_norm: float | None = None,
+    rebasing: Rebasing | None = None,
 ) -> None:
     """Writes theta, the optimizer and the ledger's position to ``run_dir/checkpoint``, atomically.
 
-    ``l2_clip_norm`` is where an adaptive C stands: a released number, like theta.
+    ``l2_clip_norm`` is where an adaptive C stands: a released number, like theta. ``rebasing`` adds its
+    windows.
 
     Raises:
       OSError: If the disk does not take it; the checkpoint before it stays.
@@ -71,6 +74,8 @@ def save_checkpoint(
     try:
         with replacing(run_dir / _CURRENT) as folder:
             write_state(folder, adapter, optimizer, ledger, l2_clip_norm)
+            if rebasing is not None:
+                rebasing.save(folder, adapter)
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"A checkpoint in {run_dir} cannot be written ({error}); charged steps are spent, a resumed run goes on "
@@ -100,7 +105,13 @@ def write_state(
     (folder / STATE_NAME).write_text(json.dumps(facts, indent=1))
 
 
-def load_checkpoint(run_dir: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, ledger: Ledger) -> bool:
+def load_checkpoint(
+    run_dir: Path,
+    adapter: Adapter,
+    optimizer: torch.optim.Optimizer,
+    ledger: Ledger,
+    rebasing: Rebasing | None = None,
+) -> bool:
     """Puts the last checkpoint of ``run_dir`` into ``adapter`` and ``optimizer``. Returns False if there is none.
 
     Steps that the ledger holds beyond the checkpoint are spent and their updates lost.
@@ -113,6 +124,11 @@ def load_checkpoint(run_dir: Path, adapter: Adapter, optimizer: torch.optim.Opti
     if folder is None:
         return False
     read_state(folder, adapter, optimizer, ledger)
+    if rebasing is not None:
+        try:
+            rebasing.load(folder, adapter)
+        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+            raise _unreadable(folder, error) from None
     return True
 
 
@@ -129,7 +145,7 @@ def read_state(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer,
         facts = json.loads((folder / STATE_NAME).read_text())
         theta, tensors = load_file(folder / THETA_NAME), load_file(folder / "optimizer.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise LedgerError(f"{folder} cannot be read ({type(error).__name__}); start a new run elsewhere.") from None
+        raise _unreadable(folder, error) from None
     if facts.get("schema") != _SCHEMA or facts.get("run_id") != ledger.run_id:
         raise LedgerError(f"{folder} does not belong to the ledger beside it; start a new run in another folder.")
     ledger.check_not_behind(facts["ledger_length"], facts["ledger_head"])
@@ -152,6 +168,10 @@ def remove_checkpoint(run_dir: Path) -> None:
     """Deletes what only a resume needs, once the run's results are on disk."""
     for name in (_CURRENT, _OLD, f"{_CURRENT}.new"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
+
+
+def _unreadable(folder: Path, error: Exception) -> LedgerError:
+    return LedgerError(f"{folder} cannot be read ({type(error).__name__}); start a new run elsewhere.")
 
 
 def _flatten(value: Any, path: str = "") -> tuple[dict[str, torch.Tensor], Any]:

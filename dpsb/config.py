@@ -64,6 +64,8 @@ class RunConfig:
       basis_clip_norm: Clip norm of the basis release; by default every example's gradient is normalized.
       basis_sampling_prob: Probability with which an example is in a basis release; by default all are.
       basis_choice: Of several public files: ``"public"`` (ranked by each other) or ``"private"`` (a charged score).
+      rebase_every: For ``"random"`` and ``"public"``: every so many steps the update goes into the frozen weights and
+        new directions are taken (:mod:`dpsb.rebasing`). Costs no epsilon.
       allow_non_private_basis: Must be set for ``"leak"``; the run then claims nothing.
       targets: ``"all-linear"``, names of modules separated by commas, or ``"re:"`` and a regular expression for whole
         module names.
@@ -125,6 +127,7 @@ class RunConfig:
     basis_clip_norm: float | None = None
     basis_sampling_prob: float = 1.0
     basis_choice: str = "public"
+    rebase_every: int | None = None
     allow_non_private_basis: bool = False
     targets: str = "all-linear"
     pooling: str = "auto"
@@ -192,7 +195,7 @@ class RunConfig:
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(f"Expected steps={self.steps!r} or epochs={self.epochs!r}, not both.")
         counts = ("rank", "max_length", "token_budget", "expected_batch_size", "num_examples", "steps")
-        for name in (*counts, "tokens_per_example", "examples_per_unit"):
+        for name in (*counts, "tokens_per_example", "examples_per_unit", "rebase_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name}={getattr(self, name)!r} of at least 1.")
         if self.checkpoint_every < 0:
@@ -300,6 +303,11 @@ class RunConfig:
         for name, least in (("basis_rounds", 0), ("basis_width", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ConfigError(f"Expected {name}={getattr(self, name)!r} of at least {least}.")
+        if self.rebases and (self.dtype != "float32" or self.precondition or self.shard_base):
+            raise ConfigError(
+                f"rebase_every={self.rebase_every!r} adds to the frozen weights: it takes dtype 'float32', no "
+                "shard_base, and no precondition (whose scale is that of the first directions)."
+            )
         if not self.part_of_sweep:  # what a sweep shares may be for another of its methods
             self._check_basis_settings_used()
 
@@ -311,6 +319,12 @@ class RunConfig:
                     f"{name}={getattr(self, name)!r} is for {purpose}, so basis={self.basis!r} would ignore it: leave "
                     f"out {name}."
                 )
+
+    @property
+    def rebases(self) -> bool:
+        """Whether new directions are taken during training."""
+        spec = parse_basis(self.basis)
+        return self.rebase_every is not None and "rebase_every" in settings_for(spec, self.basis_choice)
 
     @property
     def clipping(self) -> str:

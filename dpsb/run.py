@@ -16,28 +16,31 @@ from dpsb.baselines.build import adapt, lora_xs
 from dpsb.baselines.methods import method_named
 from dpsb.basis.budget import realised_share
 from dpsb.basis.release import PrivateExamples
-from dpsb.basis.stage import BASIS_NAME, Planned, Setup, charge_leak, chosen_file, plan_basis, release_basis
+from dpsb.basis.stage import (
+    BASIS_NAME,
+    Planned,
+    Setup,
+    charge_leak,
+    chosen_file,
+    plan_basis,
+    release_basis,
+)
 from dpsb.canaries import CanaryAudit
 from dpsb.checkpoint import remove_checkpoint
 from dpsb.config import ConfigError, RunConfig
-from dpsb.data import (
-    Collator,
-)
+from dpsb.data import Collator
 from dpsb.distributed.assist import lead
 from dpsb.distributed.team import Team
 from dpsb.frozen_prefix import remember_frozen_prefix
 from dpsb.head_share import clip_parts
 from dpsb.inputs import read_inputs
 from dpsb.losses import LossFn
-from dpsb.models import (
-    HEAD_NAMES,
-    MeanPooledClassifier,
-    target_shapes,
-)
+from dpsb.models import HEAD_NAMES, MeanPooledClassifier, target_shapes
 from dpsb.optimizers import make_optimizer
 from dpsb.plan import differing, make_plan, relation_for
 from dpsb.prepare import Prepared, input_shape, losses_by_example
 from dpsb.randomness import Randomness, SeededRandomness, SystemRandomness
+from dpsb.rebasing import rebasing_of
 from dpsb.sampling import length_buckets
 from dpsb.selftest.start import check_before_run
 from dpsb.start import START_NAME, attach_again, cut_off, digest, read_start, start_of
@@ -107,10 +110,7 @@ def fine_tune(
         what is wrong and what to do; nothing half-written is left behind.
     """
     out = Path(config.out)
-    if config.shard_base and team is None:
-        raise ConfigError("shard_base cuts the base over the processes of torchrun; start the run with torchrun.")
-    if config.unit_column is not None and team is not None:
-        raise ConfigError(f"unit_column={config.unit_column!r} is not there for several processes; start one.")
+    _check_processes(config, team)
     _check_folder(out, resume)
     callbacks.on_status("reading data and model")
     inputs = read_inputs(config, warm=not resume)
@@ -118,11 +118,12 @@ def fine_tune(
     collate, loss_fn, method = inputs.collate, inputs.loss_fn, method_named(config.method)
 
     existing = Ledger.read(out / LEDGER_NAME).plan if resume else None
+    setup = _setup(config, model, prepared, collate, loss_fn)
     planned: Planned | None = None
     if existing is None:
         if method.kind == "cores":
             callbacks.on_status(f"computing the basis ({config.basis})")
-            planned = _planned_basis(config, model, prepared, collate, loss_fn)
+            planned = _planned_basis(setup)
             adapter = attach(model, planned.basis, allow=HEAD_NAMES)
         else:
             adapter = adapt(model, method)
@@ -130,6 +131,7 @@ def fine_tune(
     else:
         start = read_start(out, existing)
         adapter = attach_again(model, start, existing)
+    rebasing = rebasing_of(setup, adapter)
     callbacks.on_status("making the plan")
     provenance = adapter.provenance if planned is None else planned.provenance
     plan = _plan(config, adapter, prepared, provenance, planned.phases if planned else (), start, existing)
@@ -184,12 +186,14 @@ def fine_tune(
             row_scale=scale,
             canaries=None if audit is None else audit.rows,
             team=leader,
+            rebasing=rebasing,
             on_step=callbacks.on_step,
         )
         if leader is not None:
             leader.stop()
         if audit is not None:
             audit.finish(losses, prepared.members, prepared.held_out, model)
+        adapter = adapter if rebasing is None else rebasing.unfold(adapter)
         held_out: dict[str, float] = {}
         if prepared.held_out is not None:
             callbacks.on_status("evaluating on held-out data")
@@ -206,6 +210,14 @@ def _remove_resumable(out: Path) -> None:
     remove_checkpoint(out)
     for name in (START_NAME, BASIS_NAME):
         (out / name).unlink(missing_ok=True)
+
+
+def _check_processes(config: RunConfig, team: Team | None) -> None:
+    if config.shard_base and team is None:
+        raise ConfigError("shard_base cuts the base over the processes of torchrun; start the run with torchrun.")
+    for name, asked in (("unit_column", config.unit_column is not None), ("rebase_every", config.rebases)):
+        if asked and team is not None:
+            raise ConfigError(f"{name}={getattr(config, name)!r} is not there for several processes; start one.")
 
 
 def _check_folder(out: Path, resume: bool) -> None:
@@ -310,29 +322,32 @@ def run_details(config: RunConfig, model: Any, prepared: Prepared, start: bytes)
         "head_learning_rate": config.head_learning_rate or config.learning_rate,
         "schedule": config.schedule,
         "dtype": config.dtype,
+        **({"rebase_every": config.rebase_every} if config.rebases else {}),
         **{name: True for name in ("part_of_sweep", "chat_template") if getattr(config, name)},
         "tokens_per_example": config.tokens_per_example,
         "allow_dropout": config.allow_dropout,
     }
 
 
-def _planned_basis(config: RunConfig, model: Any, prepared: Prepared, collate: Collator, loss_fn: LossFn) -> Planned:
-    if config.method == "lora-xs":
-        basis = lora_xs(model)
-        return Planned(basis=basis, provenance=basis.provenance)
-    return plan_basis(
-        Setup(
-            config=config,
-            model=model,
-            loss_fn=loss_fn,
-            collate=collate,
-            examples=prepared.examples,
-            public=prepared.public,
-            max_length=prepared.max_length,
-            delta=_delta(config, prepared),
-            neighboring=relation_for(config.neighboring, config.num_examples is not None),
-        )
+def _setup(config: RunConfig, model: Any, prepared: Prepared, collate: Collator, loss_fn: LossFn) -> Setup:
+    return Setup(
+        config=config,
+        model=model,
+        loss_fn=loss_fn,
+        collate=collate,
+        examples=prepared.examples,
+        public=prepared.public,
+        max_length=prepared.max_length,
+        delta=_delta(config, prepared),
+        neighboring=relation_for(config.neighboring, config.num_examples is not None),
     )
+
+
+def _planned_basis(setup: Setup) -> Planned:
+    if setup.config.method != "lora-xs":
+        return plan_basis(setup)
+    basis = lora_xs(setup.model)
+    return Planned(basis=basis, provenance=basis.provenance)
 
 
 def _open_ledger(config: RunConfig, resume: bool, out: Path, plan: Plan, start: bytes) -> Ledger:

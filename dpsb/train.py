@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from dpsb.randomness import Randomness, SystemRandomness
 from dpsb.sampling import bucket_of, length_buckets, own_length
 from dpsb.withheld import StepError as StepError
 from dpsb_accounting import Ledger, Plan
+
+if TYPE_CHECKING:
+    from dpsb.rebasing import Rebasing
 
 _LARGEST_PROBE = 64
 
@@ -87,6 +90,7 @@ def fit(
     row_scale: torch.Tensor | None = None,
     canaries: Canaries | None = None,
     team: Sharing | None = None,
+    rebasing: Rebasing | None = None,
     on_step: Callable[[Progress], None] = lambda _progress: None,
 ) -> None:
     r"""Trains theta under the ledger's plan; every step is on disk before its data is drawn.
@@ -121,6 +125,7 @@ def fit(
       canaries: Rows that stand for no example, to audit the mechanism (``dpsb.canaries``). They are drawn, clipped and
         summed like any others, and taint the run.
       team: Other processes that take a part of each step (:mod:`dpsb.distributed`).
+      rebasing: Moves the window of the cores every so many steps (:mod:`dpsb.rebasing`).
       on_step: Called after every step with public numbers.
 
     Raises:
@@ -134,7 +139,8 @@ def fit(
     run_dir = ledger.path.parent
     base_rates = [float(group["lr"]) for group in optimizer.param_groups]
     check_start(adapter, ledger.plan, optimizer)
-    load_checkpoint(run_dir, adapter, optimizer, ledger)  # whatever the ledger holds: it may have been rolled back
+    # whatever the ledger holds: it may have been rolled back
+    load_checkpoint(run_dir, adapter, optimizer, ledger, rebasing)
     moved = saved_clip_norm(run_dir)
     steps = private_steps(
         adapter,
@@ -157,10 +163,12 @@ def fit(
     )
     with closing(steps):
         for progress, moved in steps:
+            if rebasing is not None:
+                rebasing.after_step(progress.step, progress.steps, adapter, optimizer)
             if knobs.checkpoint_every and progress.step % knobs.checkpoint_every == 0:
-                save_checkpoint(run_dir, adapter, optimizer, ledger, moved)
+                save_checkpoint(run_dir, adapter, optimizer, ledger, moved, rebasing)
             on_step(progress)
-    save_checkpoint(run_dir, adapter, optimizer, ledger, moved)
+    save_checkpoint(run_dir, adapter, optimizer, ledger, moved, rebasing)
 
 
 def private_steps(

@@ -53,6 +53,10 @@ def truncated_svd(
     return (Q @ U)[:, :rank].contiguous(), S[:rank], Vh[:rank].contiguous()
 
 
-def public_generator() -> torch.Generator:
-    """A fixed generator for *public* choices (a random basis, the start of an SVD); it never touches noise."""
-    return torch.Generator().manual_seed(0)
+def public_generator(number: int = 0) -> torch.Generator:
+    """A fixed generator for *public* choices (a random basis, the start of an SVD); it never touches noise.
+
+    Args:
+      number: Which of them, where a choice is made more than once.
+    """
+    return torch.Generator().manual_seed(number)

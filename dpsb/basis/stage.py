@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from dpsb.adapter import Adapter, Basis, Factors, Provenance, attach, detach, lora_layers
+from dpsb.basis._common import public_generator
 from dpsb.basis.budget import basis_phase, default_share
 from dpsb.basis.choose import choice_provenance, choose_privately, gradient_basis, rank_public
 from dpsb.basis.data_free import DATA_FREE
@@ -28,6 +29,7 @@ from dpsb.basis.sources import EXAMPLES, PublicSet, batches_of, public_gradients
 from dpsb.basis_spec import PHASE, parse_basis
 from dpsb.config import RunConfig
 from dpsb.data import DataError
+from dpsb.frozen_prefix import whole_model
 from dpsb.losses import LossFn
 from dpsb.models import HEAD_NAMES
 from dpsb.probe import Collate, Example
@@ -202,6 +204,24 @@ def _public(setup: Setup) -> Planned:
     chosen, said = _nearest(setup)
     provenance = Provenance(kind="public", access="public", detail=said)
     return Planned(basis=gradient_basis(setup.model, _gradients(setup, chosen), provenance), provenance=provenance)
+
+
+def new_factors(setup: Setup, provenance: Provenance) -> Callable[[int], Mapping[str, Factors]]:
+    """Directions for re-basing: other random ones, or those of the run's public file at the weights as they then are.
+
+    Args:
+      setup: With the model as it is trained.
+      provenance: Of the run's basis, ``"random"`` or ``"public"``.
+    """
+    if provenance.kind == "random":
+        return lambda window: random(setup.model, generator=public_generator(window)).factors
+    position = parse_basis(setup.config.basis).sources.index(str(provenance.detail["source"]))
+
+    def factors(_window: int) -> Mapping[str, Factors]:
+        with whole_model():
+            return gradient_basis(setup.model, _gradients(setup, setup.public[position]), provenance).factors
+
+    return factors
 
 
 def _nearest(setup: Setup) -> tuple[PublicSet, dict[str, str | int | float]]:

@@ -156,6 +156,14 @@ def train(
             help="Of several public files: public (ranked by each other, default) or private (a small charged score).",
         ),
     ] = None,
+    rebase_every: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel="Adapter",
+            help="random, public: every so many steps the update goes into the frozen weights and new directions are "
+            "taken. Costs no epsilon; the adapter's rank grows. \\[default: never]",
+        ),
+    ] = None,
     allow_non_private_basis: Annotated[
         bool | None,
         typer.Option("--allow-non-private-basis", rich_help_panel="Adapter", help="For --basis leak: claims nothing."),

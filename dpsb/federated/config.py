@@ -35,6 +35,7 @@ _NOT_FEDERATED = {
     "allow_dropout": "is not there for federations",
     "warm_start": "is not there for federations yet",
     "precondition": "is not there for federations yet",
+    "rebase_every": "is not there for federations yet",
     "head_share": "is not there for federations yet",
     "checkpoint_every": "is after each round",
 }

@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,66 +23,24 @@ import pyarrow.parquet as pq
 import torch
 from utility import TARGETS, TASKS, write_parts
 
-from dpsb import basis
-from dpsb.adapter import Adapter, Factors, attach
+from dpsb.adapter import attach
 from dpsb.basis.stage import Setup, plan_basis
 from dpsb.config import RunConfig
 from dpsb.head_share import clip_parts
-from dpsb.inputs import Inputs, read_inputs
+from dpsb.inputs import read_inputs
 from dpsb.models import HEAD_NAMES, in_head
 from dpsb.optimizers import make_optimizer
 from dpsb.plan import make_plan
+from dpsb.rebasing import rebasing_of
 from dpsb.train import private_steps
 from dpsb_accounting import Ledger
 
 DELTA = 1e-5
 
-NewFactors = Callable[[Adapter], Mapping[str, Factors]]
 
-
-def rebase(adapter: Adapter, optimizer: torch.optim.Optimizer, new_factors: NewFactors) -> None:
-    """Folds the update into the base weights and starts again at R = 0 on new directions."""
-    with torch.no_grad():
-        for core in adapter.cores:
-            weight = core.layer.get_base_layer().weight
-            weight += (core.up.weight @ core.layer.lora_A[adapter.adapter_name].weight).to(weight.dtype)
-            core.up.core.weight.zero_()
-            optimizer.state.pop(core.up.core.weight, None)
-    chosen = new_factors(adapter)
-    with torch.no_grad():
-        for core in adapter.cores:
-            core.layer.lora_A[adapter.adapter_name].weight.copy_(chosen[core.name].A)
-            core.up.up.copy_(chosen[core.name].B)
-
-
-def random_factors(adapter: Adapter) -> Mapping[str, Factors]:
-    """New random directions for every layer."""
-    found = {}
-    for core in adapter.cores:
-        rank = core.up.core.weight.shape[0]
-        frames = [torch.linalg.qr(torch.randn(side, rank)).Q for side in core.layer.get_base_layer().weight.shape]
-        found[core.name] = Factors(A=frames[1].T, B=frames[0])
-    return found
-
-
-def public_factors(config: RunConfig, twin: Inputs) -> NewFactors:
-    """The leading directions of the public gradient at the weights and the head that training has reached."""
-
-    def factors(adapter: Adapter) -> Mapping[str, Factors]:
-        own = dict(twin.model.named_modules())
-        with torch.no_grad():
-            for core in adapter.cores:
-                own[core.name].get_base_layer().weight.copy_(core.layer.get_base_layer().weight)
-            for name, parameter in adapter.named_parameters():
-                if in_head(name):
-                    twin.model.get_parameter(name).copy_(parameter)
-        return first_basis(config, twin).factors
-
-    return factors
-
-
-def first_basis(config: RunConfig, inputs: Inputs) -> basis.Basis:
-    """The basis that the settings name, for a model without an adapter of ours."""
+def one_run(config: RunConfig, freeze_head_after: int | None) -> dict[str, Any]:
+    """Trains and evaluates; returns its metrics."""
+    inputs = read_inputs(config, warm=True)
     prepared = inputs.prepared
     setup = Setup(
         config=config,
@@ -95,15 +53,8 @@ def first_basis(config: RunConfig, inputs: Inputs) -> basis.Basis:
         delta=DELTA,
         neighboring="add_or_remove_one",
     )
-    return plan_basis(setup).basis
-
-
-def one_run(config: RunConfig, period: int, freeze_head_after: int | None) -> dict[str, Any]:
-    """Trains and evaluates; returns its metrics."""
-    inputs = read_inputs(config, warm=True)
-    prepared = inputs.prepared
-    new_factors = public_factors(config, read_inputs(config, warm=True)) if prepared.public else random_factors
-    adapter = attach(inputs.model, first_basis(config, inputs), allow=HEAD_NAMES)
+    adapter = attach(inputs.model, plan_basis(setup).basis, allow=HEAD_NAMES)
+    rebasing = rebasing_of(setup, adapter)
     parts = {} if config.head_share is None else {"clip_parts": clip_parts(adapter, config.head_share)}
     plan = make_plan(
         epsilon=config.epsilon,
@@ -137,8 +88,8 @@ def one_run(config: RunConfig, period: int, freeze_head_after: int | None) -> di
                 with torch.no_grad():
                     for head, value in zip(heads, frozen, strict=True):
                         head.copy_(value)
-            if period and progress.step % period == 0 and progress.step < progress.steps:
-                rebase(adapter, optimizer, new_factors)
+            if rebasing is not None:
+                rebasing.after_step(progress.step, progress.steps, adapter, optimizer)
     return inputs.metrics()
 
 
@@ -181,7 +132,7 @@ def main() -> None:
             told = f"period{period}-share{options.head_share}-freeze{options.freeze_head_after}-lr{options.lr:g}"
             file = options.out / f"{options.set}-{options.basis}-{told}-run{repeat}.json"
             if not file.exists():
-                metrics = one_run(config, period, options.freeze_head_after)
+                metrics = one_run(replace(config, rebase_every=period or None), options.freeze_head_after)
                 file.write_text(json.dumps({"period": period, "repeat": repeat, **metrics}) + "\n")
             found.setdefault(period, []).append(json.loads(file.read_text())["accuracy"])
             print(f"{file.name}: {file.read_text().strip()}", flush=True)
