@@ -10,7 +10,7 @@ from dpsb.adapter import lora_layers
 from dpsb.baselines.build import adapt, add_method, peft_config_class
 from dpsb.baselines.methods import PEFT_INITS, method_named
 from dpsb.basis.hybrid import check_width
-from dpsb.basis_spec import parse_basis
+from dpsb.basis_spec import BASIS_SETTINGS, parse_basis, settings_for
 from dpsb.config import RunConfig
 from dpsb.curves.cells import pairs
 from dpsb.curves.entries import CurveError, Entry
@@ -25,13 +25,14 @@ _SOME_LABELS = 2
 def check_methods(settings: CurveSettings) -> None:
     """Raises one sentence on the first method whose every run would fail, before another one has spent epsilon.
 
-    Checked are names of PEFT's, targets and rank against the shapes of the model, the width of a hybrid. The
-    model is built without weights, so this costs seconds at most; one whose config does not tell its shapes (a
-    quantized one) is left to the cells.
+    Checked are settings of a basis that no method reads, names of PEFT's, targets and rank against the shapes of the
+    model, the width of a hybrid. The model is built without weights, so this costs seconds at most; one whose config
+    does not tell its shapes (a quantized one) is left to the cells.
 
     Raises:
       CurveError: With the method as the user wrote it.
     """
+    _check_settings_used(settings)
     first: dict[Entry, float] = {}
     for entry, epsilon in pairs(settings):
         first.setdefault(entry, epsilon)
@@ -43,6 +44,18 @@ def check_methods(settings: CurveSettings) -> None:
             continue
         except ValueError as error:
             raise CurveError(f"methods: {entry.text!r} cannot be run: {error}") from None
+
+
+def _check_settings_used(settings: CurveSettings) -> None:
+    bases = [parse_basis(entry.basis) for entry in settings.entries if entry.basis is not None]
+    choice = str(settings.shared.get("basis_choice", "public"))
+    for name, (unset, purpose) in BASIS_SETTINGS.items():
+        given = settings.shared.get(name, unset)
+        if given != unset and not any(name in settings_for(basis, choice) for basis in bases):
+            raise CurveError(
+                f"{name}={given!r} is for {purpose}, and none of the methods "
+                f"{', '.join(entry.text for entry in settings.entries)} is on such a basis: leave out {name}."
+            )
 
 
 def _check_shapes(config: RunConfig) -> None:

@@ -19,6 +19,12 @@ ALL = [*METHODS, "sb:random", "sb:hybrid", "sb:private", *(f"peft:{name}" for na
         ({"rank": 40}, "head-only,peft:pissa", "'peft:pissa' cannot be run: rank=40 exceeds"),
         ({"basis_width": 33}, "lora,sb:hybrid", "'sb:hybrid' cannot be run: basis_width=33 exceeds the smaller side"),
         ({"basis_width": 3}, "lora,sb:hybrid", "'sb:hybrid' cannot be run: Expected basis_width=3 of at least"),
+        (
+            {"basis_width": 32},
+            "lora,sb:private",
+            "basis_width=32 is for 'hybrid', and none of .*lora, sb:private is on",
+        ),
+        ({"rebase_every": 5}, "sb,lora", "rebase_every=5 is for 'random' and 'public'.*sb.*, lora is on"),
         ({}, "lora,peft:NoneSuch", "'peft:NoneSuch' cannot be run: .*PEFT has no such method"),
         ({"targets": "none_such"}, "head-only,lora", "'lora' cannot be run: targets=.*do not fit"),
     ],
@@ -53,6 +59,10 @@ def test_a_quantized_model_is_left_to_the_cells(monkeypatch):
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", quantized)
     check_methods(settings_of(shared(rank=40), methods="sb", epsilons="8"))
+
+
+def test_a_setting_that_one_method_reads_is_let_through_for_all():
+    check_methods(settings_of(shared(basis_width=16, rebase_every=5), methods="lora,sb:hybrid,sb:random", epsilons="8"))
 
 
 @pytest.mark.parametrize("name", ["warm_start", "precondition"])
