@@ -13,7 +13,8 @@ from typing import Any
 from dpsb.adapter import Adapter, Provenance, attach, lora_layers
 from dpsb.artifacts import save_run
 from dpsb.baselines.build import adapt, lora_xs
-from dpsb.baselines.methods import method_named
+from dpsb.baselines.methods import Method, method_named
+from dpsb.baselines.public_starts import public_start
 from dpsb.basis.budget import realised_share
 from dpsb.basis.release import PrivateExamples
 from dpsb.basis.stage import BASIS_NAME, Planned, Setup, charge_leak, chosen_file, plan_basis, release_basis
@@ -27,7 +28,7 @@ from dpsb.distributed.assist import lead
 from dpsb.distributed.team import Team
 from dpsb.frozen_prefix import remember_frozen_prefix
 from dpsb.head_share import clip_parts
-from dpsb.inputs import read_inputs
+from dpsb.inputs import Inputs, read_inputs
 from dpsb.losses import LossFn
 from dpsb.models import (
     HEAD_NAMES,
@@ -125,7 +126,7 @@ def fine_tune(
             planned = _planned_basis(config, model, prepared, collate, loss_fn)
             adapter = attach(model, planned.basis, allow=HEAD_NAMES)
         else:
-            adapter = adapt(model, method)
+            adapter = adapt(model, method, _public_start(inputs, method, callbacks))
         start = start_of(adapter)
     else:
         start = read_start(out, existing)
@@ -332,6 +333,24 @@ def _planned_basis(config: RunConfig, model: Any, prepared: Prepared, collate: C
             delta=_delta(config, prepared),
             neighboring=relation_for(config.neighboring, config.num_examples is not None),
         )
+    )
+
+
+def _public_start(inputs: Inputs, method: Method, callbacks: Callbacks) -> Provenance | None:
+    """Puts the factors where a method that reads public rows starts them; None for one that reads no data."""
+    if method.source is None:
+        return None
+    callbacks.on_status(f"computing the start ({method.name})")
+    config, prepared = inputs.config, inputs.prepared
+    return public_start(
+        inputs.model,
+        method,
+        inputs.loss_fn,
+        prepared.public[0],
+        inputs.collate,
+        prepared.max_length,
+        config.token_budget,
+        config.head_init_std,
     )
 
 
