@@ -320,7 +320,7 @@ def test_a_method_is_found_however_it_is_spelt(name):
     [
         ("peft:eva:a.csv,b.csv", "takes one public file, got 'a.csv,b.csv'"),
         ("peft:pissa:a.csv", "'peft:pissa:a.csv' takes no file; those that do are peft:eva:FILE, peft:lora_ga:FILE"),
-        ("peft:corda:a.csv", "is refused: its start reads data .*'peft:eva:FILE'"),
+        ("peft:corda:a.csv", "is refused: its start reads data; from public data start only 'peft:eva:FILE'"),
         ("peft:loftq:a.csv", "is refused: it quantizes"),
         ("peft:psoft", "is refused: it keeps its factor orthogonal.*use sb"),
         ("peft:", "peft:mica, peft:eva:FILE, peft:lora_ga:FILE, peft:<name"),
