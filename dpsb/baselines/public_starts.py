@@ -144,7 +144,7 @@ def lora_ga_factors(gradient: torch.Tensor, rank: int) -> tuple[torch.Tensor, to
       rank: r, at most half of the smaller side.
 
     References:
-      Wang, Yu and Li (2024), arXiv:2407.05000, Theorem 3.1 and Algorithm 1.
+      Wang, Yu and Li (2024), arXiv:2407.05000.
     """
     U, _, Vh = truncated_svd(gradient, 2 * rank, public_generator())
     scale = gradient.shape[0] ** 0.25 / _GAMMA**0.5
