@@ -128,7 +128,7 @@ tags:
 
 # {what} trained with differential privacy
 
-Base model `{details.get("model", "")}`, task {task}, method {method.name}{rank}.{choice}
+Base model `{details.get("model", "")}`, task {task}, method {method.label}{rank}.{choice}
 It is a plain {what.lower()}; dpsb is not needed to load it:
 
 ```python

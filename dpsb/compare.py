@@ -18,10 +18,12 @@ from dpsb.adapter import Adapter, attach
 from dpsb.baselines.build import adapt, add_method, lora_xs
 from dpsb.baselines.measure import Signal, layers_of, measured_energies, predicted_energy, signal_of
 from dpsb.baselines.methods import METHODS, Method, method_named
+from dpsb.baselines.public_starts import public_start
 from dpsb.basis import public as public_basis
 from dpsb.basis import random, weight_svd
-from dpsb.basis.sources import public_sample
+from dpsb.basis.sources import public_sample, read_public
 from dpsb.capture import adapter_train_mode
+from dpsb.config import RunConfig
 from dpsb.data import (
     Collator,
     Columns,
@@ -33,7 +35,8 @@ from dpsb.data import (
 )
 from dpsb.losses import LossFn, causal_lm_loss, classification_loss
 from dpsb.mechanism import Mechanism
-from dpsb.models import HEAD_NAMES, add_lora, config_labels, load_base, longest_input
+from dpsb.models import HEAD_INIT_STD, HEAD_NAMES, add_lora, config_labels, load_base, longest_input
+from dpsb.parts import same_data
 from dpsb.probe import without_dropout
 from dpsb.randomness import SystemRandomness
 
@@ -100,7 +103,7 @@ def compare_methods(
 
     Args:
       model: As for ``dpsb train``.
-      methods: Names, see ``dpsb.baselines.methods``.
+      methods: Names, see ``dpsb.baselines.methods``. A public file that one of them starts from is not ``public``.
       task: ``"classification"`` or ``"causal-lm"``.
       public: A **public** file for the gradients; without it only the noise is compared.
       labels: Public label set, or ``"from-data"``; by default what file or model declare.
@@ -135,11 +138,26 @@ def compare_methods(
     if public is None and labels is not None and len(set(labels.split(","))) < 2:
         raise ValueError(f"Expected labels={labels!r} to name at least two; 'from-data' needs a file of public data.")
     chosen = [method_named(name) for name in methods]
+    for method in chosen:
+        if method.source is not None and public is not None and same_data(method.source, public):
+            raise ValueError(
+                f"methods: {method.name!r} starts from public={public!r}, on which its signal is measured: name "
+                "another file."
+            )
     loss_fn: LossFn = classification_loss if task == "classification" else causal_lm_loss
     for method in chosen:
-        base, batches = _model_and_batches(model, task, public, labels, max_length, examples)
+        base, tokenizer, names, batches = _model_and_batches(model, task, public, labels, max_length, examples)
         half = len(batches) // 2 if basis == "public" else 0
-        adapter = _adapter(base, method, task, rank, targets, basis, batches[:half], loss_fn)
+        if method.source is None:
+            adapter = _adapter(base, method, task, rank, targets, basis, batches[:half], loss_fn)
+        else:
+            added, longest = add_method(base, method, task, rank, targets), _longest(base, tokenizer, max_length)
+            rows = read_public(method.source, task, Columns(), tokenizer, names, longest)
+            collate, budget = Collator(tokenizer.pad_token_id), RunConfig.token_budget
+            start = public_start(added, method, loss_fn, rows, collate, longest, budget, HEAD_INIT_STD)
+            adapter = adapt(added, method, start)
+        adapter.model.train()
+        adapter_train_mode(adapter)
         yield _compared(method, adapter, basis, batches[half:], loss_fn, noise_multiplier, expected_batch_size, draws)
 
 
@@ -163,7 +181,7 @@ def _compared(
     layers = layers_of(adapter, rank)
     energies = measured_energies(adapter, mean, SystemRandomness(), draws) if layers else []
     return Comparison(
-        method=f"sb ({basis})" if method.name == "sb" else method.name,
+        method=f"sb ({basis})" if method.name == "sb" else method.label,
         dimension=adapter.dimension,
         predicted=predicted_energy(adapter, layers, noise_std),
         measured=statistics.fmean(energies) if energies else None,
@@ -175,16 +193,16 @@ def _compared(
 
 def _model_and_batches(
     model: str, task: str, public: str | None, labels: str | None, max_length: int, count: int
-) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
-    """A fresh base model, and public examples in batches of 8; the head starts as in a run."""
+) -> tuple[torch.nn.Module, Any, tuple[str, ...], list[dict[str, torch.Tensor]]]:
+    """A fresh base model, its tokenizer, labels, and public examples in batches of 8; the head starts as in a run."""
     names: tuple[str, ...] = ("a", "b") if labels is None else tuple(labels.split(","))
     table = None if public is None else read_table(public)
     if table is not None and task == "classification":
         names, _ = declared_labels(labels, table, Columns(), config_labels(model))
     base, tokenizer = load_base(model, task, names if task == "classification" else ())
     if table is None:
-        return base, []
-    longest = min(max_length, longest_input(base, tokenizer) or max_length)
+        return base, tokenizer, names, []
+    longest = _longest(base, tokenizer, max_length)
     if task == "classification":
         tokenized = tokenize_classification(table, Columns(), tokenizer, names, longest)
     else:
@@ -195,7 +213,11 @@ def _model_and_batches(
     collate = Collator(tokenizer.pad_token_id)
     padded = max(len(example["input_ids"]) for example in chosen)
     size = min(8, len(chosen) // 2)
-    return base, [collate(chosen[i : i + size], padded) for i in range(0, len(chosen), size)]
+    return base, tokenizer, names, [collate(chosen[i : i + size], padded) for i in range(0, len(chosen), size)]
+
+
+def _longest(base: torch.nn.Module, tokenizer: Any, max_length: int) -> int:
+    return min(max_length, longest_input(base, tokenizer) or max_length)
 
 
 def _adapter(
@@ -216,12 +238,8 @@ def _adapter(
             found = public_basis(model, loss_fn, batches, source="public")
         else:
             found = (weight_svd if basis == "weight" else random)(model)
-        adapter = attach(model, found, allow=HEAD_NAMES)
-    else:
-        adapter = adapt(add_method(base, method, task, rank, targets), method)
-    adapter.model.train()
-    adapter_train_mode(adapter)
-    return adapter
+        return attach(model, found, allow=HEAD_NAMES)
+    return adapt(add_method(base, method, task, rank, targets), method)
 
 
 def plot(rows: Sequence[Comparison], path: Path) -> None:

@@ -52,7 +52,8 @@ class RunConfig:
         that neither crowds out the other. By default a row is clipped as a whole.
       unit_column: Protect people, not examples: the column that says whose an example is. N then counts people.
       examples_per_unit: With ``unit_column``: at most so many examples of a person are read in a step.
-      method: ``"sb"`` (this package's R-only), or a baseline: see ``dpsb.baselines.methods``.
+      method: ``"sb"`` (this package's R-only), or a baseline: see ``dpsb.baselines.methods``; ``"peft:eva:FILE"`` and
+        ``"peft:lora_ga:FILE"`` start from a public file.
       lora_plus_ratio: For ``"lora-plus"``: learning rate of B divided by that of A.
       rank: r of the cores.
       basis: ``"weight"``, ``"random"``, ``"public:FILE,..."``, ``"private"``, ``"hybrid:FILE"`` ...; see
@@ -272,7 +273,8 @@ class RunConfig:
             )
 
     def _check_public_files(self) -> None:
-        named = [("basis", source) for source in parse_basis(self.basis).sources]
+        chosen_by = "basis" if method_named(self.method).has_basis else "method"
+        named = [(chosen_by, source) for source in self.public_sources]
         named += [(name, getattr(self, name)) for name in ("warm_start", "precondition") if getattr(self, name)]
         for name, source in named:
             given = f"{name}={getattr(self, name)!r}"
@@ -325,6 +327,12 @@ class RunConfig:
         """Whether new directions are taken during training."""
         spec = parse_basis(self.basis)
         return self.rebase_every is not None and "rebase_every" in settings_for(spec, self.basis_choice)
+
+    @property
+    def public_sources(self) -> tuple[str, ...]:
+        """The public files that the basis is computed from, or what the method trains instead of a basis."""
+        source = method_named(self.method).source
+        return parse_basis(self.basis).sources if source is None else (source,)
 
     @property
     def clipping(self) -> str:

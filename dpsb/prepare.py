@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpsb.basis.sources import PublicSet, columns_here, read_public
-from dpsb.basis_spec import parse_basis
 from dpsb.canaries import InputShape, example_losses
 from dpsb.config import RunConfig
 from dpsb.data import (
@@ -101,7 +100,7 @@ def prepare(
     if not units and config.num_examples is None:  # with a declared N no number of rows is special
         owned = f" with a value in the unit column {config.unit_column!r}" if config.unit_column else ""
         raise DataError(f"{config.data} holds no rows{owned}.")
-    public = {source: read_table(source) for source in (*parse_basis(config.basis).sources, *_other_public(config))}
+    public = {source: read_table(source) for source in (*config.public_sources, *_other_public(config))}
     for other in public.values():
         check_not_shared(table, other, columns, config.task)
     return Prepared(
@@ -110,7 +109,7 @@ def prepare(
         held_out=tokenized(config.eval_data, columns),
         public=tuple(
             read_public(public[source], config.task, columns, tokenizer, labels, max_length)
-            for source in parse_basis(config.basis).sources
+            for source in config.public_sources
         ),
         warm_start=tokenized(public.get(config.warm_start or ""), columns) or (),
         precondition=_with_labels(config.precondition, tokenized(public.get(config.precondition or ""), columns) or ()),
@@ -148,7 +147,7 @@ def _texts(table: Table, columns: Columns, task: str) -> list[str]:
 
 
 def _other_public(config: RunConfig) -> list[str]:
-    """Public files besides those of the basis."""
+    """Public files besides those that training starts from."""
     return [source for source in (config.warm_start, config.precondition) if source]
 
 

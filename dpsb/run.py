@@ -10,34 +10,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpsb.adapter import Adapter, Provenance, attach, lora_layers
+from dpsb.adapter import Adapter, Provenance, lora_layers
 from dpsb.artifacts import save_run
-from dpsb.baselines.build import adapt, lora_xs
-from dpsb.baselines.methods import method_named
 from dpsb.basis.budget import realised_share
 from dpsb.basis.release import PrivateExamples
-from dpsb.basis.stage import (
-    BASIS_NAME,
-    Planned,
-    Setup,
-    charge_leak,
-    chosen_file,
-    plan_basis,
-    release_basis,
-)
+from dpsb.basis.stage import BASIS_NAME, Planned, charge_leak, chosen_file, release_basis
+from dpsb.beginning import basis_setup, begin
 from dpsb.canaries import CanaryAudit
 from dpsb.checkpoint import remove_checkpoint
 from dpsb.config import ConfigError, RunConfig
-from dpsb.data import Collator
 from dpsb.distributed.assist import lead
 from dpsb.distributed.team import Team
 from dpsb.frozen_prefix import remember_frozen_prefix
 from dpsb.head_share import clip_parts
 from dpsb.inputs import read_inputs
-from dpsb.losses import LossFn
-from dpsb.models import HEAD_NAMES, MeanPooledClassifier, target_shapes
+from dpsb.models import MeanPooledClassifier, target_shapes
 from dpsb.optimizers import make_optimizer
-from dpsb.plan import differing, make_plan, relation_for
+from dpsb.plan import differing, make_plan
 from dpsb.prepare import Prepared, input_shape, losses_by_example
 from dpsb.randomness import Randomness, SeededRandomness, SystemRandomness
 from dpsb.rebasing import rebasing_of
@@ -115,18 +104,13 @@ def fine_tune(
     callbacks.on_status("reading data and model")
     inputs = read_inputs(config, warm=not resume)
     base, tokenizer, prepared, model = inputs.base, inputs.tokenizer, inputs.prepared, inputs.model
-    collate, loss_fn, method = inputs.collate, inputs.loss_fn, method_named(config.method)
+    collate, loss_fn = inputs.collate, inputs.loss_fn
 
     existing = Ledger.read(out / LEDGER_NAME).plan if resume else None
-    setup = _setup(config, model, prepared, collate, loss_fn)
+    setup = basis_setup(inputs, _delta(config, prepared))
     planned: Planned | None = None
     if existing is None:
-        if method.kind == "cores":
-            callbacks.on_status(f"computing the basis ({config.basis})")
-            planned = _planned_basis(setup)
-            adapter = attach(model, planned.basis, allow=HEAD_NAMES)
-        else:
-            adapter = adapt(model, method)
+        adapter, planned = begin(inputs, setup, callbacks.on_status)
         start = start_of(adapter)
     else:
         start = read_start(out, existing)
@@ -327,27 +311,6 @@ def run_details(config: RunConfig, model: Any, prepared: Prepared, start: bytes)
         "tokens_per_example": config.tokens_per_example,
         "allow_dropout": config.allow_dropout,
     }
-
-
-def _setup(config: RunConfig, model: Any, prepared: Prepared, collate: Collator, loss_fn: LossFn) -> Setup:
-    return Setup(
-        config=config,
-        model=model,
-        loss_fn=loss_fn,
-        collate=collate,
-        examples=prepared.examples,
-        public=prepared.public,
-        max_length=prepared.max_length,
-        delta=_delta(config, prepared),
-        neighboring=relation_for(config.neighboring, config.num_examples is not None),
-    )
-
-
-def _planned_basis(setup: Setup) -> Planned:
-    if setup.config.method != "lora-xs":
-        return plan_basis(setup)
-    basis = lora_xs(setup.model)
-    return Planned(basis=basis, provenance=basis.provenance)
 
 
 def _open_ledger(config: RunConfig, resume: bool, out: Path, plan: Plan, start: bytes) -> Ledger:

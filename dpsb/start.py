@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 from dpsb.adapter import Adapter, Basis, Factors, Provenance, attach
 from dpsb.baselines.build import adapt, frozen_factors
 from dpsb.baselines.methods import method_named
+from dpsb.baselines.public_starts import LORA_GA, move_base
 from dpsb.models import HEAD_NAMES
 from dpsb_accounting import Ledger, Plan
 from dpsb_accounting.ledger import LEDGER_NAME
@@ -67,18 +68,23 @@ def attach_again(model: Any, start: bytes, plan: Plan) -> Adapter:
 
 
 def attach_saved(model: Any, start: bytes, basis: Mapping[str, Any], method_name: str = "sb") -> Adapter:
-    """The adapter as a start file has it; ``basis`` is its provenance."""
-    saved, method = load(start), method_named(method_name)
-    adapter = adapt(model, method) if method.kind != "cores" else _attach_cores(model, saved, basis)
+    """The adapter as a start file has it; ``basis`` is its provenance.
+
+    A base that LoRA-GA moves is moved by the file's own factors: gradients do not come out the same to the bit on every
+    machine.
+    """
+    saved, method, provenance = load(start), method_named(method_name), Provenance.from_json(basis)
+    adapter = adapt(model, method, provenance) if method.kind != "cores" else _attach_cores(model, saved, provenance)
     adapter.load_state({key.removeprefix("theta/"): v for key, v in saved.items() if key.startswith("theta/")})
     with torch.no_grad():
         for name, tensor in frozen_factors(adapter).items():
             tensor.copy_(saved[f"frozen/{name}"])
+    if method.peft == LORA_GA:
+        move_base(model)
     return adapter
 
 
-def _attach_cores(model: Any, saved: Mapping[str, torch.Tensor], provenance: Mapping[str, Any]) -> Adapter:
+def _attach_cores(model: Any, saved: Mapping[str, torch.Tensor], provenance: Provenance) -> Adapter:
     names = sorted({key.removesuffix(".A") for key in saved if key.endswith(".A")})
     factors = {name: Factors(A=saved[f"{name}.A"], B=saved[f"{name}.B"]) for name in names}
-    basis = Basis(factors=factors, provenance=Provenance.from_json(provenance))
-    return attach(model, basis, allow=HEAD_NAMES)
+    return attach(model, Basis(factors=factors, provenance=provenance), allow=HEAD_NAMES)

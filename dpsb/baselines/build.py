@@ -13,19 +13,21 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model
 from torch import nn
 
 from dpsb.adapter import Adapter, Basis, Factors, Provenance, lora_layers, trained_directly
-from dpsb.baselines.methods import PEFT_INITS, REFUSED, Method, MethodError, plain_name
+from dpsb.baselines.methods import PEFT_INITS, PUBLIC_STARTS, REFUSED, Method, MethodError, plain_name
+from dpsb.baselines.public_starts import LORA_GA, check_lora_ga
 from dpsb.basis._common import base_weight, public_generator, truncated_svd
 from dpsb.models import MeanPooledClassifier, ModelError, add_lora, in_head, peft_part, peft_task
 from dpsb.quantized import check_quantization, keep_gradients_exact
 
-INITS_THAT_MOVE_THE_BASE = ("pissa", "olora")
+INITS_THAT_MOVE_THE_BASE = ("pissa", "olora", LORA_GA)
 
 
 def add_method(base: nn.Module, method: Method, task: str, rank: int, targets: str | Sequence[str]) -> nn.Module:
     """``base`` with the method's modules on it, every tensor that is not to be trained frozen.
 
     Whatever is drawn comes from a fixed public generator. The classification head, if there is one, is trained with
-    every method.
+    every method. A method that starts from public rows still has LoRA's own start: see
+    :func:`dpsb.baselines.public_starts.public_start`.
 
     Args:
       base: From :func:`dpsb.models.load_base`.
@@ -42,7 +44,7 @@ def add_method(base: nn.Module, method: Method, task: str, rank: int, targets: s
         torch.manual_seed(0)  # public: where PEFT's factors start
         if method.kind == "model":
             model = _add_parts(base, method.name, task)
-        elif method.peft in (None, "lora"):
+        elif method.peft in (None, "lora", *PUBLIC_STARTS):
             model = add_lora(base, task, rank, targets)
         elif method.peft in PEFT_INITS:
             model = add_lora(base, task, rank, targets, init=method.peft)
@@ -50,6 +52,8 @@ def add_method(base: nn.Module, method: Method, task: str, rank: int, targets: s
             model = _add_peft(base, method, task, rank, targets)
     if method.name == "ffa-lora":
         _freeze_random_A(model)
+    if method.peft == LORA_GA:
+        check_lora_ga(model)
     return model
 
 
@@ -65,13 +69,18 @@ def peft_config_class(method: Method) -> type[PeftConfig]:
         names = ", ".join(sorted(found.__name__ for found in usable.values()))
         raise MethodError(
             f"method={method.name!r}: PEFT has no such method; it has {names}, and as starts of LoRA "
-            f"{', '.join(PEFT_INITS)}."
+            f"{', '.join(PEFT_INITS)}, and with a public file {':FILE, '.join(PUBLIC_STARTS)}:FILE."
         )
     return usable[method.peft]
 
 
-def adapt(model: nn.Module, method: Method) -> Adapter:
+def adapt(model: nn.Module, method: Method, provenance: Provenance | None = None) -> Adapter:
     """The adapter of a baseline: everything in ``model`` that requires a gradient, without cores.
+
+    Args:
+      model: From :func:`add_method`.
+      method: Of the baseline.
+      provenance: Where its start comes from; by default from no data.
 
     Guarantees:
       * Every trained tensor belongs to a module for which Opacus has an exact per-example rule; ``dpsb.probe`` holds
@@ -98,7 +107,7 @@ def adapt(model: nn.Module, method: Method) -> Adapter:
         raise MethodError(f"method={method.name!r} is refused on this model: {error}") from None
     if not direct:
         raise MethodError(f"method={method.name!r} finds nothing to train in this model.")
-    return Adapter(model, "default", (), direct, Provenance(kind=method.name, access="data_free"))
+    return Adapter(model, "default", (), direct, provenance or Provenance(kind=method.name, access="data_free"))
 
 
 def lora_xs(model: nn.Module, adapter_name: str = "default") -> Basis:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 METHODS = {
     "sb": "R-only (this package): W0 + B R A with A and B frozen and orthonormal, only R trained",
@@ -21,6 +22,11 @@ PEFT_INITS = {
     "mica": "LoRA in the weight's smallest singular directions, A trained",
 }
 """Starts of PEFT's LoRA that need no data, for ``peft:NAME``."""
+PUBLIC_STARTS = {
+    "eva": "LoRA, A from the leading singular directions of each layer's inputs over public rows",
+    "lora_ga": "LoRA from the leading singular vectors of each weight's mean gradient over public rows",
+}
+"""Starts of LoRA's that read data, for ``peft:NAME:FILE`` with a file that is public."""
 
 _BARE = (
     "it trains bare tensors, for which Opacus has no exact per-example rule (its fallback would build per-example "
@@ -38,14 +44,14 @@ AdaptionPrompt Cartridge CPT MultitaskPromptTuning PrefixTuning PromptEncoder Pr
 REFUSED = {
     **dict.fromkeys(_BARE_METHODS.split(), _BARE),
     **dict.fromkeys(_PROMPT_METHODS.split(), _NO_ROWS),
-    **dict.fromkeys(("OFT", "Psoft"), "it keeps its factor orthogonal, and noise on every coordinate leaves that set"),
+    "OFT": "it keeps its factor orthogonal, and noise on every coordinate leaves that set",
+    "Psoft": "it keeps its factor orthogonal, and noise on every coordinate leaves that set; the free r x r matrix "
+    "between frozen factors is 'sb', so use sb",
     "Lily": "it routes by an average over the whole batch, so that one example moves the gradients of the others",
     **dict.fromkeys(("Arrow", "BdLora", "Kasa", "Monteclora", "Velora"), _VARIANT),
     "Peanut": "it multiplies with its factors without calling them as layers, so that their rows are never seen",
     "Shadow": "it copies normalization layers for which Opacus has no exact per-example rule",
-    "eva": "its start reads data; only the bases of this package (--basis public:FILE) keep account of which",
-    "lora_ga": "its start reads data; only the bases of this package (--basis public:FILE) keep account of which",
-    "corda": "its start reads data; only the bases of this package (--basis public:FILE) keep account of which",
+    "corda": "its start reads data; from public data start only 'peft:eva:FILE' and 'peft:lora_ga:FILE'",
     "loftq": "it quantizes the base weights as it starts; quantize the model first and use 'lora'",
 }
 """Why a method of PEFT is not offered, by the name of its ``PeftConfig`` (without "Config") or of LoRA's start."""
@@ -63,16 +69,23 @@ class Method:
       name: As the user gave it; a start of LoRA's as it is listed.
       kind: ``"cores"`` (R-only), ``"peft"`` (an adapter of PEFT's) or ``"model"`` (parts of the model itself).
       peft: For ``peft:NAME``: the name of a start of LoRA's or of a ``PeftConfig`` class, see :func:`plain_name`.
+      source: For ``peft:NAME:FILE``: the public file that the factors start from.
     """
 
     name: str
     kind: str
     peft: str | None = None
+    source: str | None = None
 
     @property
     def has_basis(self) -> bool:
         """Whether the user chooses the basis."""
         return self.name == "sb"
+
+    @property
+    def label(self) -> str:
+        """As a reader sees it: ``"lora"``, ``"peft:eva (near.csv)"``."""
+        return self.name if self.source is None else f"peft:{self.peft} ({Path(self.source).name})"
 
 
 def method_named(name: str) -> Method:
@@ -84,18 +97,26 @@ def method_named(name: str) -> Method:
     Example:
       >>> method_named("lora").kind
       'peft'
+      >>> method_named("peft:LoRA-GA:near.csv").name
+      'peft:lora_ga:near.csv'
       >>> method_named("peft:IA3Config")
       Traceback (most recent call last):
       dpsb.baselines.methods.MethodError: method='peft:IA3Config' is refused: it trains bare tensors, ...
     """
     family, _, rest = name.partition(":")
     if family == "peft":
-        plain = plain_name(rest)
+        start, _, source = rest.partition(":")
+        plain = plain_name(start)
         if not plain:
             raise MethodError(f"Expected method={name!r} to name a start of LoRA or a PeftConfig; {_listed()}.")
         for refused, reason in REFUSED.items():
             if plain == plain_name(refused):
                 raise MethodError(f"method={name!r} is refused: {reason}.")
+        for public in PUBLIC_STARTS:
+            if plain == plain_name(public):
+                return _public_start(name, public, source)
+        if source:
+            raise MethodError(f"method={name!r} takes no file; those that do are {', '.join(_with_files())}.")
         return Method(f"peft:{plain}" if plain in PEFT_INITS else name, "peft", plain)
     if rest or family not in METHODS:
         raise MethodError(f"Expected method={name!r} to be one of those that exist: {_listed()}.")
@@ -113,5 +134,18 @@ def plain_name(name: str) -> str:
     return name.replace("-", "").replace("_", "").lower().removesuffix("config")
 
 
+def _public_start(name: str, start: str, source: str) -> Method:
+    if not source.strip():
+        raise MethodError(f"method={name!r} needs a file of public data, which its start reads: peft:{start}:FILE.")
+    if "," in source:
+        raise MethodError(f"method={name!r} takes one public file, got {source!r}.")
+    return Method(f"peft:{start}:{source.strip()}", "peft", start, source.strip())
+
+
+def _with_files() -> list[str]:
+    return [f"peft:{start}:FILE" for start in PUBLIC_STARTS]
+
+
 def _listed() -> str:
-    return f"{', '.join(METHODS)}, peft:{', peft:'.join(PEFT_INITS)}, peft:<name of a PeftConfig>"
+    starts = [*(f"peft:{start}" for start in PEFT_INITS), *_with_files()]
+    return f"{', '.join([*METHODS, *starts])}, peft:<name of a PeftConfig>"

@@ -21,8 +21,8 @@ def save_weights(adapter: Adapter, folder: Path, start: Path) -> None:
     """Writes the trained weights to ``folder`` such that PEFT or transformers load them without dpsb.
 
     R-only and the methods of PEFT become an adapter, ``bitfit``, ``head-only`` and ``full`` a whole model. A start that
-    moves the base weights (PiSSA, OLoRA: W0 - B0 A0 + B A) becomes a plain LoRA adapter of twice the rank on the
-    *untouched* base: B' = [B, -B0], A' = [A; A0].
+    moves the base weights (PiSSA, OLoRA, LoRA-GA: W0 - B0 A0 + B A) becomes a plain LoRA adapter of twice the rank on
+    the *untouched* base: B' = [B, -B0], A' = [A; A0].
 
     Args:
       adapter: After training.

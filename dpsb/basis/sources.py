@@ -180,7 +180,15 @@ def public_gradients(
     token_budget: int,
     head_std: float,
 ) -> dict[str, torch.Tensor]:
-    """The mean gradient of each target weight over the first 512 examples of a public set, (out, in). Public."""
+    """The mean gradient of each target weight over the first 512 examples of a public set, (out, in). Public.
+
+    Raises:
+      DataError: If it is zero or not finite.
+    """
     batches = batches_of(public_set.examples[:EXAMPLES], collate, max_length, token_budget)
     with own_head(model, public_set.own_labels, head_std):
-        return mean_gradients(model, loss_fn, batches)
+        gradients = mean_gradients(model, loss_fn, batches)
+    size = sum(float(gradient.double().square().sum()) for gradient in gradients.values())
+    if not 0 < size < float("inf"):
+        raise DataError(f"{public_set.name} gives no gradient to start from: no row has a usable label.")
+    return gradients

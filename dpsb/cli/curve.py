@@ -63,7 +63,7 @@ def curve(
         typer.Option(
             rich_help_panel=_SWEEP,
             help="Comma-separated: sb, sb:BASIS (sb:weight, sb:private, sb:public:a.csv+b.csv ...), or another method "
-            "of dpsb train.",
+            "of dpsb train (lora, peft:eva:a.csv ...).",
         ),
     ] = "sb,lora,ffa-lora",
     epsilons: Annotated[

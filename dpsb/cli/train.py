@@ -105,7 +105,8 @@ def train(
         str | None,
         typer.Option(
             rich_help_panel="Adapter",
-            help="sb (R-only, default), lora-xs, lora, lora-plus, ffa-lora, bitfit, head-only, full, or peft:NAME.",
+            help="sb (R-only, default), lora-xs, lora, lora-plus, ffa-lora, bitfit, head-only, full, peft:NAME, or "
+            "from a public file peft:eva:FILE, peft:lora_ga:FILE.",
         ),
     ] = None,
     lora_plus_ratio: Annotated[

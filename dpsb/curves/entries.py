@@ -34,16 +34,19 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """As a reader sees it: ``"sb (weight)"``, ``"sb (public a.csv)"``."""
+        """As a reader sees it: ``"sb (weight)"``, ``"sb (public a.csv)"``, ``"peft:eva (a.csv)"``."""
         if self.basis is None:
-            return self.method
+            return method_named(self.method).label
         spec = parse_basis(self.basis)
         return f"{self.method} ({' '.join([spec.kind, *(Path(source).name for source in spec.sources)])})"
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The public files of its basis."""
-        return () if self.basis is None else parse_basis(self.basis).sources
+        """The public files of its basis, or that its method starts from."""
+        if self.basis is not None:
+            return parse_basis(self.basis).sources
+        source = method_named(self.method).source
+        return () if source is None else (source,)
 
     @property
     def pays_for_basis(self) -> bool:
@@ -61,7 +64,8 @@ def parse_entries(text: str, basis: str) -> tuple[Entry, ...]:
     """The methods in a comma-separated list.
 
     Args:
-      text: Such as ``"sb,sb:private,sb:public:a.csv+b.csv,lora"``; ``+`` stands between the files of one basis.
+      text: Such as ``"sb,sb:private,sb:public:a.csv+b.csv,lora,peft:eva:a.csv"``; ``+`` stands between the files of one
+        basis.
       basis: Of an ``sb`` that names none.
 
     Raises:

@@ -8,7 +8,7 @@ import torch
 
 from dpsb.adapter import lora_layers
 from dpsb.baselines.build import adapt, add_method, peft_config_class
-from dpsb.baselines.methods import PEFT_INITS, method_named
+from dpsb.baselines.methods import PEFT_INITS, PUBLIC_STARTS, method_named
 from dpsb.basis.hybrid import check_width
 from dpsb.basis_spec import BASIS_SETTINGS, parse_basis, settings_for
 from dpsb.config import RunConfig
@@ -64,6 +64,8 @@ def _check_shapes(config: RunConfig) -> None:
         base = empty_base(config.model, config.task, _SOME_LABELS, getattr(torch, config.dtype), config.pooling)
         if method.kind == "model":
             adapt(add_method(base, method, config.task, config.rank, targets), method)
+        elif method.peft in PUBLIC_STARTS:
+            add_method(base, method, config.task, config.rank, targets)
         elif method.peft in (None, "lora", *PEFT_INITS):
             layers = lora_layers(add_lora(base, config.task, config.rank, targets))
             if parse_basis(config.basis).kind == "hybrid":

@@ -24,7 +24,8 @@ import torch
 from utility import TARGETS, TASKS, write_parts
 
 from dpsb.adapter import attach
-from dpsb.basis.stage import Setup, plan_basis
+from dpsb.basis.stage import plan_basis
+from dpsb.beginning import basis_setup
 from dpsb.config import RunConfig
 from dpsb.head_share import clip_parts
 from dpsb.inputs import read_inputs
@@ -42,17 +43,7 @@ def one_run(config: RunConfig, freeze_head_after: int | None) -> dict[str, Any]:
     """Trains and evaluates; returns its metrics."""
     inputs = read_inputs(config, warm=True)
     prepared = inputs.prepared
-    setup = Setup(
-        config=config,
-        model=inputs.model,
-        loss_fn=inputs.loss_fn,
-        collate=inputs.collate,
-        examples=prepared.examples,
-        public=prepared.public,
-        max_length=prepared.max_length,
-        delta=DELTA,
-        neighboring="add_or_remove_one",
-    )
+    setup = basis_setup(inputs, DELTA)
     adapter = attach(inputs.model, plan_basis(setup).basis, allow=HEAD_NAMES)
     rebasing = rebasing_of(setup, adapter)
     parts = {} if config.head_share is None else {"clip_parts": clip_parts(adapter, config.head_share)}

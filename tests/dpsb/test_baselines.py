@@ -100,11 +100,9 @@ def test_a_method_without_exact_rows_is_refused_by_name(name, tmp_path):
         workbench.run_config(tmp_path, method=f"peft:{name}")
 
 
-@pytest.mark.parametrize(
-    "name", ["LoraGAConfig", "lora-ga", "LoRA_GA", "KasaConfig", "Monteclora", "bdlora", "EvaConfig"]
-)
+@pytest.mark.parametrize("name", ["CordaConfig", "CorDA", "LoftQ", "KasaConfig", "Monteclora", "bdlora", "P-Soft"])
 def test_a_method_is_refused_however_it_is_spelt(name):
-    with pytest.raises(MethodError, match=f"'peft:{name}' is refused: it"):
+    with pytest.raises(MethodError, match=f"'peft:{name}' is refused: it."):
         method_named(f"peft:{name}")
 
 

@@ -31,12 +31,12 @@ def command(settings, processes=2, extra=()):
     return [sys.executable, "-m", "torch.distributed.run", *here, "--local-addr", "127.0.0.1", *train]
 
 
-def trained(settings, processes=2, extra=()):
+def trained(settings, processes=2, extra=(), file="dpsb_core.safetensors"):
     done = subprocess.run(
         command(settings, processes, extra), env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(f"{settings['out']}/dpsb_core.safetensors"), done
+    return load_file(f"{settings['out']}/{file}"), done
 
 
 @pytest.mark.slow
@@ -52,6 +52,17 @@ def test_two_processes_train_what_one_trains(tmp_path, changes):
     one, two = (Ledger.read(tmp_path / name / "ledger.jsonl") for name in ("one", "two"))
     assert (one.plan, one.charged("train")) == (two.plan, two.charged("train"))
     assert verify(tmp_path / "two" / "ledger.jsonl").ok
+
+
+@pytest.mark.slow
+def test_a_base_that_the_start_moves_is_moved_alike_on_every_process(tmp_path):
+    """The follower takes factors and base from the leader's start; their digests would differ otherwise."""
+    method = f"peft:lora_ga:{workbench.data_file(seed=9)}"
+    settings = workbench.run_settings(tmp_path / "one", insecure_seed=3, method=method)
+    alone, _ = trained(settings, 1, file="adapter_model.safetensors")
+    together, _ = trained({**settings, "out": str(tmp_path / "two")}, file="adapter_model.safetensors")
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_what_all_processes_must_have_alike_is_in_one_digest(tiny):
