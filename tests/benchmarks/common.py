@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -23,7 +23,8 @@ from torch import nn
 
 from dpsb import basis as bases
 from dpsb.adapter import Adapter, attach
-from dpsb.basis.stage import Planned, Setup, plan_basis
+from dpsb.basis.stage import Planned, plan_basis
+from dpsb.beginning import basis_setup
 from dpsb.config import RunConfig
 from dpsb.inputs import Inputs
 from dpsb.losses import LossFn, causal_lm_loss, classification_loss
@@ -290,19 +291,7 @@ def _show_indented(result: Mapping[str, Any], indent: str) -> None:
 
 def planned_basis(inputs: Inputs, config: RunConfig, delta: float) -> Planned:
     """The basis that ``config`` names, or how it is released; ``inputs`` may have been read for another epsilon."""
-    return plan_basis(
-        Setup(
-            config=config,
-            model=inputs.model,
-            loss_fn=inputs.loss_fn,
-            collate=inputs.collate,
-            examples=inputs.prepared.examples,
-            public=inputs.prepared.public,
-            max_length=inputs.prepared.max_length,
-            delta=delta,
-            neighboring="zero_out",
-        )
-    )
+    return plan_basis(replace(basis_setup(inputs, delta), config=config))
 
 
 def shortest(synthetic: Sequence[Any], max_length: int) -> list[Any]:

@@ -11,7 +11,7 @@ from sweeps import Silent, settings_of, shared
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
-from dpsb import run, train
+from dpsb import beginning, run, train
 from dpsb.adapter import lora_layers
 from dpsb.baselines.build import adapt, add_method
 from dpsb.baselines.methods import MethodError, method_named
@@ -288,7 +288,7 @@ def test_a_run_that_was_cut_goes_on_from_the_same_start(name, tmp_path, monkeypa
             run.fine_tune(workbench.run_config(tmp_path / "run", **settings))
     assert (tmp_path / "run" / "checkpoint").exists(), "theta has left its start"
     public.write_bytes(workbench.data_file(seed=6).read_bytes())
-    monkeypatch.setattr(run, "public_start", lambda *_: pytest.fail("the start of a resumed run is on disk"))
+    monkeypatch.setattr(beginning, "public_start", lambda *_: pytest.fail("the start of a resumed run is on disk"))
     start = (tmp_path / "run" / "start.safetensors").read_bytes()
     assert run.fine_tune(run.resumed_config(str(tmp_path / "run"), {}), resume=True).out == tmp_path / "run"
     assert digest(start) == Ledger.read(tmp_path / "run" / "ledger.jsonl").plan.details["start_sha256"]
