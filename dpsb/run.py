@@ -14,6 +14,7 @@ from dpsb.adapter import Adapter, Provenance, lora_layers
 from dpsb.artifacts import save_run
 from dpsb.basis.budget import realised_share
 from dpsb.basis.release import PrivateExamples
+from dpsb.basis.sources import sha256_of
 from dpsb.basis.stage import BASIS_NAME, Planned, charge_leak, chosen_file, release_basis
 from dpsb.beginning import basis_setup, begin
 from dpsb.canaries import CanaryAudit
@@ -293,7 +294,7 @@ def run_details(config: RunConfig, model: Any, prepared: Prepared, start: bytes)
         "target_shapes": target_shapes(model),
         "pooling": "mean" if isinstance(model, MeanPooledClassifier) else "native",
         "head_init_std": config.head_init_std,
-        **{name: Path(given).name for name in ("warm_start", "precondition") if (given := getattr(config, name))},
+        **_public_files(config),
         "max_length": prepared.max_length,
         "length_buckets": list(length_buckets(prepared.max_length)),
         "labels": list(prepared.labels),
@@ -310,6 +311,13 @@ def run_details(config: RunConfig, model: Any, prepared: Prepared, start: bytes)
         **{name: True for name in ("part_of_sweep", "chat_template") if getattr(config, name)},
         "tokens_per_example": config.tokens_per_example,
         "allow_dropout": config.allow_dropout,
+    }
+
+
+def _public_files(config: RunConfig) -> dict[str, str]:
+    named = [(name, getattr(config, name)) for name in ("warm_start", "precondition") if getattr(config, name)]
+    return {
+        key: value for name, file in named for key, value in [(name, Path(file).name), *sha256_of(file, name).items()]
     }
 
 

@@ -12,7 +12,7 @@ from dpsb.adapter import Provenance, lora_layers
 from dpsb.baselines.methods import Method, MethodError
 from dpsb.basis._common import base_weight, public_generator, truncated_svd
 from dpsb.basis.exact_products import exact_products
-from dpsb.basis.sources import EXAMPLES, PublicSet, batches_of, public_gradients
+from dpsb.basis.sources import EXAMPLES, PublicSet, batches_of, public_gradients, stated
 from dpsb.data import DataError
 from dpsb.layers import is_plain
 from dpsb.losses import LossFn
@@ -68,9 +68,7 @@ def public_start(
             layers[name].lora_B["default"].weight.copy_(B)
     if method.peft == LORA_GA:
         move_base(model)
-    return Provenance(
-        kind=f"peft:{method.peft}", access="public", detail={"source": str(method.source), "labels": labels}
-    )
+    return Provenance(kind=f"peft:{method.peft}", access="public", detail=stated(str(method.source), labels))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,6 +108,22 @@ def read_public(
         here = replace(here, label="label")
     examples = tokenize_classification(_sampled(table), here, tokenizer, use, max_length)
     return PublicSet(name, examples, own_labels, note, of_the_run)
+
+
+def stated(source: str, labels: str) -> dict[str, str]:
+    """What a plan says of a public file: its name, its SHA-256 if it is one file, and what was done about its labels.
+
+    Whoever is handed the file can so tell that it is the one that A and B are from.
+    """
+    return {"source": source, **sha256_of(source), "labels": labels}
+
+
+def sha256_of(source: str, prefix: str = "source") -> dict[str, str]:
+    """``{"source_sha256": ...}`` of a file's bytes; nothing for a folder, a part of a file or a name on the Hub."""
+    if not Path(source).is_file():
+        return {}
+    with Path(source).open("rb") as file:
+        return {f"{prefix}_sha256": file_digest(file, "sha256").hexdigest()}
 
 
 def columns_here(table: Table, columns: Columns) -> Columns:

@@ -25,7 +25,7 @@ from dpsb.basis.lora_sb import lora_sb
 from dpsb.basis.private import private, private_provenance, releases_for, rounds_for
 from dpsb.basis.random import random
 from dpsb.basis.release import Clip, PrivateExamples
-from dpsb.basis.sources import EXAMPLES, PublicSet, batches_of, public_gradients, public_sample
+from dpsb.basis.sources import EXAMPLES, PublicSet, batches_of, public_gradients, public_sample, sha256_of, stated
 from dpsb.basis_spec import PHASE, parse_basis
 from dpsb.config import RunConfig
 from dpsb.data import DataError
@@ -170,6 +170,9 @@ def _unpaid(setup: Setup, kind: str) -> Planned:
         source=source,
         allow_non_private_basis=config.epsilon == float("inf"),
     )
+    if access == "public":
+        detail = {**basis.provenance.detail, **sha256_of(source)}
+        basis = replace(basis, provenance=replace(basis.provenance, detail=detail))
     return Planned(basis=basis, provenance=basis.provenance)
 
 
@@ -240,7 +243,7 @@ def _nearest(setup: Setup) -> tuple[PublicSet, dict[str, str | int | float]]:
                 "; --basis-choice private asks the private data" if setup.config.basis.startswith("public") else ""
             )
     said = {"choice": choice} if len(sets) > 1 else {}
-    return sets[best], {"source": best, "labels": sets[best].note, **said}
+    return sets[best], {**stated(best, sets[best].note), **said}
 
 
 def _scores(setup: Setup, sets: Sequence[PublicSet]) -> list[float]:

@@ -1,6 +1,7 @@
 """A head that starts from public rows, and rows that are scaled by public second moments before they are clipped."""
 
 import json
+from hashlib import sha256
 
 import pytest
 import torch
@@ -221,3 +222,46 @@ def test_canaries_and_a_scale_do_not_go_together(tiny, tmp_path):
     args, named = workbench.fit_arguments(adapter, workbench.examples(), ledger, loss_fn=classification_loss)
     with pytest.raises(ValueError, match="do not go together"):
         fit(*args, **named, row_scale=torch.ones(adapter.dimension), canaries=[])
+
+
+def planned(out, monkeypatch, **changes):
+    """The plan of a run that ends before its first step."""
+
+    def cut(*_args, **_named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dpsb.train._step", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run.fine_tune(workbench.run_config(out, **changes))
+    return Ledger.read(out / "ledger.jsonl").plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"basis": "public:{0}"}, {"source": 0}),
+        ({"basis": "hybrid:{0}"}, {"source": 0}),
+        ({"basis": "lora-sb:{0}"}, {"source": 0}),
+        ({"basis": "public:{0},{1}", "basis_choice": "private"}, {"candidate_1": 0, "candidate_2": 1}),
+        ({"method": "peft:eva:{0}"}, {"source": 0}),
+        ({"warm_start": "{0}", "precondition": "{1}"}, {"warm_start": 0, "precondition": 1}),
+    ],
+    ids=["public", "hybrid", "lora-sb", "choice", "eva", "head and rows"],
+)
+def test_a_plan_holds_the_digest_of_every_public_file(tmp_path, monkeypatch, changes, where):
+    files = [workbench.data_file(seed=seed) for seed in (5, 6)]
+    given = {name: value.format(*files) for name, value in changes.items()}
+    plan = planned(tmp_path / "run", monkeypatch, **given)
+    stated = {**plan.details, **plan.basis}
+    digests = {f"{name}_sha256": sha256(files[index].read_bytes()).hexdigest() for name, index in where.items()}
+    assert {name: stated[name] for name in stated if name.endswith("_sha256") and name != "start_sha256"} == digests
+
+
+def test_a_public_file_that_changed_is_noticed_on_resume(tmp_path, monkeypatch):
+    near = tmp_path / "near.jsonl"
+    near.write_bytes(workbench.data_file(seed=5).read_bytes())
+    planned(tmp_path / "run", monkeypatch, warm_start=str(near))
+    near.write_bytes(workbench.data_file(seed=6).read_bytes())
+    with pytest.raises(run.RunError, match="differ from the run's plan"):
+        run.fine_tune(run.resumed_config(str(tmp_path / "run"), {}), resume=True)
