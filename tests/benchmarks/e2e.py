@@ -37,11 +37,10 @@ import torch
 from common import planned_basis, shortest
 
 from dpsb.adapter import attach, lora_layers
-from dpsb.baselines.build import adapt
-from dpsb.baselines.methods import method_named
 from dpsb.basis.release import PrivateExamples
 from dpsb.basis.stage import Planned, charge_leak, release_basis
 from dpsb.basis_spec import RELEASED, parse_basis
+from dpsb.beginning import basis_setup, begin
 from dpsb.config import RunConfig
 from dpsb.data import read_table
 from dpsb.frozen_prefix import remember_frozen_prefix, whole_model
@@ -82,6 +81,8 @@ ARMS = {
     "sb-leak": Arm("sb", 16, GRADIENT_RATES, "leak"),
     "lora": Arm("lora", 4, (0.001, 0.003, 0.01, 0.03)),
     "ffa-lora": Arm("ffa-lora", 4, (0.003, 0.01, 0.03, 0.1)),
+    "eva-near": Arm("peft:eva:{near}", 4, (0.001, 0.003, 0.01, 0.03)),
+    "lora-ga-near": Arm("peft:lora_ga:{near}", 4, (0.001, 0.003, 0.01, 0.03)),
 }
 """LoRA's rank is small because its noise grows with the number of its entries."""
 TARGETS = r"re:.*layers\.2[6-9]\..*_proj"
@@ -118,7 +119,8 @@ class Bench:
         self.name, self.options = name, options
         arm = ARMS[name]
         self.config = RunConfig(
-            **{"model": "smollm2", "task": "causal-lm", "data": str(paths["train"]), "method": arm.method},
+            **{"model": "smollm2", "task": "causal-lm", "data": str(paths["train"])},
+            **{"method": arm.method.format(near=paths["near"])},
             **{"prompt_column": "text_a", "completion_column": "text_b", "max_length": 96, "out": str(options.out)},
             **{"eval_data": str(paths["validation"]), "targets": TARGETS, "rank": arm.rank},
             **({} if arm.basis is None else {"basis": arm.basis.format(near=paths["near"])}),
@@ -126,14 +128,16 @@ class Bench:
             allow_non_private_basis=True,
         )
         self.inputs: Inputs = read_inputs(self.config, warm=False)
-        method, model = method_named(arm.method), self.inputs.model
         self._planned: dict[float, Planned] = {}
         self._synthetic = self.inputs.synthetic()
         self.is_paid = arm.basis is not None and parse_basis(self.config.basis).kind in RELEASED
-        self.adapter = adapt(model, method) if arm.basis is None else attach(model, self._plan_basis(8.0).basis)
+        if arm.basis is None:
+            self.adapter, _ = begin(self.inputs, basis_setup(self.inputs, DELTA), lambda _status: None)
+        else:
+            self.adapter = attach(self.inputs.model, self._plan_basis(8.0).basis)
         self.start = {name: value.clone() for name, value in self.adapter.state().items()}
         self.references = references_by_prompt(read_table(str(paths["test"])), columns_of(self.config), PROMPTS)
-        self.remembered = remember_frozen_prefix(model)
+        self.remembered = remember_frozen_prefix(self.inputs.model)
         self.remembered.__enter__()
 
     def _plan_basis(self, target: float) -> Planned:

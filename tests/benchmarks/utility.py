@@ -32,6 +32,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
+PUBLIC_STARTS = ("eva", "lora_ga")
 SEED = 20261125
 """Of the split into rows; public, as these data sets are."""
 ROWS, NEAR, HELD_OUT = 4000, 512, 1000
@@ -47,10 +48,18 @@ RATES = {
     "lora": "0.005|0.015|0.05",
     "ffa-lora": "0.01|0.03|0.1",
     "lora-xs": "0.01|0.03|0.08",
+    "peft": "0.005|0.015|0.05",
     "head-only": "0.03|0.1|0.3",
 }
-"""Three for each arm, set beforehand: sb and lora-xs around the rate of the demo, the others by rule of thumb."""
-CAUSAL_RATES = {"sb": "0.1|0.3|1", "lora": "0.01|0.03|0.1", "ffa-lora": "0.03|0.1|0.3", "lora-xs": "0.03|0.1|0.3"}
+"""Three for each arm, set beforehand: sb and lora-xs around the rate of the demo, the others by rule of thumb.
+peft: LoRA that starts from public rows."""
+CAUSAL_RATES = {
+    "sb": "0.1|0.3|1",
+    "lora": "0.01|0.03|0.1",
+    "ffa-lora": "0.03|0.1|0.3",
+    "lora-xs": "0.03|0.1|0.3",
+    "peft": "0.01|0.03|0.1",
+}
 """Three each, around those that `e2e.py` chose for sb and lora."""
 
 
@@ -125,8 +134,9 @@ def arms_of(parts: dict[str, Path]) -> dict[str, str]:
         "hadamard": "hadamard",
         "leak": "leak",
     }
-    others = {name: name for name in RATES if name != "sb"}
-    return {**{name: f"sb:{basis}" for name, basis in bases.items()}, **others}
+    others = {name: name for name in RATES if name not in ("sb", "peft")}
+    starts = {f"{kind}-near": f"peft:{kind}:{parts['near']}" for kind in PUBLIC_STARTS}
+    return {**{name: f"sb:{basis}" for name, basis in bases.items()}, **others, **starts}
 
 
 def sweep(
@@ -188,9 +198,8 @@ def run_arms(task: Task, names: Sequence[str], folder: str, options: argparse.Na
 
 def arm_of(row: dict[str, Any]) -> str:
     """An arm's short name, from a row of a sweep."""
-    if row["method"] != "sb":
-        return str(row["method"])
-    kind, _, file = str(row["basis"]).partition(":")
+    named = str(row["basis"] if row["method"] == "sb" else row["method"])
+    kind, _, file = named.removeprefix("peft:").partition(":")
     return f"{kind}-{Path(file).stem}" if file else kind
 
 
@@ -204,8 +213,9 @@ def rows_in(out: Path) -> list[dict[str, Any]]:
 
 
 FAMILIES = {
-    "R-only, any basis": lambda arm: arm not in (*RATES, "leak"),
+    "R-only, any basis": lambda arm: arm not in (*RATES, "leak") and not arm.startswith(PUBLIC_STARTS),
     "LoRA, FFA-LoRA or LoRA-XS": lambda arm: arm in ("lora", "ffa-lora", "lora-xs"),
+    "LoRA from public rows": lambda arm: arm.startswith(PUBLIC_STARTS),
 }
 """What may be picked from for the lines that say what a user gets who tries all of a family on validation rows."""
 

@@ -33,3 +33,13 @@ def test_a_language_model_is_picked_by_the_lowest_perplexity(utility):
     rows = [run(arm, "tuning", value, name="e2e", metric="perplexity") for arm, value in (("weight", 9), ("random", 7))]
     assert utility.picked(rows, "e2e", "R-only, any basis") == ("random", 2)
     assert utility.picked(rows, "e2e", "LoRA, FFA-LoRA or LoRA-XS") == ("", 0)
+
+
+def test_an_arm_is_known_by_what_its_rows_say(utility):
+    parts = {"near": Path("a/near.parquet"), "far": Path("a/far.parquet")}
+    for arm, text in utility.arms_of(parts).items():
+        method, _, basis = text.partition(":")
+        row = {"method": "sb", "basis": basis} if method == "sb" else {"method": text, "basis": None}
+        assert utility.arm_of(row) == arm
+        families = [family for family, belongs in utility.FAMILIES.items() if belongs(arm)]
+        assert len(families) == (arm not in ("leak", "head-only")), arm
