@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -145,9 +146,12 @@ def _update(core: Core, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _add(core: Core, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Adds to a layer's base weight, as a new tensor: whatever shares the old one (a tied embedding) keeps it."""
+    base: Any = core.layer.get_base_layer()
     with torch.no_grad():
         change = pair[0] @ pair[1]
-        core.layer.get_base_layer().weight.add_(change.T if getattr(core.layer, "fan_in_fan_out", False) else change)
+        moved = base.weight + (change.T if getattr(core.layer, "fan_in_fan_out", False) else change)
+    base.weight = nn.Parameter(moved, requires_grad=False)
 
 
 def _widen(core: Core, adapter_name: str, windows: list[tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -76,6 +76,28 @@ def test_folding_changes_no_output_and_unfolding_neither(kind, tmp_path):
     assert loaded.peft_config["default"].r == loaded.peft_config["default"].lora_alpha == 12
 
 
+def test_a_weight_that_is_shared_keeps_its_value_elsewhere(tiny):
+    """A head that is tied to the embeddings, and two layers on one weight: PEFT adapts each of them on its own."""
+    base = tiny.base("llama")
+    base.lm_head.weight = base.model.embed_tokens.weight
+    first, second = (block.mlp.up_proj for block in base.model.layers[:2])
+    second.weight = first.weight
+    model = add_lora(base, "causal-lm", 4, ["lm_head", "up_proj"])
+    adapter = attach(model, random(model), allow=HEAD_NAMES)
+    assert len(adapter.cores) == 3
+    tied = base.model.embed_tokens.weight
+    start, values = logits(model), tied.detach().clone()
+    shake(adapter)
+    before = logits(model)
+    moving = Rebasing(1, other_random(adapter))
+    moving.after_step(1, 3, adapter, torch.optim.SGD(adapter.parameters(), lr=0.1))
+    assert float((before - start).abs().max()) > 0.01
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(moving.unfold(adapter).model), before, rtol=1e-4, atol=1e-5)
+    assert base.model.embed_tokens.weight is tied
+    assert torch.equal(tied, values)
+
+
 def test_the_last_step_is_not_followed_by_a_window_that_nobody_uses():
     adapter = adapted()
     moving = Rebasing(2, other_random(adapter))
