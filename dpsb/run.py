@@ -116,10 +116,10 @@ def fine_tune(
     else:
         start = read_start(out, existing)
         adapter = attach_again(model, start, existing)
-    rebasing = rebasing_of(setup, adapter)
     callbacks.on_status("making the plan")
     provenance = adapter.provenance if planned is None else planned.provenance
     plan = _plan(config, adapter, prepared, provenance, planned.phases if planned else (), start, existing)
+    rebasing = rebasing_of(setup, adapter)
     callbacks.on_plan(plan)
     synthetic, randomness = inputs.synthetic(), randomness_of(config)
     remembered = remember_frozen_prefix(model) if config.remember_frozen_blocks else nullcontext()

@@ -136,7 +136,7 @@ class CutOff(BaseException):
     """Stands for a machine that went down."""
 
 
-def cut_off(out, monkeypatch):
+def cut_off(out, monkeypatch, basis="random"):
     """The same run, cut off after its last step and before anything of it is saved; what its model computed then."""
     kept = {}
 
@@ -144,7 +144,7 @@ def cut_off(out, monkeypatch):
         kept["logits"] = logits(adapter.model)
         raise CutOff
 
-    config = workbench.run_config(out, basis="random", rebase_every=2, steps=5, learning_rate=0.3)
+    config = workbench.run_config(out, basis=basis, rebase_every=2, steps=5, learning_rate=0.3)
     with monkeypatch.context() as patch:
         patch.setattr(Rebasing, "unfold", crash)
         with pytest.raises(CutOff):
@@ -281,9 +281,10 @@ def test_weights_that_would_round_the_update_away_are_refused(tmp_path):
 
 def test_a_plan_cannot_change_on_resume(tmp_path, monkeypatch):
     out = tmp_path / "run"
-    cut_off(out, monkeypatch)
-    with pytest.raises(run.RunError, match="differ from the run's plan"):
-        run.fine_tune(run.resumed_config(str(out), {"rebase_every": 3}), resume=True)
+    cut_off(out, monkeypatch, f"public:{workbench.data_file(seed=5)}")
+    for changes in ({"rebase_every": 3}, {"basis": f"public:{workbench.data_file(seed=6)}"}):
+        with pytest.raises(run.RunError, match="differ from the run's plan"):
+            run.fine_tune(run.resumed_config(str(out), changes), resume=True)
     settings = json.loads((out / "run.json").read_text())
     assert settings["rebase_every"] == 2
 
