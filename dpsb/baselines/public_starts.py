@@ -192,8 +192,9 @@ def _add_moments(
 
     def forward_pre_hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         x = inputs[0]
-        kept = x[mask] if x.shape[:-1] == mask.shape else x.flatten(0, -2)
-        kept = kept.double()
+        if x.dim() == 2 and len(x) == mask.numel():  # a block that puts its tokens in one row (OPT)
+            x = x.unflatten(0, mask.shape)
+        kept = (x[mask] if x.shape[:-1] == mask.shape else x.flatten(0, -2)).double()
         moments[name].addmm_(kept.T, kept)
         counts[name] += len(kept)
 

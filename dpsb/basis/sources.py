@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -206,6 +207,8 @@ def public_gradients(
     with own_head(model, public_set.own_labels, head_std):
         gradients = mean_gradients(model, loss_fn, batches)
     size = sum(float(gradient.double().square().sum()) for gradient in gradients.values())
-    if not 0 < size < float("inf"):
+    if not math.isfinite(size):
+        raise DataError(f"{public_set.name} gives a gradient that is not finite, as weights or losses are.")
+    if size == 0:
         raise DataError(f"{public_set.name} gives no gradient to start from: no row has a usable label.")
     return gradients

@@ -8,7 +8,7 @@ import torch
 import workbench
 from peft import PeftConfig, PeftModel
 from sweeps import Silent, settings_of, shared
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
 from dpsb import beginning, run, train
@@ -95,9 +95,19 @@ def test_eva_starts_A_at_the_singular_directions_of_what_a_layer_receives(tiny, 
         torch.testing.assert_close(A @ A.T, torch.eye(RANK), atol=1e-5, rtol=0)
 
 
-def test_padding_and_the_size_of_microbatches_change_nothing(tiny):
-    model, _ = with_method(tiny.base("bert"), "bert")
-    examples = public_of("bert")
+def opt():
+    """A model whose blocks put all tokens of a batch in one row."""
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 32, "num_hidden_layers": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return OPTForCausalLM(OPTConfig(vocab_size=61, num_attention_heads=4, max_position_embeddings=64, **sizes))
+
+
+@pytest.mark.parametrize("kind", ["bert", "opt"])
+def test_padding_and_the_size_of_microbatches_change_nothing(tiny, kind):
+    like = "llama" if kind == "opt" else kind
+    model, _ = with_method(opt() if kind == "opt" else tiny.base(kind), like)
+    examples = public_of(like)
     one = input_directions(model, [Collator(0)(examples, 16)], source="near.csv")
     other = input_directions(model, [Collator(0)([e], 40) for e in examples], source="near.csv")
     for name, A in one.items():
@@ -352,6 +362,15 @@ def test_rows_without_a_usable_label_give_no_gradient(tiny):
     model, method = with_method(tiny.base("bert"), "bert", "lora_ga")
     found = PublicSet("near.csv", [{**example, "labels": IGNORED} for example in public_of("bert")], 0, "")
     with pytest.raises(DataError, match=r"near.csv gives no gradient to start from: no row has a usable label"):
+        public_start(model, method, tiny.loss["bert"], found, Collator(0), 16, 64, 0.3)
+
+
+def test_weights_that_are_not_finite_are_not_put_down_to_labels(tiny):
+    model, method = with_method(tiny.base("bert"), "bert", "lora_ga")
+    with torch.no_grad():
+        lora_layers(model)["base_model.model.bert.encoder.layer.0.output.dense"].get_base_layer().weight[0, 0] = 1e38
+    found = PublicSet("near.csv", public_of("bert"), 0, "")
+    with pytest.raises(DataError, match=r"near.csv gives a gradient that is not finite"):
         public_start(model, method, tiny.loss["bert"], found, Collator(0), 16, 64, 0.3)
 
 
