@@ -132,10 +132,13 @@ def fit(
       ProbeError: If the model, collator or loss would couple examples or train nothing; nothing has been charged. Or
         if the first step that should have moved the model did not.
       LedgerError: If the ledger cannot be written or does not match the checkpoint; training stops before the draw.
-      ValueError: If the optimizer does not hold the live tensors of the adapter, or something else is trainable.
+      ValueError: If the optimizer does not hold the live tensors of the adapter, something else is trainable, or a team
+        is to re-base.
       MemoryError: If one example alone does not fit into memory.
       StepError: If anything else goes wrong while a step's data are in use; the step is charged, the message withheld.
     """
+    if rebasing is not None and team is not None:
+        raise ValueError("rebasing and team do not go together: the other processes would keep the old weights.")
     run_dir = ledger.path.parent
     base_rates = [float(group["lr"]) for group in optimizer.param_groups]
     check_start(adapter, ledger.plan, optimizer)

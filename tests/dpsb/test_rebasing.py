@@ -17,6 +17,7 @@ from dpsb.checkpoint import load_checkpoint, save_checkpoint
 from dpsb.config import ConfigError
 from dpsb.models import HEAD_NAMES, add_lora
 from dpsb.rebasing import Rebasing, RebasingError
+from dpsb.train import fit
 from dpsb_accounting import Ledger, LedgerError, epsilon
 
 IDS = torch.randint(5, 20, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -287,6 +288,15 @@ def test_a_plan_cannot_change_on_resume(tmp_path, monkeypatch):
             run.fine_tune(run.resumed_config(str(out), changes), resume=True)
     settings = json.loads((out / "run.json").read_text())
     assert settings["rebase_every"] == 2
+
+
+def test_other_processes_would_not_know_of_it(tiny, tmp_path):
+    adapter = tiny.adapter(tiny.base("bert"))
+    with workbench.new_ledger(tmp_path) as ledger:
+        arguments, named = workbench.fit_arguments(adapter, workbench.examples(), ledger, loss_fn=tiny.loss["bert"])
+        with pytest.raises(ValueError, match="rebasing and team do not go together"):
+            fit(*arguments, **named, rebasing=Rebasing(1, other_random(adapter)), team=object())
+        assert ledger.charged("train") == 0
 
 
 def test_every_layer_gets_a_factor_of_its_own_shape():
