@@ -16,6 +16,7 @@ from torch import nn
 
 from dpsb.adapter import Adapter
 from dpsb.capture import checkpointed_modules, per_example_gradients
+from dpsb.frozen_prefix import whole_model
 from dpsb.losses import LossFn, check_losses
 
 Example = Mapping[str, Any]
@@ -160,16 +161,32 @@ def check_step_moves_model(adapter: Adapter, before: Mapping[str, torch.Tensor],
         raise ProbeError("The optimizer step does not reach the model's output: the forward pass uses other tensors.")
 
 
-def check_same_losses(adapter: Adapter, whole: torch.Tensor, loss_fn: LossFn, batch: Batch) -> None:
-    """Raises ProbeError if the losses of a synthetic batch are not those of the whole model: remembering changes it."""
-    for _ in range(2):  # the first pass fills the memory
-        with torch.no_grad():
-            found = loss_fn(adapter.model, batch)
-        if _distance(found, whole) > _tolerance(adapter.model):
-            raise ProbeError(
-                "The model gives other losses where its frozen blocks are remembered: they hand on more than hidden "
-                "states. Leave remember_frozen_blocks out."
-            )
+def check_same_losses(adapter: Adapter, loss_fn: LossFn, batch: Batch) -> None:
+    """Losses of a synthetic batch are those of the whole model where frozen blocks are remembered, also after a step.
+
+    Theta is put back.
+
+    Raises:
+      ProbeError: If remembering changes them.
+    """
+    saved = adapter.state()
+    try:
+        for moved in (False, True):
+            if moved:
+                _perturb(adapter)
+            with without_gradients(), whole_model():
+                whole = loss_fn(adapter.model, batch)
+            for _ in range(2):  # the first pass fills the memory
+                with without_gradients():
+                    found = loss_fn(adapter.model, batch)
+                if _distance(found, whole) > _tolerance(adapter.model):
+                    raise ProbeError(
+                        "The model gives other losses where its frozen blocks are remembered: "
+                        + ("something below them is trained." if moved else "they hand on more than hidden states.")
+                        + " Leave remember_frozen_blocks out."
+                    )
+    finally:
+        adapter.load_state(saved)
 
 
 def check_checkpointing(adapter: Adapter, loss_fn: LossFn, batch: Batch) -> None:

@@ -1,18 +1,25 @@
 """Frozen blocks that run once per example: the same rows, with every kind of model and checkpointing."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import workbench
 from safetensors.torch import load_file
+from transformers import ElectraConfig, ElectraForSequenceClassification
 
+from dpsb.adapter import attach
+from dpsb.basis import random
+from dpsb.capture import adapter_train_mode
 from dpsb.config import ConfigError
 from dpsb.data import Collator, synthetic_examples
 from dpsb.frozen_prefix import PrefixError, remember_frozen_prefix
 from dpsb.losses import classification_loss
+from dpsb.models import HEAD_NAMES, add_lora
 from dpsb.probe import ProbeError
 from dpsb.run import fine_tune
 from dpsb.sampling import length_buckets
-from dpsb.train import probe_every_bucket
+from dpsb.train import probe_every_bucket, training_mode
 
 UPPER = {"bert": r".*layer\.1\..*(query|key|value|dense)", "llama": r".*layers\.1\..*_proj", "gpt2": r".*h\.1\..*c_.*"}
 UPPER["gemma2"] = UPPER["llama"]
@@ -101,6 +108,24 @@ def test_blocks_that_hand_on_more_than_hidden_states_are_refused(tiny):
     layers[1].register_forward_pre_hook(lambda _module, args: (args[0] + seen.pop() if seen else args[0], *args[1:]))
     with remember_frozen_prefix(adapter.model), pytest.raises(ProbeError, match="frozen blocks are remembered"):
         probed(adapter)
+
+
+def test_what_is_trained_below_the_frozen_blocks_would_be_remembered_too_and_is_refused():
+    """A projection of the embeddings: its rows would be zero, and its update would reach no remembered example."""
+    sizes = {"embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = ElectraConfig(vocab_size=61, intermediate_size=48, num_labels=3, **sizes, **dropout)
+    for targets, refused in ((r".*layer\.1\..*dense", False), (r".*(embeddings_project|layer\.1\..*dense)", True)):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = add_lora(ElectraForSequenceClassification(config), "classification", 4, targets)
+        adapter = attach(model, random(model), allow=HEAD_NAMES)
+        start = adapter.state()
+        with remember_frozen_prefix(model), training_mode(model):
+            adapter_train_mode(adapter)
+            with pytest.raises(ProbeError, match="below them is trained") if refused else nullcontext():
+                probed(adapter)
+        assert all(torch.equal(value, start[name]) for name, value in adapter.state().items())
 
 
 def test_token_types_tell_examples_apart(tiny):
