@@ -211,10 +211,16 @@ def new_factors(setup: Setup, provenance: Provenance) -> Callable[[int], Mapping
     Args:
       setup: With the model as it is trained.
       provenance: Of the run's basis, ``"random"`` or ``"public"``.
+
+    Raises:
+      DataError: If the public file is not the one whose SHA-256 the plan holds: it has changed since the run began.
     """
     if provenance.kind == "random":
         return lambda window: random(setup.model, generator=public_generator(window)).factors
-    position = parse_basis(setup.config.basis).sources.index(str(provenance.detail["source"]))
+    source = str(provenance.detail["source"])
+    if sha256_of(source).get("source_sha256") != provenance.detail.get("source_sha256"):
+        raise DataError(f"{source} is not the file that the run began with and takes directions from; put it back.")
+    position = parse_basis(setup.config.basis).sources.index(source)
 
     def factors(_window: int) -> Mapping[str, Factors]:
         with whole_model():

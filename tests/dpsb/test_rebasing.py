@@ -15,6 +15,7 @@ from dpsb.basis._common import public_generator
 from dpsb.basis.sources import public_gradients
 from dpsb.checkpoint import load_checkpoint, save_checkpoint
 from dpsb.config import ConfigError
+from dpsb.data import DataError
 from dpsb.models import HEAD_NAMES, add_lora
 from dpsb.rebasing import Rebasing, RebasingError
 from dpsb.train import fit
@@ -288,6 +289,18 @@ def test_a_plan_cannot_change_on_resume(tmp_path, monkeypatch):
             run.fine_tune(run.resumed_config(str(out), changes), resume=True)
     settings = json.loads((out / "run.json").read_text())
     assert settings["rebase_every"] == 2
+
+
+def test_a_resumed_run_takes_no_directions_from_a_file_that_has_changed(tmp_path, monkeypatch):
+    """The ledger says, by its SHA-256, which file the directions are from."""
+    public, out = tmp_path / "near.jsonl", tmp_path / "run"
+    public.write_bytes(workbench.data_file(seed=5).read_bytes())
+    cut_off(out, monkeypatch, f"public:{public}")
+    public.write_bytes(workbench.data_file(seed=6).read_bytes())
+    with pytest.raises(DataError, match=r"near.jsonl is not the file that the run began with"):
+        run.fine_tune(run.resumed_config(str(out), {}), resume=True)
+    public.write_bytes(workbench.data_file(seed=5).read_bytes())
+    assert run.fine_tune(run.resumed_config(str(out), {}), resume=True).report.claim
 
 
 def test_other_processes_would_not_know_of_it(tiny, tmp_path):
