@@ -90,7 +90,7 @@ def read_core_adapter(folder: Path) -> CoreAdapter:
     """
     for name in _NEEDED:
         if not (folder / name).exists():
-            raise RunError(f"{folder} is no finished R-only run: {name} is missing.")
+            raise RunError(f"{folder} is no finished R-only run on one basis: {name} is missing.")
     try:
         ledger = Ledger.read(folder / LEDGER_NAME)
     except LedgerError as error:

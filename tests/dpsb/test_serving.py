@@ -126,7 +126,7 @@ def test_bad_packs_and_tenants_are_one_sentence(runs, tmp_path):
         ({"causal": runs / "causal"}, "differ in base_model_name_or_path"),
         ({"one": runs / "two"}, "holds a tenant 'one' already"),
         ({"../x": runs / "two"}, r"Expected the tenant name '\.\./x'"),
-        ({"none": tmp_path}, "is no finished R-only run"),
+        ({"none": tmp_path}, "is no finished R-only run on one basis: adapter_config.json is missing"),
     ):
         with pytest.raises(RunError, match=message):
             add_to_pack(tmp_path / "pack", given)
