@@ -12,7 +12,7 @@ from dpsb.adapter import Basis, Factors, Provenance, lora_layers
 from dpsb.basis._common import public_generator, truncated_svd
 from dpsb.basis.per_example import Sketch
 from dpsb.basis.release import Clip, PrivateExamples
-from dpsb.basis.sources import sha256_of
+from dpsb.basis.sources import digests
 
 Gradients = Mapping[str, torch.Tensor]
 
@@ -78,10 +78,10 @@ def choice_provenance(clip: Clip, candidates: Mapping[str, str]) -> Provenance:
       candidates: Each public file, and what was done about its labels.
     """
     said = {f"labels_{i + 1}": note for i, note in enumerate(candidates.values())}
-    for i, source in enumerate(candidates):
-        said |= sha256_of(source, f"candidate_{i + 1}")
     named = {"choice": "private score", "candidates": ", ".join(candidates)}
-    return Provenance(kind="public", access="released", detail={**clip.to_json(), **named, **said})
+    return Provenance(
+        kind="public", access="released", detail={**clip.to_json(), **named, **said, **digests(candidates)}
+    )
 
 
 def choose_privately(

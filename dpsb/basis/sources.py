@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import file_digest
@@ -125,6 +125,12 @@ def sha256_of(source: str, prefix: str = "source") -> dict[str, str]:
         return {}
     with Path(source).open("rb") as file:
         return {f"{prefix}_sha256": file_digest(file, "sha256").hexdigest()}
+
+
+def digests(sources: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of each of several files that a basis is chosen from, as far as they are files."""
+    named = (sha256_of(source, f"candidate_{i + 1}") for i, source in enumerate(sources))
+    return {name: value for entry in named for name, value in entry.items()}
 
 
 def columns_here(table: Table, columns: Columns) -> Columns:

@@ -25,7 +25,16 @@ from dpsb.basis.lora_sb import lora_sb
 from dpsb.basis.private import private, private_provenance, releases_for, rounds_for
 from dpsb.basis.random import random
 from dpsb.basis.release import Clip, PrivateExamples
-from dpsb.basis.sources import EXAMPLES, PublicSet, batches_of, public_gradients, public_sample, sha256_of, stated
+from dpsb.basis.sources import (
+    EXAMPLES,
+    PublicSet,
+    batches_of,
+    digests,
+    public_gradients,
+    public_sample,
+    sha256_of,
+    stated,
+)
 from dpsb.basis_spec import PHASE, parse_basis
 from dpsb.config import RunConfig
 from dpsb.data import DataError
@@ -248,7 +257,9 @@ def _nearest(setup: Setup) -> tuple[PublicSet, dict[str, str | int | float]]:
             choice += (
                 "; --basis-choice private asks the private data" if setup.config.basis.startswith("public") else ""
             )
-    said = {"choice": choice} if len(sets) > 1 else {}
+    said: dict[str, str] = {}
+    if len(sets) > 1:
+        said = {"choice": choice, **digests(sets)}
     return sets[best], {**stated(best, sets[best].note), **said}
 
 

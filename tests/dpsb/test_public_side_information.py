@@ -243,11 +243,12 @@ def planned(out, monkeypatch, **changes):
         ({"basis": "public:{0}"}, {"source": 0}),
         ({"basis": "hybrid:{0}"}, {"source": 0}),
         ({"basis": "lora-sb:{0}"}, {"source": 0}),
+        ({"basis": "public:{0},{1}"}, {"source": 0, "candidate_1": 0, "candidate_2": 1}),
         ({"basis": "public:{0},{1}", "basis_choice": "private"}, {"candidate_1": 0, "candidate_2": 1}),
         ({"method": "peft:eva:{0}"}, {"source": 0}),
         ({"warm_start": "{0}", "precondition": "{1}"}, {"warm_start": 0, "precondition": 1}),
     ],
-    ids=["public", "hybrid", "lora-sb", "choice", "eva", "head and rows"],
+    ids=["public", "hybrid", "lora-sb", "ranked", "choice", "eva", "head and rows"],
 )
 def test_a_plan_holds_the_digest_of_every_public_file(tmp_path, monkeypatch, changes, where):
     files = [workbench.data_file(seed=seed) for seed in (5, 6)]
