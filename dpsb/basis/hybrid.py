@@ -18,6 +18,8 @@ TIMES_RANK = 6
 """The public basis' width K is so many times the rank, unless the user names it."""
 
 _SMALLEST = 1e-30
+_STANDS_OUT = 2.0
+"""How many standard deviations above noise alone a release must be to move the public directions."""
 
 
 class WidthError(ValueError):
@@ -125,13 +127,14 @@ def turn(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     r"""The directions to keep of each frame, from noisy cores and the public singular values.
 
-    The public set predicts :math:`\alpha\,\mathrm{diag}(S_l)`, with one :math:`\alpha \ge 0` for all layers fitted to
-    the noisy cores. What lies beyond the prediction is taken for Gaussian with variance :math:`\kappa w_{ij}`, larger
-    between directions that are strong in the public set (:math:`w_{ij} \propto \sqrt{S_i S_j}`), with one
-    :math:`\kappa \ge 0` for all layers from its moments. Each noisy entry of the difference is multiplied by
-    :math:`\kappa w_{ij} / (\kappa w_{ij} + (\sigma C)^2)`, its best linear guess, and the r leading singular
-    directions of prediction plus shrunk difference are kept. So where the release is below its noise the public
-    directions stay as they are, and where it is far above, it alone decides.
+    The public set predicts :math:`\alpha\,\mathrm{diag}(S_l)`, with one :math:`\alpha` of either sign for all layers
+    fitted to the noisy cores. What lies beyond the prediction is taken for Gaussian with variance :math:`\kappa w_{ij}`,
+    larger between directions that are strong in the public set (:math:`w_{ij} \propto \sqrt{S_i S_j}`), with one
+    :math:`\kappa` for all layers from its moments. It is 0 unless they exceed what noise alone gives by two of their
+    standard deviations: :math:`\sum w (x^2 - (\sigma C)^2) > 2 (\sigma C)^2 \sqrt{2 \sum w^2}`. Each noisy entry of the
+    difference is multiplied by :math:`\kappa w_{ij} / (\kappa w_{ij} + (\sigma C)^2)`, its best linear guess, and the r
+    leading singular directions of prediction plus shrunk difference are kept. So where the release does not stand out
+    of its noise the public directions stay exactly as they are, and where it is far above, it alone decides.
 
     Args:
       cores: Noisy cores by layer, shape ``(K, K)``, float64. Released.
@@ -147,7 +150,7 @@ def turn(
     """
     values = {name: torch.where(value.max() > 0, value, torch.ones_like(value)) for name, value in values.items()}
     fit = sum(float((cores[name].diagonal() * values[name]).sum()) for name in cores)
-    alpha = max(0.0, fit / sum(float(values[name].square().sum()) for name in cores))
+    alpha = fit / sum(float(values[name].square().sum()) for name in cores)
     weights, above, scale = {}, 0.0, 0.0
     for name, core in cores.items():
         spread = values[name].sqrt() / values[name].sqrt().mean()
@@ -155,7 +158,8 @@ def turn(
         beyond = core - alpha * torch.diag(values[name])
         above += float(((beyond.square() - noise_std**2) * weights[name]).sum())
         scale += float(weights[name].square().sum())
-    kappa = max(0.0, above / scale)
+    by_chance = noise_std**2 * (2 * scale) ** 0.5
+    kappa = above / scale if above > _STANDS_OUT * by_chance else 0.0
     kept = {}
     for name, core in cores.items():
         expected = kappa * weights[name]

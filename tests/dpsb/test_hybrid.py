@@ -45,10 +45,29 @@ def test_below_the_noise_the_public_directions_stay():
     cores = {name: core_of(v, 0, 200.0, i) for i, (name, v) in enumerate(values.items())}
     kept = turn(cores, values, 200.0, dict.fromkeys(values, 8))
     first = torch.eye(24, dtype=torch.float64)[:, :8]
-    mean = sum(spans(left, first) + spans(right, first) for left, right in kept.values()) / 12
+    for left, right in kept.values():
+        assert spans(left, first) == pytest.approx(1.0)
+        assert spans(right, first) == pytest.approx(1.0)
     by_the_core_alone = [spans(torch.linalg.svd(core)[0][:, :8], first) for core in cores.values()]
-    assert mean > 0.8
     assert max(by_the_core_alone) < 0.65
+
+
+def test_noise_alone_hardly_ever_moves_a_direction():
+    values = {f"layer {i}": torch.linspace(1.0, 0.2, 24, dtype=torch.float64) for i in range(3)}
+    first = torch.eye(24, dtype=torch.float64)[:, :8]
+    moved = 0
+    for draw in range(200):
+        cores = {name: core_of(0 * v, 0, 5.0, 10 * draw + i) for i, (name, v) in enumerate(values.items())}
+        kept = turn(cores, values, 5.0, dict.fromkeys(values, 8))
+        moved += any(spans(left, first) < 0.999 for left, _ in kept.values())
+    assert moved <= 14, "2.3 % of 200 draws exceed two standard deviations; 14 is four above that"
+
+
+def test_a_private_gradient_of_the_opposite_sign_keeps_the_public_directions():
+    values = {"layer": torch.linspace(1.0, 0.2, 24, dtype=torch.float64)}
+    kept = turn({"layer": core_of(-50 * values["layer"], 0, 0.5)}, values, 0.5, {"layer": 8})
+    first = torch.eye(24, dtype=torch.float64)[:, :8]
+    assert min(spans(side, first) for side in kept["layer"]) > 0.99
 
 
 def test_far_above_the_noise_the_private_core_decides():
