@@ -128,7 +128,7 @@ def turn(
     r"""The directions to keep of each frame, from noisy cores and the public singular values.
 
     The public set predicts :math:`\alpha\,\mathrm{diag}(S_l)`, with one :math:`\alpha` of either sign for all layers
-    fitted to the noisy cores. What lies beyond the prediction is taken for Gaussian with variance :math:`\kappa w_{ij}`,
+    fitted to the noisy cores. What lies beyond the prediction is taken for Gaussian of variance :math:`\kappa w_{ij}`,
     larger between directions that are strong in the public set (:math:`w_{ij} \propto \sqrt{S_i S_j}`), with one
     :math:`\kappa` for all layers from its moments. It is 0 unless they exceed what noise alone gives by two of their
     standard deviations: :math:`\sum w (x^2 - (\sigma C)^2) > 2 (\sigma C)^2 \sqrt{2 \sum w^2}`. Each noisy entry of the
