@@ -319,7 +319,7 @@ def test_from_settings_to_a_finished_adapter_within_the_budget(tmp_path, monkeyp
     wide, state = read_wide(done.out), load_state(done.out)
     assert {each.basis.frames_sha256 for each in state.terms.silos.values()} == {wide.sha256}
     assert {each.basis.width for each in state.terms.silos.values()} == {wide.width} == {8}
-    assert wide.source.startswith(f"source: {source[1:]}; labels: " if public else "source: weight")
+    assert wide.source.startswith(f"source: {source[1:]}; source_sha256: " if public else "source: weight")
     assert "source: weight" in report["basis"].get("source", "source: weight")
 
 
