@@ -25,11 +25,12 @@ from utility import TARGETS, TASKS, Task, write_parts
 EPSILON, METHOD = "3", "sb:weight"
 ADAM, SGD, HEAD = "0.02|0.05|0.12", "0.3|1|3", "0.003|0.01|0.03"
 USUAL = {"--auto-clip": "", "--rank": "16", "--expected-batch-size": "256", "--steps": "40", "--head-lr": "0.1"}
+REMEMBER = "--remember-frozen-blocks"
 SWITCHES: dict[str, dict[str, str | None]] = {
     "reference": {},
     "warm start, near": {"--warm-start": "near"},
     "warm start, near, head rate 0.01": {"--warm-start": "near", "--head-lr": "0.01"},
-    "head alone, warm start, near": {"method": "head-only", "--warm-start": "near", "--head-lr": None},
+    "head alone, warm start, near": {"method": "head-only", "--warm-start": "near", "--head-lr": None, REMEMBER: None},
     "second moments, near": {"--precondition": "near"},
     "near basis, second moments": {"basis": "public", "--precondition": "near"},
     "near basis, warm start, second moments": {"basis": "public", "--warm-start": "near", "--precondition": "near"},
@@ -60,10 +61,10 @@ def sweep(task: Task, parts: dict[str, Path], out: Path, options: argparse.Names
         *("--data", str(parts["private"]), "--eval-data", str(parts["test"]), "--labels", ",".join(labels)),
         *("--validation-data", str(parts["validation"]), "--methods", method, "--epsilons", EPSILON),
         *("--learning-rates", f"{method}={rates}", "--repeats", str(options.repeats), "--delta", "1e-5"),
-        *("--max-length", str(task.max_length), "--targets", TARGETS["top2"], "--remember-frozen-blocks"),
+        *("--max-length", str(task.max_length), "--targets", TARGETS["top2"]),
         *("--token-budget", "2048", "--processes", str(options.processes), "--json"),
     ]
-    for name, value in {**USUAL, **changes}.items():
+    for name, value in {**USUAL, REMEMBER: "", **changes}.items():
         if value is not None and name.startswith("--"):
             command += [name, str(parts["near"]) if value == "near" else value] if value else [name]
     if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
