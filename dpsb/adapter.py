@@ -340,11 +340,16 @@ def detach(adapter: Adapter) -> None:
             (core.layer.lora_A, core.layer.lora_A[adapter.adapter_name].weight),
             (core.layer.lora_B, core.up.weight),
         ):
-            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
-            with torch.no_grad():
-                plain.weight.copy_(weight)
-            slot[adapter.adapter_name] = plain.requires_grad_(False)
+            slot[adapter.adapter_name] = plain_factor(weight)
         unfuse(core.layer)
+
+
+def plain_factor(weight: torch.Tensor) -> nn.Linear:
+    """A factor as PEFT has it: a frozen ``nn.Linear`` without bias, with a copy of ``weight``."""
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        plain.weight.copy_(weight)
+    return plain.requires_grad_(False)
 
 
 def merge(adapter: Adapter) -> nn.Module:

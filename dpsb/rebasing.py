@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from dpsb.adapter import Adapter, Core, Factors, detach
+from dpsb.adapter import Adapter, Core, Factors, detach, plain_factor
+from dpsb.basis._common import add_to_base
 from dpsb.basis.stage import Setup, new_factors
 from dpsb.layers import is_plain
 from dpsb.models import peft_part
@@ -64,7 +63,7 @@ class Rebasing:
         for core in adapter.cores:
             pair = _update(core, adapter.adapter_name)
             self.folded.setdefault(core.name, []).append(pair)
-            _add(core, pair)
+            add_to_base(core.layer, *pair)
             with torch.no_grad():
                 core.up.core.weight.zero_()
             optimizer.state.pop(core.up.core.weight, None)
@@ -89,7 +88,7 @@ class Rebasing:
             while (up := saved.get(f"{core.name}.{index}.up")) is not None:
                 pair = (up.to(device), saved[f"{core.name}.{index}.down"].to(device))
                 self.folded.setdefault(core.name, []).append(pair)
-                _add(core, pair)
+                add_to_base(core.layer, *pair)
                 index += 1
         _put(adapter, {c.name: Factors(A=saved[f"{c.name}.A"], B=saved[f"{c.name}.B"]) for c in adapter.cores})
 
@@ -105,7 +104,7 @@ class Rebasing:
         detach(adapter)
         for core in adapter.cores:
             for up, down in self.folded[core.name]:
-                _add(core, (-up, down))
+                add_to_base(core.layer, -up, down)
             _widen(core, name, [*self.folded[core.name], last[core.name]])
         settings = peft_part(adapter.model).peft_config[name]
         settings.r = settings.lora_alpha = adapter.cores[0].layer.r[name]
@@ -145,24 +144,12 @@ def _update(core: Core, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return core.up.weight.detach().clone(), down.detach().clone()
 
 
-def _add(core: Core, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Adds to a layer's base weight, as a new tensor: whatever shares the old one (a tied embedding) keeps it."""
-    base: Any = core.layer.get_base_layer()
-    with torch.no_grad():
-        change = pair[0] @ pair[1]
-        moved = base.weight + (change.T if getattr(core.layer, "fan_in_fan_out", False) else change)
-    base.weight = nn.Parameter(moved, requires_grad=False)
-
-
 def _widen(core: Core, adapter_name: str, windows: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Puts all windows side by side into the plain factors of a layer."""
     up, down = (torch.cat([pair[side] for pair in windows], dim=1 - side) for side in (0, 1))
     layer, rank = core.layer, len(down)
     for slot, weight in ((layer.lora_A, down), (layer.lora_B, up)):
-        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
-        with torch.no_grad():
-            plain.weight.copy_(weight)
-        slot[adapter_name] = plain.requires_grad_(False)
+        slot[adapter_name] = plain_factor(weight)
     layer.r[adapter_name] = layer.lora_alpha[adapter_name] = rank
 
 

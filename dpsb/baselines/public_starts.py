@@ -10,8 +10,7 @@ from torch import nn
 
 from dpsb.adapter import Provenance, lora_layers
 from dpsb.baselines.methods import Method, MethodError
-from dpsb.basis._common import base_weight, public_generator, truncated_svd
-from dpsb.basis.exact_products import exact_products
+from dpsb.basis._common import add_to_base, public_generator, truncated_svd
 from dpsb.basis.sources import EXAMPLES, PublicSet, batches_of, public_gradients, stated
 from dpsb.data import DataError
 from dpsb.layers import is_plain
@@ -149,19 +148,14 @@ def lora_ga_factors(gradient: torch.Tensor, rank: int) -> tuple[torch.Tensor, to
     return scale * Vh[:rank], scale * U[:, rank:]
 
 
-@torch.no_grad()
 def move_base(model: nn.Module) -> None:
     """Moves every target weight from W0 to W0 - B A, A and B as they stand: the model computes what the base computes.
 
-    That holds to the rounding of W0's type. The moved weight is a new tensor, so that whatever shared the old one keeps
-    it. The adapter's config then says ``init_lora_weights="lora_ga"``, as for the other starts that move the base.
+    That holds to the rounding of W0's type. The adapter's config then says ``init_lora_weights="lora_ga"``, as for the
+    other starts that move the base.
     """
     for layer in lora_layers(model).values():
-        base: Any = layer.get_base_layer()
-        with exact_products():
-            moved = base_weight(layer) - layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
-        moved = moved.T if getattr(layer, "fan_in_fan_out", False) else moved
-        base.weight = nn.Parameter(moved.to(base.weight.dtype).contiguous(), requires_grad=False)
+        add_to_base(layer, -layer.lora_B["default"].weight, layer.lora_A["default"].weight)
     peft_part(model).peft_config["default"].init_lora_weights = LORA_GA  # type: ignore[union-attr]
 
 

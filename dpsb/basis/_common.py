@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+
+from dpsb.basis.exact_products import exact_products
 
 _EXACT_UP_TO = 1024
 _OVERSAMPLING = 16
@@ -15,6 +20,25 @@ def base_weight(layer: LoraLayer) -> torch.Tensor:
     """The frozen weight of a LoRA layer as (out, in) in fp32, dequantized if need be. Public."""
     weight = dequantize_module_weight(layer.get_base_layer()).detach().to(torch.float32)
     return weight.T if getattr(layer, "fan_in_fan_out", False) else weight
+
+
+@torch.no_grad()
+def add_to_base(layer: LoraLayer, up: torch.Tensor, down: torch.Tensor) -> None:
+    """Moves the frozen weight of a LoRA layer from W0 to W0 + up down, to the rounding of its type.
+
+    The moved weight is a new tensor, so that whatever shares the old one (a tied embedding) keeps it.
+
+    Args:
+      layer: With a plain floating-point weight.
+      up: Shape ``(out, k)``.
+      down: Shape ``(k, in)``.
+    """
+    base: Any = layer.get_base_layer()
+    with exact_products():
+        change = up.float() @ down.float()
+    change = change.T if getattr(layer, "fan_in_fan_out", False) else change
+    moved = (base.weight.float() + change).to(base.weight.dtype).contiguous()
+    base.weight = nn.Parameter(moved, requires_grad=False)
 
 
 def truncated_svd(

@@ -32,7 +32,8 @@ import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
-PUBLIC_STARTS = ("eva", "lora_ga")
+from dpsb.baselines.methods import PUBLIC_STARTS
+
 SEED = 20261125
 """Of the split into rows; public, as these data sets are."""
 ROWS, NEAR, HELD_OUT = 4000, 512, 1000
@@ -213,9 +214,9 @@ def rows_in(out: Path) -> list[dict[str, Any]]:
 
 
 FAMILIES = {
-    "R-only, any basis": lambda arm: arm not in (*RATES, "leak") and not arm.startswith(PUBLIC_STARTS),
+    "R-only, any basis": lambda arm: arm not in (*RATES, "leak") and not arm.startswith(tuple(PUBLIC_STARTS)),
     "LoRA, FFA-LoRA or LoRA-XS": lambda arm: arm in ("lora", "ffa-lora", "lora-xs"),
-    "LoRA from public rows": lambda arm: arm.startswith(PUBLIC_STARTS),
+    "LoRA from public rows": lambda arm: arm.startswith(tuple(PUBLIC_STARTS)),
 }
 """What may be picked from for the lines that say what a user gets who tries all of a family on validation rows."""
 
