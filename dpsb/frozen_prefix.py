@@ -3,7 +3,8 @@
 With adapters on the upper blocks of a model alone, everything below is the same function in every step. While
 :func:`remember_frozen_prefix` is active, the hidden states that enter the lowest trained block are kept in memory,
 by the example's own tokens, and only the blocks above run again. Nothing is written to disk. What is kept is as
-sensitive as the examples and goes away with the block.
+sensitive as the examples and goes away with the block, or with the :class:`FrozenOutputs` that were handed in, by
+which the runs of a sweep share it.
 """
 
 from __future__ import annotations
@@ -11,30 +12,55 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from dpsb.fingerprint import bits_of
+
 
 class PrefixError(ValueError):
     """The model has no frozen blocks to remember; the message says why."""
 
 
+@dataclass
+class FrozenOutputs:
+    """What frozen blocks computed, for the next run of this process whose frozen blocks are the same.
+
+    Args:
+      kept: Hidden states by an example's own tokens. Sensitive; in memory only.
+      blocks: What computed them, by name; another model's blocks begin anew.
+    """
+
+    kept: dict[bytes, torch.Tensor] = field(default_factory=dict)
+    blocks: dict[str, int] = field(default_factory=dict)
+
+    def begin(self, blocks: dict[str, int]) -> dict[bytes, torch.Tensor]:
+        """What is kept of these blocks; whatever others computed is dropped."""
+        if blocks != self.blocks:
+            self.kept.clear()
+            self.blocks = blocks
+        return self.kept
+
+
 @contextmanager
-def remember_frozen_prefix(model: nn.Module) -> Iterator[int]:
+def remember_frozen_prefix(model: nn.Module, outputs: FrozenOutputs | None = None) -> Iterator[int]:
     """Lets the blocks below the lowest trained one run once per example while the block is active.
 
     Guarantees:
       * Per-example gradients and losses are those of the model without it, up to floating-point rounding: a row's
         hidden states are computed from its own tokens, in a batch of the same padded length.
       * ``fit`` probes the model with its frozen blocks (:func:`whole_model`), and that remembering changes no loss.
-      * Outside a forward pass the model's modules are where they were. On leaving, everything kept is gone.
+      * Outside a forward pass the model's modules are where they were. On leaving, everything kept is gone, but for
+        what is in ``outputs``.
 
     Args:
       model: Of transformers, with or without PEFT. Which tensors are trained must not change inside. Dropout must be 0
         in the frozen blocks: a mask would be remembered too.
+      outputs: Of earlier runs; used only if every frozen number below the lowest trained block is the same.
 
     Yields:
       The number of blocks that are skipped.
@@ -43,7 +69,8 @@ def remember_frozen_prefix(model: nn.Module) -> Iterator[int]:
       PrefixError: If the lowest block is trained, or the trained tensors do not all lie in one list of blocks or above.
     """
     encoder, parent, name, count = _frozen_part(model)
-    memory = _Memory(encoder, parent, name, count)
+    outputs = FrozenOutputs() if outputs is None else outputs
+    memory = _Memory(encoder, parent, name, count, outputs.begin(_fingerprint(encoder, getattr(parent, name)[count:])))
     handles = [
         encoder.register_forward_pre_hook(memory.before, with_kwargs=True),
         encoder.register_forward_hook(memory.after, always_call=True),
@@ -109,6 +136,15 @@ def _frozen_part(model: nn.Module) -> tuple[Any, nn.Module, str, int]:
     return encoder, parent, name, count
 
 
+def _fingerprint(encoder: Any, upper: nn.ModuleList) -> dict[str, int]:
+    """The bits of every frozen tensor of the model but some upper blocks', and how it is built."""
+    above = {id(tensor) for tensor in (*upper.parameters(), *upper.buffers())}
+    tensors = [*encoder.named_parameters(remove_duplicate=False), *encoder.named_buffers(remove_duplicate=False)]
+    found = {name: bits_of(t) for name, t in tensors if id(t) not in above and not t.requires_grad}
+    settings = f"{type(encoder).__qualname__}, {encoder.config._attn_implementation}, {encoder.config.to_json_string()}"
+    return {**found, settings: len(upper)}
+
+
 class _Instead(nn.Module):
     """Stands for a frozen block: hands on the hidden states, or those that are remembered.
 
@@ -133,14 +169,14 @@ class _Instead(nn.Module):
 class _Memory:
     """Hidden states by an example's own tokens, and the hooks that fill and use them."""
 
-    def __init__(self, encoder: Any, parent: nn.Module, name: str, count: int) -> None:
+    def __init__(self, encoder: Any, parent: nn.Module, name: str, count: int, kept: dict[bytes, torch.Tensor]) -> None:
         blocks = list(getattr(parent, name))
         self.encoder, self.parent, self.name = encoder, parent, name
         self.blocks: nn.ModuleList = getattr(parent, name)
         self.lower = nn.ModuleList(blocks[:count])
         standing = [_Instead(block, self, i == count - 1) for i, block in enumerate(blocks[:count])]
         self.upper = nn.ModuleList([*standing, *blocks[count:]])
-        self.kept: dict[bytes, torch.Tensor] = {}
+        self.kept = kept
         self.batch = torch.empty(0)
         self.in_tuple = False
         self.computing = self.asleep = False

@@ -22,7 +22,7 @@ from dpsb.checkpoint import remove_checkpoint
 from dpsb.config import ConfigError, RunConfig
 from dpsb.distributed.assist import lead
 from dpsb.distributed.team import Team
-from dpsb.frozen_prefix import remember_frozen_prefix
+from dpsb.frozen_prefix import FrozenOutputs, remember_frozen_prefix
 from dpsb.head_share import clip_parts
 from dpsb.inputs import read_inputs
 from dpsb.models import MeanPooledClassifier, target_shapes
@@ -79,6 +79,7 @@ def fine_tune(
     callbacks: Callbacks = Callbacks(),
     audit: CanaryAudit | None = None,
     team: Team | None = None,
+    frozen_outputs: FrozenOutputs | None = None,
 ) -> Run:
     """Runs or resumes a private fine-tune and writes its folder.
 
@@ -91,6 +92,8 @@ def fine_tune(
       callbacks: Where progress goes.
       audit: Canaries to put in. The run is then there to be audited: it is tainted and cannot be resumed.
       team: Processes that share the work; this one leads, the others call :func:`dpsb.distributed.assist.assist`.
+      frozen_outputs: With ``config.remember_frozen_blocks``: what earlier runs of this process remember, and what this
+        one adds. Sensitive.
 
     Returns:
       :class:`Run`.
@@ -122,7 +125,7 @@ def fine_tune(
     rebasing = rebasing_of(setup, adapter)
     callbacks.on_plan(plan)
     synthetic, randomness = inputs.synthetic(), randomness_of(config)
-    remembered = remember_frozen_prefix(model) if config.remember_frozen_blocks else nullcontext()
+    remembered = remember_frozen_prefix(model, frozen_outputs) if config.remember_frozen_blocks else nullcontext()
     with remembered, _open_ledger(config, resume, out, plan, start) as ledger:
         if plan.basis["access"] == "released":
             callbacks.on_status(f"releasing the basis ({config.basis})")

@@ -26,8 +26,11 @@ def run_jobs(jobs: Sequence[Job], processes: int, on_step: OnStep) -> Iterator[t
       on_step: Called with a job, its steps done and their number.
     """
     if processes == 1 or len(jobs) <= 1:
+        from dpsb.frozen_prefix import FrozenOutputs
+
+        outputs = FrozenOutputs()
         for job in jobs:
-            yield job, run_job(job, partial(on_step, job))
+            yield job, run_job(job, partial(on_step, job), outputs)
         return
     yield from _Pool(min(processes, len(jobs)), on_step).run(jobs)
 
@@ -111,12 +114,15 @@ def _serve(connection: Any, threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
+    from dpsb.frozen_prefix import FrozenOutputs
+
     torch.set_num_threads(threads)
+    outputs = FrozenOutputs()
     while True:
         job = connection.recv()
         if job is None:
             return
-        reason = run_job(job, lambda step, steps: connection.send(("step", (step, steps))))
+        reason = run_job(job, lambda step, steps: connection.send(("step", (step, steps))), outputs)
         connection.send(("done", reason))
 
 

@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpsb.curves.cells import Cell
 from dpsb.curves.folder import CELLS, FolderError, is_finished, prepare_cell
 from dpsb_accounting import Ledger, LedgerError
 from dpsb_accounting.ledger import LEDGER_NAME, in_use
+
+if TYPE_CHECKING:
+    from dpsb.frozen_prefix import FrozenOutputs
 
 _SECONDS_FOR_A_WRITER_TO_DIE = 20.0
 
@@ -34,15 +37,22 @@ class Job:
     out: Path
 
 
-def run_job(job: Job, on_step: OnStep = lambda _step, _of: None) -> str | None:
+def run_job(
+    job: Job, on_step: OnStep = lambda _step, _of: None, frozen_outputs: FrozenOutputs | None = None
+) -> str | None:
     """Runs a cell to its end. Returns None, or in one sentence why it failed.
 
     A failed cell is tried again when the sweep is started again; what it charged stays charged.
+
+    Args:
+      job: The cell.
+      on_step: Called with its steps done and their number.
+      frozen_outputs: What the cells of a process share of a model's frozen blocks, where the run remembers them.
     """
     from dpsb.reasons import reason
 
     try:
-        _run(job, on_step)
+        _run(job, on_step, frozen_outputs)
     except Exception as error:  # noqa: BLE001 - the other cells go on
         return reason(error)
     finally:
@@ -50,7 +60,7 @@ def run_job(job: Job, on_step: OnStep = lambda _step, _of: None) -> str | None:
     return None
 
 
-def _run(job: Job, on_step: OnStep) -> None:
+def _run(job: Job, on_step: OnStep, frozen_outputs: FrozenOutputs | None) -> None:
     from dpsb.run import Callbacks, fine_tune
 
     folder = job.out / CELLS / job.cell.name
@@ -62,6 +72,7 @@ def _run(job: Job, on_step: OnStep) -> None:
         job.config,
         resume=resume,
         callbacks=Callbacks(on_step=lambda progress: on_step(progress.step, progress.steps)),
+        frozen_outputs=frozen_outputs,
     )
 
 

@@ -10,8 +10,8 @@ other epsilon takes the rate of 8. *near* is a basis from the gradient of 256 fu
 private rows: its epsilon is infinite, its noise that of the others.
 
 Scores of greedy answers to test tables at the epsilons of --answers-at, each with all its references: BLEU (sacrebleu),
-ROUGE-L. Start it again to go on: each run is a JSON file in --out, and those that are there are kept. One process keeps
-one model, so that its frozen blocks run once per row for all runs of an arm. Reads e2e.parquet from --data-dir (columns
+ROUGE-L. Start it again to go on: each run is a JSON file in --out, and those that are there are kept. Frozen blocks
+run once per row for all runs of all arms of a process. Reads e2e.parquet from --data-dir (columns
 text_a, text_b, split) and writes `e2e.csv` and `e2e.md`.
 """
 
@@ -43,7 +43,7 @@ from dpsb.basis_spec import RELEASED, parse_basis
 from dpsb.beginning import basis_setup, begin
 from dpsb.config import RunConfig
 from dpsb.data import read_table
-from dpsb.frozen_prefix import remember_frozen_prefix, whole_model
+from dpsb.frozen_prefix import FrozenOutputs, remember_frozen_prefix, whole_model
 from dpsb.generation import generate, references_by_prompt, scores
 from dpsb.inputs import Inputs, read_inputs
 from dpsb.optimizers import make_optimizer
@@ -86,6 +86,8 @@ ARMS = {
 }
 """LoRA's rank is small because its noise grows with the number of its entries."""
 TARGETS = r"re:.*layers\.2[6-9]\..*_proj"
+OUTPUTS = FrozenOutputs()
+"""What the blocks below the adapters computed, the same for every arm."""
 METRICS = ("bleu", "rouge_l", "perplexity")
 VALIDATION, NEAR, PROMPTS, NEW_TOKENS, DELTA = 150, 256, 100, 48, 1e-5
 
@@ -137,7 +139,7 @@ class Bench:
             self.adapter = attach(self.inputs.model, self._plan_basis(8.0).basis)
         self.start = {name: value.clone() for name, value in self.adapter.state().items()}
         self.references = references_by_prompt(read_table(str(paths["test"])), columns_of(self.config), PROMPTS)
-        self.remembered = remember_frozen_prefix(self.inputs.model)
+        self.remembered = remember_frozen_prefix(self.inputs.model, OUTPUTS)
         self.remembered.__enter__()
 
     def _plan_basis(self, target: float) -> Planned:

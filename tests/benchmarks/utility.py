@@ -9,6 +9,7 @@ Start it again to go on: finished runs are kept, and an arm or a data set can be
 Writes `utility.csv` (a row for every run) and `utility.md` (mean and standard deviation) into --out. Reads NAME.parquet
 from --data-dir, with the columns text or text_a and text_b, label and split.
 
+With --head-lr every arm trains its head at that rate instead, and with --rate-factor every grid is moved by a factor.
 With --head-share every row's head and adapter are clipped apart, in all arms that have both.
 With --together all arms of a data set share a sweep, so that many processes have work (on a GPU, say).
 Arms with a public set use 512 further rows of the same task ("near") or rows of another task ("far").
@@ -166,7 +167,7 @@ def sweep(
     if list(rates) != [HEAD]:
         if task.has_head:
             command += ["--head-share", options.head_share] if options.head_share else []
-            command += ["--head-lr", repr(chosen_rate(options.out, task.name, HEAD))]
+            command += ["--head-lr", repr(options.head_lr or chosen_rate(options.out, task.name, HEAD))]
         command += ["--remember-frozen-blocks"] if options.targets != "all" else []
     with (out.parent / f"{out.name}.log").open("wb") as log:
         if subprocess.run(command, stdout=subprocess.DEVNULL, stderr=log, check=False).returncode:
@@ -186,7 +187,7 @@ def run_arms(task: Task, names: Sequence[str], folder: str, options: argparse.Na
     arms = arms_of(parts)
     grids = RATES if task.has_head else CAUSAL_RATES
     first = options.tuned_at
-    rates = {arms[name]: grids[arms[name].partition(":")[0]] for name in names}
+    rates = {arms[name]: moved(grids[arms[name].partition(":")[0]], options.rate_factor) for name in names}
     sweep(task, parts, out / f"{folder}-{first}", options, first, rates)
     chosen = {arms[name]: rate for name in names if (rate := chosen_rate(options.out, task.name, name)) is not None}
     if not chosen or options.only_tuned:
@@ -195,6 +196,11 @@ def run_arms(task: Task, names: Sequence[str], folder: str, options: argparse.Na
     for given in [",".join(others)] if options.together else others:
         fixed = {arm: repr(rate) for arm, rate in chosen.items()}
         sweep(task, parts, out / f"{folder}-{given.replace(',', '-')}", options, given, fixed)
+
+
+def moved(grid: str, factor: float) -> str:
+    """A grid of learning rates, each of them multiplied."""
+    return "|".join(f"{float(rate) * factor:.3g}" for rate in grid.split("|"))
 
 
 def arm_of(row: dict[str, Any]) -> str:
@@ -265,6 +271,8 @@ def main() -> None:
         "--tuned-at", choices=EPSILONS, default="3", help="epsilon at which rates are chosen; default 3"
     )
     parser.add_argument("--head-share", help="clip head and adapter apart; by default a row is clipped as a whole")
+    parser.add_argument("--head-lr", type=float, help="of every arm; default: the rate that the head alone chose")
+    parser.add_argument("--rate-factor", type=float, default=1.0, help="of all grids of learning rates; default 1")
     parser.add_argument("--together", action="store_true", help="all arms of a data set in one sweep")
     parser.add_argument("--language-model", default="smollm2", help="of e2e; a name or a folder")
     parser.add_argument("--dtype", default="float32", help="of the frozen weights")
@@ -280,7 +288,9 @@ def main() -> None:
         groups = [("all", named)] if options.together and named else [(arm, [arm]) for arm in named]
         if not task.has_head and HEAD in given:
             print(f"{name}: a language model has no head of its own, so there is no arm {HEAD}", flush=True)
-        elif task.has_head and (HEAD in given or chosen_rate(options.out, name, HEAD) is None):
+        elif task.has_head and (
+            HEAD in given or (not options.head_lr and chosen_rate(options.out, name, HEAD) is None)
+        ):
             groups = [(HEAD, [HEAD]), *groups]
         for folder, arms_together in groups:
             run_arms(task, arms_together, folder, options)

@@ -13,7 +13,7 @@ from dpsb.basis import random
 from dpsb.capture import adapter_train_mode
 from dpsb.config import ConfigError
 from dpsb.data import Collator, synthetic_examples
-from dpsb.frozen_prefix import PrefixError, remember_frozen_prefix
+from dpsb.frozen_prefix import FrozenOutputs, PrefixError, remember_frozen_prefix
 from dpsb.losses import classification_loss
 from dpsb.models import HEAD_NAMES, add_lora
 from dpsb.probe import ProbeError
@@ -43,6 +43,43 @@ class Counter:
 
     def _count(self, _module, args, kwargs, _output):
         self.rows += len(args[0] if args else kwargs["hidden_states"])
+
+
+def test_the_next_run_goes_on_from_what_the_same_blocks_computed(tiny):
+    batch, outputs = tiny.batch("bert"), FrozenOutputs()
+    with remember_frozen_prefix(adapter_on_top(tiny, "bert").model, outputs):
+        first = adapter_on_top(tiny, "bert")
+    with remember_frozen_prefix(first.model, outputs):
+        tiny.rows(first, tiny.loss["bert"], batch)
+    second = adapter_on_top(tiny, "bert")
+    expected = tiny.rows(second, tiny.loss["bert"], batch)
+    counter = Counter(second)
+    with remember_frozen_prefix(second.model, outputs):
+        again = tiny.rows(second, tiny.loss["bert"], batch)
+    assert counter.rows == 0
+    assert tiny.distance(again, expected) < 1e-5
+
+
+@pytest.mark.parametrize("change", ["an embedding", "a frozen block", "another dtype", "the number of blocks"])
+def test_what_other_blocks_computed_is_dropped(tiny, change):
+    batch, outputs = tiny.batch("bert"), FrozenOutputs()
+    first = adapter_on_top(tiny, "bert")
+    with remember_frozen_prefix(first.model, outputs):
+        tiny.rows(first, tiny.loss["bert"], batch)
+    assert len(outputs.kept) == len(batch["input_ids"])
+    other = adapter_on_top(tiny, "bert")
+    if change == "another dtype":
+        other.model.bfloat16()
+    elif change == "the number of blocks":
+        lists = [m for m in other.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2]
+        lists[0].insert(0, lists[0][0])
+    else:
+        part = "word_embeddings" if change == "an embedding" else "layer.0.attention.self.query.weight"
+        weight = next(p for name, p in other.model.named_parameters() if part in name)
+        weight.data.view(-1)[0] += 1.0
+    with remember_frozen_prefix(other.model, outputs):
+        assert not outputs.kept
+    assert not outputs.kept
 
 
 @pytest.mark.parametrize("kind", list(UPPER))
