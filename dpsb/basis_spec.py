@@ -29,7 +29,7 @@ _PAID = "a basis that is paid for"
 BASIS_SETTINGS: dict[str, tuple[Any, str]] = {
     "basis_share": (None, _PAID),
     "basis_clip_norm": (None, _PAID),
-    "basis_sampling_prob": (1.0, _PAID),
+    "basis_sampling_prob": (None, _PAID),
     "basis_width": (None, "'hybrid'"),
     "basis_rounds": (None, "'private'"),
     "basis_choice": ("public", "'public' with several files"),

@@ -63,7 +63,8 @@ class RunConfig:
       basis_width: K of ``"hybrid"``, 6 times the rank by default.
       basis_rounds: Rounds of subspace iteration for ``"private"``; by default 0, or 2 for weights wider than 1,024.
       basis_clip_norm: Clip norm of the basis release; by default every example's gradient is normalized.
-      basis_sampling_prob: Probability with which an example is in a basis release; by default all are.
+      basis_sampling_prob: Probability with which an example is in a basis release; by default all are, or half of them
+        in each release of subspace iteration.
       basis_choice: Of several public files: ``"public"`` (ranked by each other) or ``"private"`` (a charged score).
       rebase_every: For ``"random"`` and ``"public"``: every so many steps the update goes into the frozen weights and
         new directions are taken (:mod:`dpsb.rebasing`). Costs no epsilon.
@@ -126,7 +127,7 @@ class RunConfig:
     basis_width: int | None = None
     basis_rounds: int | None = None
     basis_clip_norm: float | None = None
-    basis_sampling_prob: float = 1.0
+    basis_sampling_prob: float | None = None
     basis_choice: str = "public"
     rebase_every: int | None = None
     allow_non_private_basis: bool = False
@@ -298,7 +299,7 @@ class RunConfig:
                 f"Expected basis_share={self.basis_share!r} above 0 and at most {LARGEST_SHARE}: more leaves no budget "
                 "to train with."
             )
-        if not 0 < self.basis_sampling_prob <= 1:
+        if self.basis_sampling_prob is not None and not 0 < self.basis_sampling_prob <= 1:
             raise ConfigError(f"Expected basis_sampling_prob={self.basis_sampling_prob!r} above 0 and at most 1.")
         if self.basis_clip_norm is not None and not 0 < self.basis_clip_norm < math.inf:
             raise ConfigError(f"Expected basis_clip_norm={self.basis_clip_norm!r} to be positive and finite.")

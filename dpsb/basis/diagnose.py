@@ -348,7 +348,7 @@ def _rehearsed(judging: Judging, candidate: _Candidate, j: int, noise: Noise) ->
         layers=judging.layers,
         loss_fn=judging.loss_fn,
         batches=judging.halves[j].fit,
-        num_examples=judging.budget.num_examples,
+        num_examples=round(noise.sampling_prob * judging.budget.num_examples),
         mechanism=mechanism,
     )
     clip = Clip(l2_clip_norm=1.0, clipping="automatic", share=noise.share or 0.0)

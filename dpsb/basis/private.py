@@ -17,6 +17,7 @@ WIDE = 1024
 
 _OVERSAMPLING = 8
 _ROUNDS = 2
+_SAMPLED = 0.5
 
 
 def rounds_for(layers: Mapping[str, LoraLayer], rounds: int | None = None) -> int:
@@ -30,6 +31,15 @@ def rounds_for(layers: Mapping[str, LoraLayer], rounds: int | None = None) -> in
 def releases_for(rounds: int) -> int:
     """How many releases a private basis makes: one of whole gradients, or two each round."""
     return 2 * rounds or 1
+
+
+def sampling_prob_for(rounds: int) -> float:
+    """The probability with which an example is in a release, if the user names none. Public.
+
+    Each release of subspace iteration is a small part of the budget, where half the rows come with little more than
+    half the noise: its four passes cost two, and hold nearly as much (docs/benchmarks.md, settings of the paid bases).
+    """
+    return _SAMPLED if rounds else 1.0
 
 
 def private_provenance(clip: Clip, rounds: int) -> Provenance:

@@ -12,11 +12,11 @@ from torch import nn
 from dpsb.basis._common import public_generator
 from dpsb.basis.budget import BudgetError, basis_phase, default_share
 from dpsb.basis.per_example import Batch, Sketch, add_clipped_sum, zeros_for
-from dpsb.basis.private import releases_for, rounds_for
+from dpsb.basis.private import releases_for, rounds_for, sampling_prob_for
 from dpsb.losses import LossFn
 from dpsb.mechanism import Mechanism
 from dpsb.plan import make_plan, relation_for
-from dpsb_accounting import Gaussian, Phase
+from dpsb_accounting import Gaussian, Phase, PoissonGaussian
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +41,14 @@ class Noise:
       share: Of the budget that the basis takes; None where it is free.
       basis: Of each release for the basis; 0 where it is free.
       rounds: Of subspace iteration, for a private basis.
+      sampling_prob: With which an example is in a release.
     """
 
     train: float
     share: float | None = None
     basis: float = 0.0
     rounds: int = 0
+    sampling_prob: float = 1.0
 
 
 def noise_of(budget: Budget, layers: Mapping[str, LoraLayer]) -> dict[str, Noise]:
@@ -72,16 +74,19 @@ def noise_of(budget: Budget, layers: Mapping[str, LoraLayer]) -> dict[str, Noise
         )
         return float(plan.noise_multiplier or 0.0)
 
-    found, rounds = {"free": Noise(train=train_noise(()))}, rounds_for(layers)
-    for kind, releases in (("private", releases_for(rounds)), ("hybrid", 1)):
-        share = default_share(kind, budget.epsilon)
+    found = {"free": Noise(train=train_noise(()))}
+    for kind, rounds in (("private", rounds_for(layers)), ("hybrid", 0)):
+        share, prob = default_share(kind, budget.epsilon), sampling_prob_for(rounds)
         phase = basis_phase(
-            epsilon=budget.epsilon, delta=budget.delta, share=share, releases=releases, neighboring=relation
+            epsilon=budget.epsilon,
+            delta=budget.delta,
+            share=share,
+            releases=releases_for(rounds),
+            sampling_prob=prob,
+            neighboring=relation,
         )
-        multiplier = phase.event.noise_multiplier if isinstance(phase.event, Gaussian) else 0.0
-        found[kind] = Noise(
-            train=train_noise((phase,)), share=share, basis=multiplier, rounds=rounds if kind == "private" else 0
-        )
+        noise = phase.event.noise_multiplier if isinstance(phase.event, (Gaussian, PoissonGaussian)) else 0.0
+        found[kind] = Noise(train=train_noise((phase,)), share=share, basis=noise, rounds=rounds, sampling_prob=prob)
     return found
 
 
@@ -98,7 +103,7 @@ class Rehearsal:
       layers: Its target layers by name.
       loss_fn: Per-example loss.
       batches: **Public** examples.
-      num_examples: N, how many private examples there will be. Public.
+      num_examples: N, how many private examples a release will read, on average. Public.
       mechanism: How each example is clipped, and the noise of one release.
       visible: Filled by each release: in what share of the layers the strongest direction stands above the noise.
     """

@@ -22,7 +22,7 @@ from dpsb.basis.figures import CANNOT_TELL, nearest
 from dpsb.basis.gradient import mean_gradients
 from dpsb.basis.hybrid import Frames, check_width, frames_of, hybrid, hybrid_provenance
 from dpsb.basis.lora_sb import lora_sb
-from dpsb.basis.private import private, private_provenance, releases_for, rounds_for
+from dpsb.basis.private import private, private_provenance, releases_for, rounds_for, sampling_prob_for
 from dpsb.basis.random import random
 from dpsb.basis.release import Clip, PrivateExamples
 from dpsb.basis.sources import (
@@ -113,12 +113,12 @@ def plan_basis(setup: Setup) -> Planned:
     if spec.kind == "private":
         rounds = rounds_for(layers, config.basis_rounds)
         provenance = private_provenance(clip, rounds)
-        phase = _phase(setup, clip.share, releases_for(rounds))
+        phase = _phase(setup, clip.share, releases_for(rounds), sampling_prob_for(rounds))
         return _stand_in(setup, provenance, phase, lambda examples: private(examples, provenance))
     frames, width, said = wide_frames(setup)
     provenance = hybrid_provenance(clip, width, said)
     make = partial(hybrid, provenance=provenance, frames=frames)
-    return _stand_in(setup, provenance, _phase(setup, clip.share, 1), make)
+    return _stand_in(setup, provenance, _phase(setup, clip.share), make)
 
 
 def wide_frames(setup: Setup) -> tuple[dict[str, Frames], int, dict[str, str | int | float]]:
@@ -142,13 +142,13 @@ def _clip(config: RunConfig, kind: str) -> Clip:
     return Clip(l2_clip_norm=config.basis_clip_norm, clipping="flat", share=share)
 
 
-def _phase(setup: Setup, share: float, releases: int) -> Phase:
+def _phase(setup: Setup, share: float, releases: int = 1, usual_sampling_prob: float = 1.0) -> Phase:
     return basis_phase(
         epsilon=setup.config.epsilon,
         delta=setup.delta,
         share=share,
         releases=releases,
-        sampling_prob=setup.config.basis_sampling_prob,
+        sampling_prob=setup.config.basis_sampling_prob or usual_sampling_prob,
         neighboring=setup.neighboring,
     )
 
@@ -208,7 +208,7 @@ def _public(setup: Setup) -> Planned:
             for source, entry in sets.items()
         }
         make = partial(choose_privately, provenance=provenance, factors=factors)
-        return _stand_in(setup, provenance, _phase(setup, clip.share, 1), make)
+        return _stand_in(setup, provenance, _phase(setup, clip.share), make)
     chosen, said = _nearest(setup)
     provenance = Provenance(kind="public", access="public", detail=said)
     return Planned(basis=gradient_basis(setup.model, _gradients(setup, chosen), provenance), provenance=provenance)

@@ -17,7 +17,6 @@ from dpsb.cli.train import train
 
 _SWEEP = "Curve"
 _NOT_OF_A_CELL = ("out", "config", "epsilon", "method", "insecure_seed", "resume", "as_json")
-_RENAMED = {"lr": "learning_rate", "head_lr": "head_learning_rate"}
 
 
 def with_options_of(command: Callable[..., None], leave_out: tuple[str, ...]) -> Callable[..., Callable[..., None]]:
@@ -29,7 +28,7 @@ def with_options_of(command: Callable[..., None], leave_out: tuple[str, ...]) ->
         added = [p for p in others if p.name not in {*leave_out, *(mine.name for mine in own)}]
 
         def both(**values: Any) -> None:
-            given = {_RENAMED.get(p.name, p.name): values[p.name] for p in added if values[p.name] is not None}
+            given = {p.name: values[p.name] for p in added if values[p.name] is not None}
             function(given=given, **{p.name: values[p.name] for p in own})
 
         both.__name__, both.__doc__ = function.__name__, function.__doc__

@@ -148,7 +148,10 @@ def train(
     ] = None,
     basis_sampling_prob: Annotated[
         float | None,
-        typer.Option(rich_help_panel="Adapter", help="Poisson draw for the basis release. \\[default: 1, all]"),
+        typer.Option(
+            rich_help_panel="Adapter",
+            help="Poisson draw for each basis release. \\[default: 1, all; 0.5 for subspace iteration]",
+        ),
     ] = None,
     basis_choice: Annotated[
         str | None,
@@ -201,13 +204,23 @@ def train(
             help="Public file: rows are scaled by the second moments of its gradients before they are clipped.",
         ),
     ] = None,
-    lr: Annotated[
+    learning_rate: Annotated[
         float | None,
-        typer.Option(rich_help_panel="Optimizer", help="Learning rate of the cores. \\[default: 0.02]"),
+        typer.Option(
+            "--lr",
+            "--learning-rate",
+            rich_help_panel="Optimizer",
+            help="Learning rate of the cores, or of the method's tensors. \\[default: 0.02]",
+        ),
     ] = None,
-    head_lr: Annotated[
+    head_learning_rate: Annotated[
         float | None,
-        typer.Option(rich_help_panel="Optimizer", help="Of the head. \\[default: that of the cores]"),
+        typer.Option(
+            "--head-lr",
+            "--head-learning-rate",
+            rich_help_panel="Optimizer",
+            help="Of the head. \\[default: that of the cores]",
+        ),
     ] = None,
     schedule: Annotated[
         str | None, typer.Option(rich_help_panel="Optimizer", help="constant, linear (default) or cosine.")
@@ -283,9 +296,8 @@ def train(
     given = {
         key: value
         for key, value in locals().items()
-        if value is not None and key not in ("config", "resume", "as_json", "lr", "head_lr")
+        if value is not None and key not in ("config", "resume", "as_json")
     }
-    given |= {k: v for k, v in (("learning_rate", lr), ("head_learning_rate", head_lr)) if v is not None}
 
     def run() -> None:
         from dpsb.distributed.team import started_by_torchrun, team

@@ -191,7 +191,7 @@ class FederateConfig:
         run = self.run
         if self.federation.model != PrivacyModel.SILO_LOCAL.value:
             raise FederatedError(f"basis={run.basis!r} is for model silo_local, not for {self.federation.model}.")
-        if run.basis_rounds or run.basis_sampling_prob != 1.0 or run.remember_frozen_blocks:
+        if run.basis_rounds or run.basis_sampling_prob not in (None, 1.0) or run.remember_frozen_blocks:
             raise FederatedError(
                 f"basis={run.basis!r} takes one release of all examples from each silo here: leave "
                 "out basis_rounds, basis_sampling_prob and remember_frozen_blocks."

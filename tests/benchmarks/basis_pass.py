@@ -7,9 +7,10 @@ right    the pass of a release of sketches G V, V of rank + 8 columns: noisy sub
 left     the pass of a release of sketches U^T G: second half of a round.
 both     the pass of a release of cores U^T G V of width 6 r (``--basis hybrid``).
 
-A pass is ``dpsb.basis.per_example.add_clipped_sum`` on every microbatch, as ``PrivateExamples.release`` calls it; what
-a release adds once, whatever the number of examples, is the noise (``seconds_of_noise``). After a warm-up the arms are
-interleaved; a ratio is the median over rounds of the ratio within the round.
+A pass is ``dpsb.basis.per_example.add_clipped_sum`` on every microbatch, as ``PrivateExamples.release`` calls it and
+in its microbatches, which are an eighth smaller than those of training (``pass_budget``). What a release adds once,
+whatever the number of examples, is the noise (``seconds_of_noise``). After a warm-up the arms are interleaved; a ratio
+is the median over rounds of the ratio within the round.
 
 Peak memory is the highest total of bytes that torch's allocator holds beyond the model, from every single allocation of
 one microbatch. A pass may hold what a plain forward and backward for the gradients of the same weights holds at its
@@ -37,6 +38,7 @@ from dpsb.adapter import lora_layers
 from dpsb.basis.gradient import mean_gradients
 from dpsb.basis.per_example import WHOLE, Sketch, add_clipped_sum, zeros_for
 from dpsb.basis.private import _OVERSAMPLING
+from dpsb.basis.release import pass_budget
 from dpsb.data import Collator
 from dpsb.mechanism import Mechanism
 from dpsb.models import HEAD_NAMES
@@ -127,7 +129,11 @@ def measure(name: str, repetitions: int, microbatches: int) -> dict[str, Any]:
     collate = Collator(0)
     examples = workload.examples(workload.batch_size * microbatches)
     size = workload.batch_size
-    batches = [collate(examples[i : i + size], workload.tokens) for i in range(0, len(examples), size)]
+    fewer = max(1, pass_budget(size * workload.tokens) // workload.tokens)
+    batches, smaller = (
+        [collate(examples[i : i + rows], workload.tokens) for i in range(0, len(examples), rows)]
+        for rows in (size, fewer)
+    )
     frozen, model = memory.floor_model(workload, torch.float32), workload.lora().train()
     layers = lora_layers(model)
     # as in the plain arm: by itself the pass stops at the first target layer, half the backward pass of a single block
@@ -140,11 +146,11 @@ def measure(name: str, repetitions: int, microbatches: int) -> dict[str, Any]:
     }
     for arm in passes:
         work[arm] = partial(private_pass, workload, model, sketches=sketches[arm], totals=totals[arm])
-    arms = {arm: partial(function, batches) for arm, function in work.items()}
+    arms = {arm: partial(function, smaller if arm in passes else batches) for arm, function in work.items()}
     with common.no_garbage_collection():
         rounds = list(common.interleaved(arms, WARM_UP + repetitions))[WARM_UP:]
     hook.remove()
-    peaks = {arm: peak_bytes(partial(work[arm], batches[:1])) for arm in passes}
+    peaks = {arm: peak_bytes(partial(work[arm], smaller[:1])) for arm in passes}
     sums = {arm: sum(8 * total.numel() for total in totals[arm].values()) for arm in passes}
     make_trainable(frozen)
     activations = memory.kept_bytes(frozen, memory.forward_of(workload, frozen), nullcontext)
@@ -164,6 +170,7 @@ def measure(name: str, repetitions: int, microbatches: int) -> dict[str, Any]:
         "peak_mib_without_sums": {arm: _mib(peaks[arm]) for arm in passes},
         "sums_mib": {arm: _mib(value) for arm, value in sums.items()},
         "batch": [workload.batch_size, workload.tokens, microbatches],
+        "batch_of_a_pass": [fewer, workload.tokens, len(smaller)],
         "rank": common.RANK,
         "widest": max(max(layer.in_features, layer.out_features) for layer in layers.values()),
         "layers": len(layers),
@@ -177,7 +184,7 @@ def _mib(value: float) -> float:
 
 
 def main() -> None:
-    parser = common.arguments(__doc__, repetitions=8, threads=1, microbatches=2)
+    parser = common.arguments(__doc__, repetitions=8, threads=1, microbatches=7)
     parser.formatter_class = RawDescriptionHelpFormatter
     parser.add_argument("--model", choices=[*ARMS, "all"], default="all")
     options = parser.parse_args()

@@ -13,7 +13,8 @@ its noise from a seeded generator. The bases are made by the very functions that
 hybrid     frames from 512 near public rows, 512 far ones and the weights; five widths K; six shares; epsilon 1, 3, 8;
            `kept` is `turn` for the library's rule, `plain` for the SVD of the same noisy cores without it. Shares and
            widths are varied one at a time around the defaults; with --full each width has each share.
-private    whole gradients; with --iterate also noisy subspace iteration of one and two rounds.
+private    whole gradients; with --iterate also noisy subspace iteration of one and two rounds, and two rounds whose
+           releases read a Poisson draw of half or a quarter of the rows each. With --only-iterate nothing else.
 reference  the public bases alone, the weights, the leak (raw gradient of 512 private rows, epsilon infinite), and what
            the judging gradient would choose itself (`test`), which is the most that any basis of this rank holds.
 
@@ -28,6 +29,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +64,8 @@ from dpsb.probe import without_dropout
 
 TIMES = (2, 3, 4, 6, 8)
 SHARES = {"hybrid": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2), "private": (0.05, 0.1, 0.2, 0.4)}
+SAMPLED = (0.5, 0.25)
+"""Of subspace iteration: the probability with which a release reads a row, besides 1."""
 NO_NOISE = 1e-9
 """Noise multiplier of the rows that say what a setting would hold without noise."""
 _PUBLIC = Provenance(kind="public", access="public")
@@ -105,10 +109,12 @@ def measured(
     say(f"{name}: " + ", ".join(f"{row['kept']} {row['energy']:.4f}" for row in rows))
 
 
-def noise_of(share: float | None, epsilon: str, releases: int = 1) -> float:
+def noise_of(share: float | None, epsilon: str, releases: int = 1, sampling_prob: float = 1.0) -> float:
     if share is None:
         return NO_NOISE
-    return basis_noise_multiplier(epsilon=float(epsilon), delta=DELTA, share=share, releases=releases)
+    return basis_noise_multiplier(
+        epsilon=float(epsilon), delta=DELTA, share=share, releases=releases, sampling_prob=sampling_prob
+    )
 
 
 def measure_hybrid(
@@ -139,9 +145,16 @@ def measure_hybrid(
     measured(bench, name, judge, facts | {"noise_multiplier": mechanism.noise_multiplier}, make)
 
 
-def measure_private(bench: Bench, rounds: int, clean: Callable[..., Tensors], judge: Judge, given: Any) -> None:
+def measure_private(
+    bench: Bench,
+    rounds: int,
+    clean: Callable[..., Tensors],
+    judge: Judge,
+    given: tuple[float | None, str],
+    sampling_prob: float = 1.0,
+) -> None:
     share, epsilon = given
-    mechanism = mechanism_of(AUTOMATIC, noise_of(share, epsilon, releases_for(rounds)))
+    mechanism = mechanism_of(AUTOMATIC, noise_of(share, epsilon, releases_for(rounds), sampling_prob))
     provenance = private_provenance(AUTOMATIC, rounds)
 
     def make(draw: int) -> list[dict[str, Any]]:
@@ -156,20 +169,26 @@ def measure_private(bench: Bench, rounds: int, clean: Callable[..., Tensors], ju
 
     facts = {"basis": "private", "rounds": rounds, "clipping": "automatic", "clip_norm": 1.0, "share": share}
     facts |= {"epsilon": epsilon if share else "no noise", "noise_multiplier": mechanism.noise_multiplier}
-    measured(bench, f"private-{rounds}-{share}-{epsilon}", judge, facts, make)
+    name = f"private-{rounds}-{share}-{epsilon}" + (f"-q{sampling_prob:g}" if sampling_prob < 1 else "")
+    measured(bench, name, judge, facts | {"sampling_prob": sampling_prob}, make)
 
 
 def iterate(bench: Bench, records: Sequence[Batch], judge: Judge) -> None:
-    """Subspace iteration over the records: three shares at epsilon 3, the default share at the others."""
+    """Subspace iteration over the records: three shares at epsilon 3, the default share at the others, and draws."""
 
     first: Tensors = {}
+    chance = torch.Generator().manual_seed(0)
 
-    def clean(sketches: Mapping[str, Sketch], is_first: bool) -> Tensors:
+    def clean(sketches: Mapping[str, Sketch], is_first: bool, sampling_prob: float = 1.0) -> Tensors:
+        is_first = is_first and sampling_prob == 1.0
         if is_first and first:  # of G V with V from the weights: no noise yet
             return dict(first)
         totals = zeros_for(bench.layers, sketches, torch.device("cpu"))
         for record in records:
-            add_recorded(bench, record, sketches, mechanism_of(AUTOMATIC, 1.0), totals)
+            drawn = torch.rand(len(next(iter(record.values()))), generator=chance) < sampling_prob
+            rows = record if sampling_prob == 1.0 else {name: value[drawn] for name, value in record.items()}
+            if drawn.any():
+                add_recorded(bench, rows, sketches, mechanism_of(AUTOMATIC, 1.0), totals)
         if is_first:
             first.update(totals)
         return totals
@@ -179,6 +198,9 @@ def iterate(bench: Bench, records: Sequence[Batch], judge: Judge) -> None:
     for given in dict.fromkeys(settings):
         for rounds in (1, 2):
             measure_private(bench, rounds, clean, judge, given)
+    for given in settings[: len(EPSILONS)]:
+        for prob in SAMPLED:
+            measure_private(bench, 2, partial(clean, sampling_prob=prob), judge, given, prob)
 
 
 def looks_of(
@@ -222,6 +244,9 @@ def measure_references(bench: Bench, gradients: Mapping[str, Tensors], judge: Ju
 
 def run(bench: Bench, gradients: Mapping[str, Tensors], options: argparse.Namespace) -> None:
     mean, clipped = Judge("mean", gradients["test"]), Judge("clipped", gradients["test-clipped"])
+    if options.only_iterate:
+        iterate(bench, clipped_sums(bench, {}, True)[1], mean)
+        return
     frames, looks = looks_of(bench, gradients)
     totals, records = clipped_sums(bench, looks, options.iterate)
     by_kind = {kind: [(share, e) for share in SHARES[kind] for e in EPSILONS] for kind in SHARES}
@@ -246,7 +271,8 @@ def run(bench: Bench, gradients: Mapping[str, Tensors], options: argparse.Namesp
 def rows_in(out: Path) -> list[dict[str, Any]]:
     """The rows of every set below a folder, with six digits after the point."""
     columns = (
-        "set,targets,rows,basis,frames,times_rank,clipping,clip_norm,rounds,share,epsilon,noise_multiplier,judged_by"
+        "set,targets,rows,basis,frames,times_rank,clipping,clip_norm,rounds,sampling_prob,share,epsilon,noise_multiplier,"
+        "judged_by"
     )
     names = [*columns.split(","), "kept", "energy", "deviation", "draws"]
     found = [row for file in sorted(out.glob("*/rows/*.json")) for row in json.loads(file.read_text())]
@@ -256,8 +282,8 @@ def rows_in(out: Path) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, a line for every setting: energy held in percent, with its standard deviation."""
-    names = ["set", "targets", "basis", "frames", "times_rank", "clipping", "clip_norm", "rounds", "share", "epsilon"]
-    names += ["judged_by"]
+    names = ["set", "targets", "basis", "frames", "times_rank", "clipping", "clip_norm", "rounds"]
+    names += ["sampling_prob", "share", "epsilon", "judged_by"]
     lines = ["| " + " | ".join([*names, "kept", "energy held, %"]) + " |", "|" + "---|" * (len(names) + 2)]
     for row in rows:
         said = [
@@ -280,6 +306,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=10, help="draws of the noise; default 10")
     parser.add_argument("--full", action="store_true", help="each width with each share")
     parser.add_argument("--iterate", action="store_true", help="also subspace iteration; keeps a pass in memory")
+    parser.add_argument("--only-iterate", action="store_true", help="subspace iteration alone")
     options = parser.parse_args()
     bench, gradients = read_bench(options)
     with without_dropout(bench.inputs.model):

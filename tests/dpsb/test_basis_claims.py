@@ -9,21 +9,29 @@ from dpsb import run
 from dpsb.basis.stage import Setup, plan_basis
 from dpsb.data import Collator
 from dpsb.losses import classification_loss
-from dpsb_accounting import Ledger, NonPrivate, epsilon, make_report
+from dpsb_accounting import Gaussian, Ledger, NonPrivate, epsilon, make_report
 from dpsb_accounting.auditing import CanaryScores, FixedThresholds, audit
 
 TARGET = 8.0
 
 
 @pytest.mark.parametrize(
-    ("changes", "releases"),
-    [({"basis": "private"}, 1), ({"basis": "private", "basis_rounds": 2}, 4), ({"basis": "hybrid"}, 1)],
+    ("changes", "releases", "prob"),
+    [
+        ({"basis": "private"}, 1, 1.0),
+        ({"basis": "private", "basis_sampling_prob": 0.25}, 1, 0.25),
+        ({"basis": "private", "basis_rounds": 2}, 4, 0.5),
+        ({"basis": "private", "basis_rounds": 2, "basis_sampling_prob": 1.0}, 4, 1.0),
+        ({"basis": "hybrid"}, 1, 1.0),
+    ],
 )
-def test_a_run_claims_its_target_and_both_engines_agree(tmp_path, changes, releases):
+def test_a_run_claims_its_target_and_both_engines_agree(tmp_path, changes, releases, prob):
     settings = {"epsilon": TARGET, "num_examples": 60, "neighboring": "add_or_remove_one", **changes}
     finished = run.fine_tune(workbench.run_config(tmp_path / "run", **settings))
     ledger = Ledger.read(tmp_path / "run" / "ledger.jsonl")
     assert ledger.charged("basis") == releases
+    event = ledger.plan.phase("basis").event
+    assert isinstance(event, Gaussian) if prob == 1.0 else event.sampling_prob == prob
     assert 0.99 * TARGET <= epsilon(ledger).upper <= TARGET
     for report in (finished.report.to_json(), make_report(ledger).to_json()):
         assert report["claim"] is True

@@ -204,6 +204,7 @@ def test_errors_of_the_command_are_one_sentence(tmp_path):
         (("--epsilons", "0"), "epsilons='0'"),
         (("--processes", 0), "processes=0"),
         (("--lr", -1), "learning_rate"),
+        (("--learning-rate", -1), "learning_rate"),
     ):
         result = dpsb(*arguments(tmp_path / "x"), *further)
         assert result.exit_code == 1

@@ -12,8 +12,8 @@ from dpsb.adapter import lora_layers
 from dpsb.basis import budget, mean_gradients
 from dpsb.basis.choose import gradient_basis, held_energy
 from dpsb.basis.per_example import WHOLE, Sketch
-from dpsb.basis.private import private, private_provenance, releases_for, rounds_for
-from dpsb.basis.release import Clip, PrivateExamples
+from dpsb.basis.private import private, private_provenance, releases_for, rounds_for, sampling_prob_for
+from dpsb.basis.release import Clip, PrivateExamples, pass_budget
 from dpsb.data import Collator, synthetic_examples
 from dpsb.losses import classification_loss
 from dpsb.mechanism import Mechanism
@@ -250,6 +250,15 @@ def test_wide_weights_are_sketched(tiny):
         in_features, out_features = 4096, 1025
 
     assert rounds_for({"a": Wide()}) == 2
+
+
+def test_each_release_of_subspace_iteration_reads_half_the_rows():
+    assert sampling_prob_for(0) == 1.0
+    assert sampling_prob_for(2) == 0.5
+
+
+def test_a_pass_takes_less_memory_than_a_step_of_training():
+    assert [pass_budget(tokens) for tokens in (2048, 16, 8, 7, 1)] == [1792, 14, 7, 7, 1]
 
 
 # --- what an adversary can tell
