@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpsb.basis.sources import PublicSet, columns_here, read_public
+from dpsb.basis.sources import PublicSet, read_public
 from dpsb.canaries import InputShape, example_losses
 from dpsb.config import RunConfig
 from dpsb.data import (
@@ -24,9 +24,7 @@ from dpsb.data import (
 )
 from dpsb.losses import IGNORED, LossFn, causal_lm_loss, classification_loss
 from dpsb.models import config_labels, longest_input
-
-_TELLING = 20
-"""Characters that a text must have to tell that two rows are the same row."""
+from dpsb.shared_rows import check_not_shared, public_rows
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def prepare(
         raise DataError(f"{config.data} holds no rows{owned}.")
     public = {source: read_table(source) for source in (*config.public_sources, *_other_public(config))}
     for other in public.values():
-        check_not_shared(table, other, columns, config.task)
+        check_not_shared(table, public_rows(other, columns, config.task), columns, config.task)
     return Prepared(
         examples=examples,
         units=units,
@@ -118,32 +116,6 @@ def prepare(
         label_origin=origin,
         max_length=max_length,
     )
-
-
-def check_not_shared(private: Table, public: Table, columns: Columns, task: str) -> None:
-    """Refuses a public file that holds rows of the private one: what is computed from them would leak them.
-
-    Texts are compared as they stand, but for white space. Short ones (below 20 characters), such as "ok" or "thanks",
-    are not: they are alike in many files and nobody's own.
-
-    Raises:
-      DataError: With the number of such rows, for the operator's screen. No row is shown.
-    """
-    said = [text for text in _texts(public, columns, task) if len(text) >= _TELLING]
-    shared = set(said) & set(_texts(private, columns, task))
-    if shared:
-        count = sum(text in shared for text in said)
-        raise DataError(
-            f"{count} of the {len(public)} rows of {public.source}, named as public, are in the private data too; a "
-            "row is one or the other: leave them out of the training data, or name another public file."
-        )
-
-
-def _texts(table: Table, columns: Columns, task: str) -> list[str]:
-    """What each row says, its label left out. As sensitive as the table."""
-    found = chosen_columns(table, columns_here(table, columns), task)
-    parts = [table.column(name) for part, name in found.items() if name is not None and part != "label"]
-    return [" ".join(" ".join(str(v) for v in row if v is not None).split()) for row in zip(*parts, strict=True)]
 
 
 def _other_public(config: RunConfig) -> list[str]:

@@ -19,7 +19,7 @@ from dpsb.basis.stage import Setup, plan_basis, wide_frames
 from dpsb.basis_spec import RELEASED, parse_basis
 from dpsb.checkpoint import replacing
 from dpsb.config import RunConfig
-from dpsb.data import Collator, Table
+from dpsb.data import Collator, Table, read_table
 from dpsb.evaluate import evaluate
 from dpsb.federated.card import federation_card
 from dpsb.federated.checks import FederatedError
@@ -30,12 +30,15 @@ from dpsb.federated.report import Federation, write_report
 from dpsb.federated.spec import SOURCE_LENGTH, PaidBasis
 from dpsb.federated.trainer import Trainer
 from dpsb.models import HEAD_NAMES, add_lora, load_base
-from dpsb.prepare import Prepared, labels_of, loss_of, prepare, synthetic_of, targets_of
+from dpsb.prepare import Prepared, columns_of, labels_of, loss_of, prepare, synthetic_of, targets_of
 from dpsb.run import run_details
+from dpsb.shared_rows import PublicRows, check_not_shared, public_rows
 from dpsb.start import START_NAME, attach_saved, start_of
 from dpsb_accounting.files import write_whole
 
 ADAPTER, PAID_START = "adapter", "paid-start.safetensors"
+PUBLIC_ROWS = "public_rows"
+"""Of the settings' file: digests by which a silo sees whether rows that the basis takes for public are its own."""
 
 Status = Callable[[str], None]
 
@@ -81,6 +84,10 @@ def build(
     base, tokenizer = load_base(
         run.model, run.task, labels, dtype=dtype, pooling=run.pooling, head_init_std=run.head_init_std
     )
+    public = _public_rows(run, out)
+    for name, table in tables.items():
+        for rows in public:
+            check_not_shared(table, rows, columns_of(run), run.task, owner=f"the data of silo {name!r}")
     prepared = {name: prepare(runs[name], table, base, tokenizer, labels, origin) for name, table in tables.items()}
     model = add_lora(base, run.task, run.rank, targets_of(run.targets))
     if torch.cuda.is_available():
@@ -96,7 +103,8 @@ def build(
             write_whole(out / FRAMES_NAME, _wide(run, model, prepared[first], collate).content())
         adapter = _new_adapter(run, model, prepared[first], collate)
         write_whole(out / START_NAME, start_of(adapter))
-        settings = {"settings": config.to_json(), "basis": adapter.provenance.to_json()}
+        settings: dict[str, Any] = {"settings": config.to_json(), "basis": adapter.provenance.to_json()}
+        settings[PUBLIC_ROWS] = [rows._asdict() for rows in public]
         write_whole(out / SETTINGS_NAME, (json.dumps(settings, indent=1) + "\n").encode())
     trainer = Trainer(
         adapter=adapter,
@@ -150,6 +158,19 @@ def finish(out: Path, built: Built, config: FederateConfig, federation: Federati
 
 def _paid(federation: Federation) -> list[PaidBasis]:
     return [terms.basis for terms in federation.state.terms.silos.values() if terms.basis is not None]
+
+
+def _public_rows(run: RunConfig, out: Path) -> list[PublicRows]:
+    """The rows that the basis takes for public: of their files, or as the settings in ``out`` name them."""
+    if not (out / SETTINGS_NAME).exists():
+        return [public_rows(read_table(source), columns_of(run), run.task) for source in run.public_sources]
+    named = json.loads((out / SETTINGS_NAME).read_text()).get(PUBLIC_ROWS, [])
+    if {rows["source"] for rows in named} != set(run.public_sources):
+        raise FederatedError(
+            f"{out / SETTINGS_NAME} does not say which rows the basis takes for public, so no silo can tell whether "
+            "they are its own; begin the federation anew."
+        )
+    return [PublicRows(**rows) for rows in named]
 
 
 def _wide(run: RunConfig, model: torch.nn.Module, prepared: Prepared, collate: Collator) -> Wide:

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import workbench
@@ -20,7 +21,9 @@ from typer.testing import CliRunner
 from dpsb.cli import app
 from dpsb.demo import mail_file
 from dpsb.federated.budget import FolderBusy, alone
+from dpsb.federated.checks import FederatedError
 from dpsb.federated.flower.keys import make_certificates
+from dpsb.federated.flower.setup import open_silo
 from dpsb.federated.server import load_state
 from dpsb_accounting import Ledger, verify
 
@@ -128,6 +131,32 @@ def carry(tmp_path, fed, node_ports):
         (folder / "silo.toml").write_text(f"data = {json.dumps(str(data))}\n")
         node = folder / "node" / "node.toml"
         node.write_text(node.read_text().replace(f"port = {9100 + number}", f"port = {node_ports[number]}"))
+
+
+def test_a_silo_whose_rows_the_basis_takes_for_public_does_not_open(tmp_path):
+    """It has never seen the server's file: the settings that it got hold the digests."""
+    private, near = pq.read_table(mail_file("train")), tmp_path / "near.parquet"
+    pq.write_table(
+        pa.concat_tables([pq.read_table(mail_file("validation")).slice(0, 40), private.slice(1000, 5)]), near
+    )
+    made = invoke(
+        "init", "--config", config(tmp_path, f'basis = "public:{near}"\n{SETTINGS}'), "--out", tmp_path / "fed"
+    )
+    assert made.exit_code == 0, made.output
+    near.unlink()
+    carry(tmp_path, tmp_path / "fed", [9100, 9101, 9102])
+    silo, _ = open_silo(tmp_path / "north", on_status=lambda _message: None)
+    assert silo.name == "north"
+    refused = invoke("silo", tmp_path / "south", "--part", "worker")
+    assert refused.exit_code == 1
+    said = " ".join(refused.stderr.split())
+    assert "5 of the 45 rows of" in said
+    assert "named as public, are in the data of silo 'south' too" in said
+    settings = tmp_path / "north" / "federation.json"
+    without = {name: part for name, part in json.loads(settings.read_text()).items() if name != "public_rows"}
+    settings.write_text(json.dumps(without))
+    with pytest.raises(FederatedError, match="does not say which rows the basis takes for public"):
+        open_silo(tmp_path / "north", on_status=lambda _message: None)
 
 
 def start_silos(tmp_path, silos, in_two_parts=()):

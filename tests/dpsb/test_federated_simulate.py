@@ -189,6 +189,20 @@ def test_no_silos_rows_are_held_out_or_public(tmp_path, key):
         read_federation(settings(tmp_path, used, silos=silos))
 
 
+@pytest.mark.parametrize("basis", ["public", "hybrid"])
+def test_no_silo_holds_rows_that_the_basis_takes_for_public(tmp_path, basis):
+    files = {name: workbench.data_file(seed=seed) for name, seed in (("north", 1), ("south", 2))}
+    own = [json.loads(line) for line in files["south"].read_text().splitlines()]
+    own = sorted(own, key=lambda row: -len(row["text"]))[:2]
+    near = tmp_path / "near.jsonl"
+    near.write_text("".join(json.dumps(row) + "\n" for row in [*workbench.rows(30, seed=3), *own]))
+    silos = "".join(f'[silos.{name}]\ndata = "{file}"\n' for name, file in files.items())
+    path = settings(tmp_path, f'basis = "{basis}:{near}"', silos=silos)
+    with pytest.raises(DataError, match=r"2 of the 32 rows of .*, named as public, are in the data of silo 'south'"):
+        simulate(read_federation(path))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_split_needs_its_column(tmp_path):
     path = settings(tmp_path, f'data = "{workbench.data_file()}"', SPLIT)
     with pytest.raises(DataError, match="no column 'group'; it has 'text', 'label'"):

@@ -14,8 +14,8 @@ from dpsb.losses import IGNORED, classification_loss
 from dpsb.mechanism import Mechanism
 from dpsb.models import head_of, load_base
 from dpsb.precondition import public_row_scale
-from dpsb.prepare import check_not_shared
 from dpsb.randomness import SeededRandomness
+from dpsb.shared_rows import check_not_shared, public_rows
 from dpsb.train import fit
 from dpsb.warm_start import warm_start
 from dpsb_accounting import Ledger, verify
@@ -196,10 +196,12 @@ def test_a_public_file_with_private_rows_is_refused(tmp_path, kind, how):
 
 def test_short_texts_are_nobodys_own():
     private = Table("p", {"text": ["ok", "thanks", "a  text of\nsome length"], "label": ["x", "y", "x"]})
-    check_not_shared(private, Table("q", {"text": ["ok", "thanks"]}), Columns(), "classification")
+    short = public_rows(Table("q", {"text": ["ok", "thanks"]}), Columns(), "classification")
+    check_not_shared(private, short, Columns(), "classification")
     copy = Table("q", {"text": ["a text of some length ", "ok"], "label": ["y", "y"]})
+    copied = public_rows(copy, Columns(), "classification")
     with pytest.raises(DataError, match="1 of the 2 rows of q, named as public, are in the private data"):
-        check_not_shared(private, copy, Columns(), "classification")
+        check_not_shared(private, copied, Columns(), "classification")
 
 
 def test_second_moments_are_not_those_of_the_first_rows(tiny, monkeypatch):
