@@ -26,16 +26,16 @@ LARGEST_SHARE = 0.9
 """The most of a budget that a basis may take; the rest is for training."""
 
 _PAID = "a basis that is paid for"
-BASIS_SETTINGS: dict[str, tuple[Any, str]] = {
-    "basis_share": (None, _PAID),
-    "basis_clip_norm": (None, _PAID),
-    "basis_sampling_prob": (None, _PAID),
-    "basis_width": (None, "'hybrid'"),
-    "basis_rounds": (None, "'private'"),
-    "basis_choice": ("public", "'public' with several files"),
-    "rebase_every": (None, "'random' and 'public' (chosen without the private data)"),
+BASIS_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "basis_share": ((None,), _PAID),
+    "basis_clip_norm": ((None,), _PAID),
+    "basis_sampling_prob": ((None, 1.0), _PAID),
+    "basis_width": ((None,), "'hybrid'"),
+    "basis_rounds": ((None,), "'private'"),
+    "basis_choice": (("public",), "'public' with several files"),
+    "rebase_every": ((None,), "'random' and 'public' (chosen without the private data)"),
 }
-"""Settings of a run that only some bases read: the value that says nothing, and what they are for."""
+"""Settings of a run that only some bases read: values that say nothing, the usual one first, and what they are for."""
 
 _TAKE_FILES = {"public": "FILE[,FILE...]", "hybrid": "[FILE[,FILE...]]", "lora-sb": "[FILE]"}
 

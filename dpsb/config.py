@@ -317,7 +317,7 @@ class RunConfig:
     def _check_basis_settings_used(self) -> None:
         used = settings_for(parse_basis(self.basis), self.basis_choice)
         for name, (unset, purpose) in BASIS_SETTINGS.items():
-            if name not in used and getattr(self, name) != unset:
+            if name not in used and getattr(self, name) not in unset:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is for {purpose}, so basis={self.basis!r} would ignore it: leave "
                     f"out {name}."
@@ -352,7 +352,7 @@ class RunConfig:
 
     def with_basis(self, basis: str) -> RunConfig:
         """A copy on another basis; settings that only some bases read say nothing again."""
-        return replace(self, basis=basis, **{name: unset for name, (unset, _) in BASIS_SETTINGS.items()})
+        return replace(self, basis=basis, **{name: unset[0] for name, (unset, _) in BASIS_SETTINGS.items()})
 
     def to_json(self) -> dict[str, Any]:
         """Settings as JSON; an infinite epsilon is the string ``"inf"``."""

@@ -13,13 +13,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
-
-from dpsb.fingerprint import bits_of
 
 
 class PrefixError(ValueError):
@@ -32,18 +31,19 @@ class FrozenOutputs:
 
     Args:
       kept: Hidden states by an example's own tokens. Sensitive; in memory only.
-      blocks: What computed them, by name; another model's blocks begin anew.
+      in_tuple: Whether the blocks return their hidden states in a tuple.
+      blocks: SHA-256 of what computed them, by name; other blocks begin anew.
     """
 
     kept: dict[bytes, torch.Tensor] = field(default_factory=dict)
-    blocks: dict[str, int] = field(default_factory=dict)
+    in_tuple: bool = False
+    blocks: dict[str, str] | None = None
 
-    def begin(self, blocks: dict[str, int]) -> dict[bytes, torch.Tensor]:
-        """What is kept of these blocks; whatever others computed is dropped."""
-        if blocks != self.blocks:
+    def begin(self, blocks: dict[str, str] | None) -> None:
+        """Drops what other blocks computed; None stands for blocks that cannot be told from others."""
+        if blocks is None or blocks != self.blocks:
             self.kept.clear()
             self.blocks = blocks
-        return self.kept
 
 
 @contextmanager
@@ -60,7 +60,8 @@ def remember_frozen_prefix(model: nn.Module, outputs: FrozenOutputs | None = Non
     Args:
       model: Of transformers, with or without PEFT. Which tensors are trained must not change inside. Dropout must be 0
         in the frozen blocks: a mask would be remembered too.
-      outputs: Of earlier runs; used only if every frozen number below the lowest trained block is the same.
+      outputs: Of earlier runs; used only if every frozen number below the lowest trained block is the same, and all of
+        them are plain tensors (no quantized weights).
 
     Yields:
       The number of blocks that are skipped.
@@ -69,8 +70,11 @@ def remember_frozen_prefix(model: nn.Module, outputs: FrozenOutputs | None = Non
       PrefixError: If the lowest block is trained, or the trained tensors do not all lie in one list of blocks or above.
     """
     encoder, parent, name, count = _frozen_part(model)
-    outputs = FrozenOutputs() if outputs is None else outputs
-    memory = _Memory(encoder, parent, name, count, outputs.begin(_fingerprint(encoder, getattr(parent, name)[count:])))
+    if outputs is None:
+        outputs = FrozenOutputs()
+    else:
+        outputs.begin(_fingerprint(encoder, getattr(parent, name), count))
+    memory = _Memory(encoder, parent, name, count, outputs)
     handles = [
         encoder.register_forward_pre_hook(memory.before, with_kwargs=True),
         encoder.register_forward_hook(memory.after, always_call=True),
@@ -136,13 +140,23 @@ def _frozen_part(model: nn.Module) -> tuple[Any, nn.Module, str, int]:
     return encoder, parent, name, count
 
 
-def _fingerprint(encoder: Any, upper: nn.ModuleList) -> dict[str, int]:
-    """The bits of every frozen tensor of the model but some upper blocks', and how it is built."""
-    above = {id(tensor) for tensor in (*upper.parameters(), *upper.buffers())}
+def _fingerprint(encoder: Any, blocks: nn.ModuleList, count: int) -> dict[str, str] | None:
+    """SHA-256 of every frozen tensor of the model but those of the upper blocks alone, and of how it is built."""
+    lower, upper = ({id(t) for t in (*b.parameters(), *b.buffers())} for b in (blocks[:count], blocks[count:]))
     tensors = [*encoder.named_parameters(remove_duplicate=False), *encoder.named_buffers(remove_duplicate=False)]
-    found = {name: bits_of(t) for name, t in tensors if id(t) not in above and not t.requires_grad}
+    below = {name: t for name, t in tensors if id(t) not in upper - lower and not t.requires_grad}
+    if any(type(tensor) not in (torch.Tensor, nn.Parameter) for tensor in below.values()):
+        return None  # quantized weights keep part of what they are elsewhere
+    found = {name: _sha256(tensor) for name, tensor in below.items()}
     settings = f"{type(encoder).__qualname__}, {encoder.config._attn_implementation}, {encoder.config.to_json_string()}"
-    return {**found, settings: len(upper)}
+    return {**found, "settings": sha256(settings.encode()).hexdigest()}
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    digest = sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(content.data)
+    return digest.hexdigest()
 
 
 class _Instead(nn.Module):
@@ -163,22 +177,21 @@ class _Instead(nn.Module):
         if self.__dict__["_recalls"]:
             needs_gradient = hidden_states.requires_grad and torch.is_grad_enabled()
             hidden_states = memory.batch.requires_grad_(needs_gradient)
-        return (hidden_states,) if memory.in_tuple else hidden_states
+        return (hidden_states,) if memory.outputs.in_tuple else hidden_states
 
 
 class _Memory:
     """Hidden states by an example's own tokens, and the hooks that fill and use them."""
 
-    def __init__(self, encoder: Any, parent: nn.Module, name: str, count: int, kept: dict[bytes, torch.Tensor]) -> None:
+    def __init__(self, encoder: Any, parent: nn.Module, name: str, count: int, outputs: FrozenOutputs) -> None:
         blocks = list(getattr(parent, name))
         self.encoder, self.parent, self.name = encoder, parent, name
         self.blocks: nn.ModuleList = getattr(parent, name)
         self.lower = nn.ModuleList(blocks[:count])
         standing = [_Instead(block, self, i == count - 1) for i, block in enumerate(blocks[:count])]
         self.upper = nn.ModuleList([*standing, *blocks[count:]])
-        self.kept = kept
+        self.outputs = outputs
         self.batch = torch.empty(0)
-        self.in_tuple = False
         self.computing = self.asleep = False
 
     def before(self, _encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -191,12 +204,13 @@ class _Memory:
         if lengths is None or len(args) > 1:
             return  # not padded on the right, or called in another way: the whole model runs
         keys = _keys(inputs, lengths)
-        missing = [i for i, key in enumerate(keys) if key not in self.kept]
+        kept = self.outputs.kept
+        missing = [i for i, key in enumerate(keys) if key not in kept]
         if missing:
             hidden = self._run_lower({name: v[missing] for name, v in inputs.items() if v is not None})
             for row, i in enumerate(missing):
-                self.kept[keys[i]] = hidden[row, : lengths[i]].cpu().clone()
-        rows = [self.kept[key] for key in keys]
+                kept[keys[i]] = hidden[row, : lengths[i]].cpu().clone()
+        rows = [kept[key] for key in keys]
         batch = rows[0].new_zeros(len(rows), inputs["input_ids"].shape[1], rows[0].shape[1])
         for row, part in zip(batch, rows, strict=True):
             row[: len(part)] = part
@@ -222,8 +236,8 @@ class _Memory:
             handle.remove()
             self.computing = False
             self.parent._modules[self.name] = self.blocks
-        self.in_tuple = isinstance(seen[0], tuple)
-        hidden: torch.Tensor = seen[0][0] if self.in_tuple else seen[0]
+        self.outputs.in_tuple = isinstance(seen[0], tuple)
+        hidden: torch.Tensor = seen[0][0] if self.outputs.in_tuple else seen[0]
         return hidden
 
 

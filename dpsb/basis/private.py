@@ -62,8 +62,8 @@ def private(examples: Releases, provenance: Provenance, adapter_name: str = "def
     With ``rounds`` 0: one release :math:`\hat G_l = \sum_i c_i G_{il} + N(0, (\sigma C)^2)`, then its SVD. Otherwise
     noisy subspace iteration: from the weight's own right frame V, each round releases :math:`\sum_i c_i G_{il} V_l`,
     orthonormalizes it to U, releases :math:`\sum_i c'_i G_{il}^\top U_l` and orthonormalizes that to V. Every sketch
-    has its own clip: what is bounded by C is the *sketched* gradient, so a frame that holds little of each example
-    costs no signal.
+    has its own draw, where the plan's event draws, and its own clip: what is bounded by C is the *sketched* gradient,
+    so a frame that holds little of each example costs no signal.
 
     Guarantees:
       * The basis is post-processing of the releases that the ledger's phase "basis" charged, one joint clip over all

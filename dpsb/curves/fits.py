@@ -50,8 +50,8 @@ def _check_settings_used(settings: CurveSettings) -> None:
     bases = [parse_basis(entry.basis) for entry in settings.entries if entry.basis is not None]
     choice = str(settings.shared.get("basis_choice", "public"))
     for name, (unset, purpose) in BASIS_SETTINGS.items():
-        given = settings.shared.get(name, unset)
-        if given != unset and not any(name in settings_for(basis, choice) for basis in bases):
+        given = settings.shared.get(name, unset[0])
+        if given not in unset and not any(name in settings_for(basis, choice) for basis in bases):
             raise CurveError(
                 f"{name}={given!r} is for {purpose}, and none of the methods "
                 f"{', '.join(entry.text for entry in settings.entries)} is on such a basis: leave out {name}."

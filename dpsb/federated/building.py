@@ -84,7 +84,8 @@ def build(
     base, tokenizer = load_base(
         run.model, run.task, labels, dtype=dtype, pooling=run.pooling, head_init_std=run.head_init_std
     )
-    public = _public_rows(run, out)
+    is_new = not (out / SETTINGS_NAME).exists()
+    public = _public_rows(run, out) if is_new or any(map(len, tables.values())) else []  # a server has no rows
     for name, table in tables.items():
         for rows in public:
             check_not_shared(table, rows, columns_of(run), run.task, owner=f"the data of silo {name!r}")
@@ -93,7 +94,7 @@ def build(
     if torch.cuda.is_available():
         model.to("cuda")
     collate = Collator(tokenizer.pad_token_id, next(model.parameters()).device)
-    if (out / SETTINGS_NAME).exists():
+    if not is_new:
         basis = json.loads((out / SETTINGS_NAME).read_text())["basis"]
         adapter = attach_saved(model, (out / START_NAME).read_bytes(), basis)
     else:

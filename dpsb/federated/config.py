@@ -134,6 +134,8 @@ class FederateConfig:
     silos: Mapping[str, SiloSettings] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.run.basis_sampling_prob == 1.0:  # as silos release anyway, and what earlier versions wrote down
+            object.__setattr__(self, "run", replace(self.run, basis_sampling_prob=None))
         named = dict(self.silos)
         if not named:
             if self.federation.silos is None or self.federation.silos < 2:
@@ -191,7 +193,7 @@ class FederateConfig:
         run = self.run
         if self.federation.model != PrivacyModel.SILO_LOCAL.value:
             raise FederatedError(f"basis={run.basis!r} is for model silo_local, not for {self.federation.model}.")
-        if run.basis_rounds or run.basis_sampling_prob not in (None, 1.0) or run.remember_frozen_blocks:
+        if run.basis_rounds or run.basis_sampling_prob is not None or run.remember_frozen_blocks:
             raise FederatedError(
                 f"basis={run.basis!r} takes one release of all examples from each silo here: leave "
                 "out basis_rounds, basis_sampling_prob and remember_frozen_blocks."

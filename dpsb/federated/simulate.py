@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from dpsb.federated.building import Built, build, finish
 from dpsb.federated.calibrate import policy_text, terms_of
 from dpsb.federated.canaries import FederationCanaries
 from dpsb.federated.checks import FederatedError
-from dpsb.federated.config import SETTINGS_NAME, FederateConfig, silo_config
+from dpsb.federated.config import SETTINGS_NAME, FederateConfig, settings_in, silo_config
 from dpsb.federated.coordinator import Coordinator
 from dpsb.federated.local import LocalTransport
 from dpsb.federated.messages import Reply
@@ -81,7 +80,7 @@ def simulate(
     resumed = (out / SETTINGS_NAME).exists()
     if not resumed and out.exists() and any(out.iterdir()):
         raise ServerError(f"{out} is not empty and holds no federation; choose another folder.")
-    if resumed and json.loads((out / SETTINGS_NAME).read_text())["settings"] != config.to_json():
+    if resumed and settings_in(out).to_json() != config.to_json():
         raise ServerError(f"The settings differ from those of the federation in {out}; they cannot change on resume.")
     built = _built(config, out, callbacks)
     trainer = built.trainer

@@ -106,6 +106,13 @@ def test_lora_sb_without_a_public_file_needs_an_infinite_epsilon():
     assert RunConfig(**LEAST, basis="lora-sb", epsilon=math.inf).basis == "lora-sb"
 
 
+def test_settings_that_earlier_versions_wrote_down_are_still_read():
+    """They named the value of ``basis_sampling_prob`` that says nothing, whatever the basis."""
+    facts = RunConfig(**LEAST).to_json() | {"basis_sampling_prob": 1.0}
+    assert make_config(facts).basis_sampling_prob == 1.0
+    assert make_config(facts).with_basis("random").basis_sampling_prob is None
+
+
 @pytest.mark.parametrize("suffix", [".toml", ".json"])
 def test_settings_read_back(tmp_path, suffix):
     config = RunConfig(**LEAST, epsilon=math.inf, labels="ham,spam", auto_clip=True)

@@ -16,6 +16,7 @@ from dpsb.curves.entries import CurveError, labels_of, parse_entries, parse_epsi
 from dpsb.curves.folder import FolderError, lost_steps
 from dpsb.curves.page import page, write_page
 from dpsb.curves.sweep import run_sweep
+from dpsb.frozen_prefix import _Memory
 from dpsb_accounting import Ledger, epsilon
 from dpsb_accounting.report.words import up
 
@@ -45,6 +46,25 @@ def swept(tmp_path_factory):
         curve = run_sweep(settings_of(), out, Silent())
         write_page(curve, out)
     return curve, out
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_frozen_blocks_run_once_per_row_for_all_cells_of_a_worker(tmp_path, monkeypatch, processes):
+    """Each worker of two computes at most what there is; in one process, where it can be counted, all cells do so."""
+    computed, original = [], _Memory._run_lower
+
+    def counting(memory, inputs):
+        computed.append(len(inputs["input_ids"]))
+        return original(memory, inputs)
+
+    monkeypatch.setattr(_Memory, "_run_lower", counting)
+    upper = {"targets": r"re:.*layer\.1\..*(query|value)", "remember_frozen_blocks": True}
+    settings = settings_of(shared(**upper), epsilons="4,8,inf")
+    curve = run_sweep(settings, tmp_path / "out", Silent(), processes=processes)
+    assert not curve.failures
+    assert len(curve.rows) == 6
+    if processes == 1:
+        assert sum(computed) < 130, "60 rows to train on at most, 60 to evaluate on, and the probes'"
 
 
 # --- what is asked

@@ -14,7 +14,7 @@ from dpsb.cli import app
 from dpsb.data import DataError, Table, read_table
 from dpsb.federated import trainer
 from dpsb.federated.checks import FederatedError
-from dpsb.federated.config import read_federation
+from dpsb.federated.config import config_from_json, read_federation
 from dpsb.federated.server import load_state
 from dpsb.federated.simulate import simulate
 from dpsb.federated.spec import read_policy
@@ -201,6 +201,14 @@ def test_no_silo_holds_rows_that_the_basis_takes_for_public(tmp_path, basis):
     with pytest.raises(DataError, match=r"2 of the 32 rows of .*, named as public, are in the data of silo 'south'"):
         simulate(read_federation(path))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("basis", ["weight", "private"])
+def test_settings_of_a_federation_that_an_earlier_version_began(tmp_path, basis):
+    config = read_federation(settings(tmp_path, f'{split_file(tmp_path)}\nbasis = "{basis}"', SPLIT))
+    earlier = config.to_json()
+    earlier["run"]["basis_sampling_prob"] = 1.0
+    assert config_from_json(earlier) == config
 
 
 def test_a_split_needs_its_column(tmp_path):

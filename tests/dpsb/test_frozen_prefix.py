@@ -6,7 +6,12 @@ import pytest
 import torch
 import workbench
 from safetensors.torch import load_file
-from transformers import ElectraConfig, ElectraForSequenceClassification
+from transformers import (
+    ElectraConfig,
+    ElectraForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+)
 
 from dpsb.adapter import attach
 from dpsb.basis import random
@@ -45,22 +50,41 @@ class Counter:
         self.rows += len(args[0] if args else kwargs["hidden_states"])
 
 
-def test_the_next_run_goes_on_from_what_the_same_blocks_computed(tiny):
-    batch, outputs = tiny.batch("bert"), FrozenOutputs()
-    with remember_frozen_prefix(adapter_on_top(tiny, "bert").model, outputs):
-        first = adapter_on_top(tiny, "bert")
+@pytest.mark.parametrize("kind", list(UPPER))
+def test_the_next_run_goes_on_from_what_the_same_blocks_computed(tiny, kind):
+    batch, outputs = tiny.batch(kind), FrozenOutputs()
+    first = adapter_on_top(tiny, kind)
     with remember_frozen_prefix(first.model, outputs):
-        tiny.rows(first, tiny.loss["bert"], batch)
-    second = adapter_on_top(tiny, "bert")
-    expected = tiny.rows(second, tiny.loss["bert"], batch)
+        tiny.rows(first, tiny.loss[kind], batch)
+    second = adapter_on_top(tiny, kind)
+    expected = tiny.rows(second, tiny.loss[kind], batch)
     counter = Counter(second)
     with remember_frozen_prefix(second.model, outputs):
-        again = tiny.rows(second, tiny.loss["bert"], batch)
+        again = tiny.rows(second, tiny.loss[kind], batch)
     assert counter.rows == 0
     assert tiny.distance(again, expected) < 1e-5
 
 
-@pytest.mark.parametrize("change", ["an embedding", "a frozen block", "another dtype", "the number of blocks"])
+def test_the_next_run_of_a_model_whose_blocks_return_tuples(tiny):
+    """Nothing is computed there, so nothing says anew how blocks return."""
+    config = MPNetConfig(
+        **{"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+        **{"intermediate_size": 24, "num_labels": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    )
+    torch.manual_seed(0)
+    state = MPNetForSequenceClassification(config).state_dict()
+    batch, outputs, rows = tiny.batch("bert"), FrozenOutputs(), []
+    batch = {name: value for name, value in batch.items() if name != "token_type_ids"}
+    for _ in range(2):
+        model = MPNetForSequenceClassification(config)
+        model.load_state_dict(state)
+        adapter = tiny.adapter(model, target_modules=r".*layer\.1\..*(q|k|v|dense)", task_type=None)
+        with remember_frozen_prefix(adapter.model, outputs):
+            rows.append(tiny.rows(adapter, classification_loss, batch))
+    assert tiny.distance(rows[0], rows[1]) < 1e-6
+
+
+@pytest.mark.parametrize("change", ["an embedding", "order", "a frozen block", "another dtype", "the number of blocks"])
 def test_what_other_blocks_computed_is_dropped(tiny, change):
     batch, outputs = tiny.batch("bert"), FrozenOutputs()
     first = adapter_on_top(tiny, "bert")
@@ -73,6 +97,9 @@ def test_what_other_blocks_computed_is_dropped(tiny, change):
     elif change == "the number of blocks":
         lists = [m for m in other.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2]
         lists[0].insert(0, lists[0][0])
+    elif change == "order":
+        weight = next(p for name, p in other.model.named_parameters() if "word_embeddings" in name)
+        weight.data = weight.data.roll(1, 0)
     else:
         part = "word_embeddings" if change == "an embedding" else "layer.0.attention.self.query.weight"
         weight = next(p for name, p in other.model.named_parameters() if part in name)

@@ -257,7 +257,7 @@ def test_each_release_of_subspace_iteration_reads_half_the_rows():
     assert sampling_prob_for(2) == 0.5
 
 
-def test_a_pass_takes_less_memory_than_a_step_of_training():
+def test_the_microbatches_of_a_pass_are_an_eighth_smaller():
     assert [pass_budget(tokens) for tokens in (2048, 16, 8, 7, 1)] == [1792, 14, 7, 7, 1]
 
 
