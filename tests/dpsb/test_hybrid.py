@@ -18,7 +18,7 @@ from dpsb.basis.release import PrivateExamples
 from dpsb.basis.sources import EXAMPLES, own_head, read_public
 from dpsb.data import Columns, DataError
 from dpsb.models import ModelError
-from dpsb_accounting import Gaussian, Ledger, LedgerError, epsilon
+from dpsb_accounting import Gaussian, Ledger, LedgerError, PoissonGaussian, epsilon
 
 
 @pytest.fixture(autouse=True)
@@ -376,7 +376,7 @@ def test_runs_say_what_was_used_and_pay_for_it(tmp_path, changes, kind, access, 
     assert ledger.files.keys() == ({"basis.safetensors"} | choice if charges else set())
     assert not (tmp_path / "run" / "basis.safetensors").exists(), "a finished run keeps what it needs elsewhere"
     if charges:
-        assert isinstance(ledger.plan.phases[0].event, Gaussian)
+        assert isinstance(ledger.plan.phases[0].event, PoissonGaussian if "basis_rounds" in changes else Gaussian)
         assert ledger.plan.details["basis_budget"]["share"] > 0
     if "choice" in report["basis"]:
         assert "rows.jsonl" in str(report["basis"])
