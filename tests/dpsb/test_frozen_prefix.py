@@ -109,6 +109,21 @@ def test_what_other_blocks_computed_is_dropped(tiny, change):
     assert not outputs.kept
 
 
+def test_a_weight_that_an_upper_block_shares_is_looked_at_too(tiny):
+    batch, outputs = tiny.batch("bert"), FrozenOutputs()
+    for change in (0.0, 1.0):
+        adapter = adapter_on_top(tiny, "bert")
+        modules = dict(adapter.model.named_modules())
+        shared = next(m for name, m in modules.items() if name.endswith("layer.0.attention.self.query")).weight
+        upper = next(m for name, m in modules.items() if name.endswith("layer.1.attention.self.query.base_layer"))
+        upper.weight = shared
+        shared.data += change
+        with remember_frozen_prefix(adapter.model, outputs):
+            assert not outputs.kept
+            tiny.rows(adapter, tiny.loss["bert"], batch)
+            assert len(outputs.kept) == len(batch["input_ids"])
+
+
 @pytest.mark.parametrize("kind", list(UPPER))
 @pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non-reentrant"])
 def test_rows_are_the_same(tiny, kind, checkpointing):
