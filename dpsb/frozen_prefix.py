@@ -13,12 +13,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
+
+from dpsb.fingerprint import tensors_digest
 
 
 class PrefixError(ValueError):
@@ -32,14 +33,14 @@ class FrozenOutputs:
     Args:
       kept: Hidden states by an example's own tokens. Sensitive; in memory only.
       in_tuple: Whether the blocks return their hidden states in a tuple.
-      blocks: SHA-256 of what computed them, by name; other blocks begin anew.
+      blocks: What computed them: SHA-256 of the tensors, and settings. Other blocks begin anew.
     """
 
     kept: dict[bytes, torch.Tensor] = field(default_factory=dict)
     in_tuple: bool = False
-    blocks: dict[str, str] | None = None
+    blocks: str | None = None
 
-    def begin(self, blocks: dict[str, str] | None) -> None:
+    def begin(self, blocks: str | None) -> None:
         """Drops what other blocks computed; None stands for blocks that cannot be told from others."""
         if blocks is None or blocks != self.blocks:
             self.kept.clear()
@@ -140,23 +141,16 @@ def _frozen_part(model: nn.Module) -> tuple[Any, nn.Module, str, int]:
     return encoder, parent, name, count
 
 
-def _fingerprint(encoder: Any, blocks: nn.ModuleList, count: int) -> dict[str, str] | None:
+def _fingerprint(encoder: Any, blocks: nn.ModuleList, count: int) -> str | None:
     """SHA-256 of every frozen tensor of the model but those of the upper blocks alone, and of how it is built."""
     lower, upper = ({id(t) for t in (*b.parameters(), *b.buffers())} for b in (blocks[:count], blocks[count:]))
+    above = upper - lower
     tensors = [*encoder.named_parameters(remove_duplicate=False), *encoder.named_buffers(remove_duplicate=False)]
-    below = {name: t for name, t in tensors if id(t) not in upper - lower and not t.requires_grad}
+    below = {name: t for name, t in tensors if id(t) not in above and not t.requires_grad}
     if any(type(tensor) not in (torch.Tensor, nn.Parameter) for tensor in below.values()):
         return None  # quantized weights keep part of what they are elsewhere
-    found = {name: _sha256(tensor) for name, tensor in below.items()}
     settings = f"{type(encoder).__qualname__}, {encoder.config._attn_implementation}, {encoder.config.to_json_string()}"
-    return {**found, "settings": sha256(settings.encode()).hexdigest()}
-
-
-def _sha256(tensor: torch.Tensor) -> str:
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    digest = sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(content.data)
-    return digest.hexdigest()
+    return f"{tensors_digest(below)} {settings}"
 
 
 class _Instead(nn.Module):

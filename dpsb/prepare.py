@@ -99,8 +99,8 @@ def prepare(
         owned = f" with a value in the unit column {config.unit_column!r}" if config.unit_column else ""
         raise DataError(f"{config.data} holds no rows{owned}.")
     public = {source: read_table(source) for source in (*config.public_sources, *_other_public(config))}
-    for other in public.values():
-        check_not_shared(table, public_rows(other, columns, config.task), columns, config.task)
+    stated = [public_rows(other, columns, config.task) for other in public.values()]
+    check_not_shared(table, stated, columns, config.task)
     return Prepared(
         examples=examples,
         units=units,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -32,9 +33,9 @@ def public_rows(table: Table, columns: Columns, task: str) -> PublicRows:
 
 
 def check_not_shared(
-    private: Table, public: PublicRows, columns: Columns, task: str, *, owner: str = "the private data"
+    private: Table, public: Sequence[PublicRows], columns: Columns, task: str, *, owner: str = "the private data"
 ) -> None:
-    """Refuses a public file that holds rows of the private one.
+    """Refuses public files that hold rows of the private one.
 
     Texts are compared as they stand, but for white space. Short ones (below 20 characters), such as "ok" or "thanks",
     are not: they are alike in many files and nobody's own.
@@ -42,13 +43,14 @@ def check_not_shared(
     Raises:
       DataError: With the number of such rows, for the operator's screen. No row is shown.
     """
-    shared = set(public.digests) & set(_digests(private, columns, task))
-    if shared:
-        count = sum(digest in shared for digest in public.digests)
-        raise DataError(
-            f"{count} of the {public.rows} rows of {public.source}, named as public, are in {owner} too; a row is one "
-            "or the other: leave them out of the training data, or name another public file."
-        )
+    own = set(_digests(private, columns, task)) if public else set()
+    for file in public:
+        count = sum(digest in own for digest in file.digests)
+        if count:
+            raise DataError(
+                f"{count} of the {file.rows} rows of {file.source}, named as public, are in {owner} too; a row is one "
+                "or the other: leave them out of the training data, or name another public file."
+            )
 
 
 def _digests(table: Table, columns: Columns, task: str) -> list[str]:

@@ -84,19 +84,21 @@ def build(
     base, tokenizer = load_base(
         run.model, run.task, labels, dtype=dtype, pooling=run.pooling, head_init_std=run.head_init_std
     )
-    is_new = not (out / SETTINGS_NAME).exists()
-    public = _public_rows(run, out) if is_new or any(map(len, tables.values())) else []  # a server has no rows
+    begun = json.loads((out / SETTINGS_NAME).read_text()) if (out / SETTINGS_NAME).exists() else None
+    public: list[PublicRows] = []
+    if begun is None:
+        public = [public_rows(read_table(source), columns_of(run), run.task) for source in run.public_sources]
+    elif any(map(len, tables.values())):  # a server, when its rounds are over, has no rows
+        public = _public_rows(run, begun, out)
     for name, table in tables.items():
-        for rows in public:
-            check_not_shared(table, rows, columns_of(run), run.task, owner=f"the data of silo {name!r}")
+        check_not_shared(table, public, columns_of(run), run.task, owner=f"the data of silo {name!r}")
     prepared = {name: prepare(runs[name], table, base, tokenizer, labels, origin) for name, table in tables.items()}
     model = add_lora(base, run.task, run.rank, targets_of(run.targets))
     if torch.cuda.is_available():
         model.to("cuda")
     collate = Collator(tokenizer.pad_token_id, next(model.parameters()).device)
-    if not is_new:
-        basis = json.loads((out / SETTINGS_NAME).read_text())["basis"]
-        adapter = attach_saved(model, (out / START_NAME).read_bytes(), basis)
+    if begun is not None:
+        adapter = attach_saved(model, (out / START_NAME).read_bytes(), begun["basis"])
     else:
         on_status(f"computing the basis ({run.basis})")
         out.mkdir(parents=True, exist_ok=True)
@@ -161,11 +163,9 @@ def _paid(federation: Federation) -> list[PaidBasis]:
     return [terms.basis for terms in federation.state.terms.silos.values() if terms.basis is not None]
 
 
-def _public_rows(run: RunConfig, out: Path) -> list[PublicRows]:
-    """The rows that the basis takes for public: of their files, or as the settings in ``out`` name them."""
-    if not (out / SETTINGS_NAME).exists():
-        return [public_rows(read_table(source), columns_of(run), run.task) for source in run.public_sources]
-    named = json.loads((out / SETTINGS_NAME).read_text()).get(PUBLIC_ROWS, [])
+def _public_rows(run: RunConfig, begun: Mapping[str, Any], out: Path) -> list[PublicRows]:
+    """The rows that the basis takes for public, as the settings of a federation that was begun name them."""
+    named = begun.get(PUBLIC_ROWS, [])
     if {rows["source"] for rows in named} != set(run.public_sources):
         raise FederatedError(
             f"{out / SETTINGS_NAME} does not say which rows the basis takes for public, so no silo can tell whether "

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from dpsb.federated.checks import check_choice, check_match, check_whole, checked_fields
 from dpsb.federated.spec import RUN_ID, SHA256, RoundSpec
+from dpsb.fingerprint import tensors_digest
 
 if TYPE_CHECKING:
     from dpsb.adapter import Adapter
@@ -32,13 +32,7 @@ REFUSALS = ("spec", "budget", "ledger", "state", "busy", "reply_lost", "failed")
 
 def theta_digest(theta: State) -> str:
     """SHA-256 of names, shapes, types and bytes, in order of the names. Of released tensors only."""
-    digest = sha256()
-    for name in sorted(theta):
-        tensor = theta[name].detach().cpu().contiguous()
-        head = f"{len(name)}:{name}|{tensor.dtype}|{'x'.join(map(str, tensor.shape))}|"
-        digest.update(head.encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_digest(theta)
 
 
 def basis_digest(adapter: Adapter) -> str:

@@ -197,11 +197,11 @@ def test_a_public_file_with_private_rows_is_refused(tmp_path, kind, how):
 def test_short_texts_are_nobodys_own():
     private = Table("p", {"text": ["ok", "thanks", "a  text of\nsome length"], "label": ["x", "y", "x"]})
     short = public_rows(Table("q", {"text": ["ok", "thanks"]}), Columns(), "classification")
-    check_not_shared(private, short, Columns(), "classification")
+    check_not_shared(private, [short], Columns(), "classification")
     copy = Table("q", {"text": ["a text of some length ", "ok"], "label": ["y", "y"]})
     copied = public_rows(copy, Columns(), "classification")
     with pytest.raises(DataError, match="1 of the 2 rows of q, named as public, are in the private data"):
-        check_not_shared(private, copied, Columns(), "classification")
+        check_not_shared(private, [copied], Columns(), "classification")
 
 
 def test_second_moments_are_not_those_of_the_first_rows(tiny, monkeypatch):
