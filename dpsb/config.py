@@ -92,8 +92,8 @@ class RunConfig:
       chat_template: Causal LM: put prompts into the tokenizer's chat template.
       tokens_per_example: Causal LM: divide an example's loss by this constant instead of by its own token count.
       token_budget: Tokens per microbatch: memory and speed only.
-      remember_frozen_blocks: Run the blocks below the lowest trained one once per example and keep what they return in
-        memory: speed and memory only.
+      remember_frozen_blocks: Run the blocks below the lowest trained one, with a head alone all of them, once per
+        example and keep what they return in memory: speed and memory only.
       shard_base: Under torchrun: cut the frozen weights over the processes (FSDP2) instead of a copy on each of them.
       checkpoint_every: Steps between checkpoints.
       allow_dropout: Leave the model's dropout on.

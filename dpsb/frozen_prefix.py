@@ -1,16 +1,16 @@
 """Remembers what the frozen blocks below the lowest trained one computed for an example, so that they run only once.
 
-With adapters on the upper blocks of a model alone, everything below is the same function in every step. While
-:func:`remember_frozen_prefix` is active, the hidden states that enter the lowest trained block are kept in memory,
-by the example's own tokens, and only the blocks above run again. Nothing is written to disk. What is kept is as
-sensitive as the examples and goes away with the block, or with the :class:`FrozenOutputs` that were handed in, by
-which the runs of a sweep share it.
+With adapters on the upper blocks of a model alone, everything below is the same function in every step; with a trained
+head alone, all blocks are. While :func:`remember_frozen_prefix` is active, the hidden states that leave the last frozen
+block are kept in memory, by the example's own tokens, and only what is above runs again. Nothing is written to disk.
+What is kept is as sensitive as the examples and goes away with the block, or with the :class:`FrozenOutputs` that were
+handed in, by which the runs of a sweep share it.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from dpsb.fingerprint import tensors_digest
+from dpsb.models import block_lists
 
 
 class PrefixError(ValueError):
@@ -49,7 +50,7 @@ class FrozenOutputs:
 
 @contextmanager
 def remember_frozen_prefix(model: nn.Module, outputs: FrozenOutputs | None = None) -> Iterator[int]:
-    """Lets the blocks below the lowest trained one run once per example while the block is active.
+    """Lets the blocks below the lowest trained one, or below a trained head, run once per example in the with block.
 
     Guarantees:
       * Per-example gradients and losses are those of the model without it, up to floating-point rounding: a row's
@@ -68,7 +69,8 @@ def remember_frozen_prefix(model: nn.Module, outputs: FrozenOutputs | None = Non
       The number of blocks that are skipped.
 
     Raises:
-      PrefixError: If the lowest block is trained, or the trained tensors do not all lie in one list of blocks or above.
+      PrefixError: If the lowest block is trained, or the trained tensors do not all lie in one list of blocks or above;
+        with a head alone, if the model has more than one list.
     """
     encoder, parent, name, count = _frozen_part(model)
     if outputs is None:
@@ -118,27 +120,37 @@ def _is_trained(module: nn.Module) -> bool:
 
 def _frozen_part(model: nn.Module) -> tuple[Any, nn.Module, str, int]:
     """The transformers model that holds the blocks, the module that holds their list, its name, how many are frozen."""
+    lists = block_lists(model)
+    only = lists[0] if len(lists) == 1 else None  # with a trained head alone, all of its blocks are frozen
+    found = _list_of_blocks(model, _is_trained) or _list_of_blocks(model, lambda blocks: blocks is only)
+    if found is None or not any(p.requires_grad for p in model.parameters()):
+        raise PrefixError("The model has no list of blocks with trained tensors in it or above: nothing to remember.")
+    encoder, parent, name, blocks = found
+    count = next((i for i, block in enumerate(blocks) if _is_trained(block)), len(blocks))
+    if count == 0:
+        raise PrefixError("The lowest block is trained, so there is no frozen one below it; target upper blocks only.")
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    embeddings = [p for p in encoder.get_input_embeddings().parameters() if id(p) not in inside]
+    if any(p.requires_grad for p in embeddings):
+        raise PrefixError("The embeddings are trained, so nothing above them stays the same from step to step.")
+    return encoder, parent, name, count
+
+
+def _list_of_blocks(
+    model: nn.Module, wanted: Callable[[nn.ModuleList], bool]
+) -> tuple[Any, nn.Module, str, nn.ModuleList] | None:
+    """The wanted list with the module that holds it, its name there, and the innermost transformers model around it."""
     from transformers import PreTrainedModel
 
     found = None
     for encoder in (m for m in model.modules() if isinstance(m, PreTrainedModel)):
         for parent in encoder.modules():
             for name, blocks in parent.named_children():
-                if isinstance(blocks, nn.ModuleList) and _is_trained(blocks):
+                if isinstance(blocks, nn.ModuleList) and wanted(blocks):
                     found = encoder, parent, name, blocks  # the innermost model that holds the list comes last
             if found is not None and found[1] is parent:
                 break
-    if found is None:
-        raise PrefixError("The model has no list of blocks with trained tensors in it, so no frozen block to remember.")
-    encoder, parent, name, blocks = found
-    count = next(i for i, block in enumerate(blocks) if _is_trained(block))
-    if count == 0:
-        raise PrefixError("The lowest block is trained, so there is no frozen one below it; target upper blocks only.")
-    lists = {id(p) for block in blocks for p in block.parameters()}
-    embeddings = [p for p in encoder.get_input_embeddings().parameters() if id(p) not in lists]
-    if any(p.requires_grad for p in embeddings):
-        raise PrefixError("The embeddings are trained, so nothing above them stays the same from step to step.")
-    return encoder, parent, name, count
+    return found
 
 
 def _fingerprint(encoder: Any, blocks: nn.ModuleList, count: int) -> str | None:

@@ -257,8 +257,8 @@ def train(
         typer.Option(
             "--remember-frozen-blocks",
             rich_help_panel="Machine",
-            help="With targets in upper blocks only: run the blocks below once per example and keep what they return "
-            "in memory. Speed and memory only.",
+            help="With targets in upper blocks only, or --method head-only: run the frozen blocks below once per "
+            "example and keep what they return in memory. Speed and memory only.",
         ),
     ] = None,
     dtype: Annotated[

@@ -164,11 +164,11 @@ def sweep(
         command += ["--prompt-column", "text_a", "--completion-column", "text_b"]
     if any("|" in given for given in rates.values()):
         command += ["--validation-data", str(parts["validation"])]
-    if list(rates) != [HEAD]:
-        if task.has_head:
-            command += ["--head-share", options.head_share] if options.head_share else []
-            command += ["--head-lr", repr(options.head_lr or chosen_rate(options.out, task.name, HEAD))]
-        command += ["--remember-frozen-blocks"] if options.targets != "all" else []
+    if list(rates) != [HEAD] and task.has_head:
+        command += ["--head-share", options.head_share] if options.head_share else []
+        command += ["--head-lr", repr(options.head_lr or chosen_rate(options.out, task.name, HEAD))]
+    if list(rates) == [HEAD] or options.targets != "all":
+        command.append("--remember-frozen-blocks")
     with (out.parent / f"{out.name}.log").open("wb") as log:
         if subprocess.run(command, stdout=subprocess.DEVNULL, stderr=log, check=False).returncode:
             print(f"some runs at epsilon {epsilons} on {task.name} failed; see {log.name}", flush=True)

@@ -21,7 +21,7 @@ from dpsb.data import Collator, synthetic_examples
 from dpsb.frozen_prefix import FrozenOutputs, PrefixError, remember_frozen_prefix
 from dpsb.losses import classification_loss
 from dpsb.models import HEAD_NAMES, add_lora
-from dpsb.probe import ProbeError
+from dpsb.probe import ProbeError, _perturb
 from dpsb.run import fine_tune
 from dpsb.sampling import length_buckets
 from dpsb.train import probe_every_bucket, training_mode
@@ -191,10 +191,11 @@ def test_blocks_that_hand_on_more_than_hidden_states_are_refused(tiny):
 
 def test_what_is_trained_below_the_frozen_blocks_would_be_remembered_too_and_is_refused():
     """A projection of the embeddings: its rows would be zero, and its update would reach no remembered example."""
+    projection, upper = r".*embeddings_project", r".*layer\.1\..*dense"
     sizes = {"embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = ElectraConfig(vocab_size=61, intermediate_size=48, num_labels=3, **sizes, **dropout)
-    for targets, refused in ((r".*layer\.1\..*dense", False), (r".*(embeddings_project|layer\.1\..*dense)", True)):
+    for targets, refused in ((upper, False), (f"({projection}|{upper})", True), (projection, True)):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = add_lora(ElectraForSequenceClassification(config), "classification", 4, targets)
@@ -216,6 +217,23 @@ def test_token_types_tell_examples_apart(tiny):
         other = tiny.rows(adapter, tiny.loss["bert"], typed)
     assert tiny.distance(plain, other) > 1e-3
     assert tiny.distance(other, tiny.rows(adapter, tiny.loss["bert"], typed)) < 1e-5
+
+
+def test_with_a_trained_head_alone_an_example_passes_all_blocks_once(tiny):
+    """In all runs together: neither a step nor another head changes what the blocks return."""
+    batch, outputs = tiny.batch("bert"), FrozenOutputs()
+    for run in range(2):
+        adapter = workbench.method_adapter(tiny.base("bert"), "head-only")
+        _perturb(adapter)
+        expected = tiny.rows(adapter, classification_loss, batch)
+        counter = Counter(adapter)
+        with remember_frozen_prefix(adapter.model, outputs) as count:
+            first = tiny.rows(adapter, classification_loss, batch)
+            again = tiny.rows(adapter, classification_loss, batch)
+        assert count == 2
+        assert counter.rows == (0 if run else 5)
+        assert tiny.distance(first, expected) < 1e-5
+        assert tiny.distance(again, expected) < 1e-5
 
 
 def test_padding_on_the_left_runs_the_whole_model(tiny):
@@ -249,6 +267,9 @@ def test_nothing_frozen_below_is_refused(tiny):
         pass
     with pytest.raises(PrefixError, match="no list of blocks"), remember_frozen_prefix(torch.nn.Linear(2, 2)):
         pass
+    untrained = tiny.base("bert").requires_grad_(False)
+    with pytest.raises(PrefixError, match="no list of blocks"), remember_frozen_prefix(untrained):
+        pass
 
 
 TOP = r"re:.*layer\.1\..*(query|key|value|dense)"
@@ -260,9 +281,10 @@ TOP = r"re:.*layer\.1\..*(query|key|value|dense)"
         {"targets": TOP},
         {"targets": TOP, "basis": "private"},
         {"targets": TOP, "method": "lora"},
+        {"method": "head-only"},
         {"targets": r"re:.*layers\.1\..*_proj", "kind": "causal-lm"},
     ],
-    ids=["cores", "private basis", "lora", "causal"],
+    ids=["cores", "private basis", "lora", "head", "causal"],
 )
 def test_a_run_with_it_gives_the_adapter_of_a_run_without(tmp_path, changes):
     changes = dict(changes)
@@ -270,10 +292,13 @@ def test_a_run_with_it_gives_the_adapter_of_a_run_without(tmp_path, changes):
     for name, remember in (("with", True), ("without", False)):
         settings = {"insecure_seed": 3, "remember_frozen_blocks": remember, **changes}
         fine_tune(workbench.run_config(tmp_path / name, kind, **settings))
-    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("with", "without"))
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        torch.testing.assert_close(value, other[key], atol=1e-5, rtol=1e-4)
+    files = {file.name for name in ("with", "without") for file in (tmp_path / name).glob("*.safetensors")}
+    assert files
+    for file in files:
+        one, other = (load_file(tmp_path / name / file) for name in ("with", "without"))
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            torch.testing.assert_close(value, other[key], atol=1e-5, rtol=1e-4)
 
 
 def test_a_run_with_every_block_trained_is_refused_before_anything_is_written(tmp_path):
