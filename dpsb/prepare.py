@@ -98,7 +98,7 @@ def prepare(
     if not units and config.num_examples is None:  # with a declared N no number of rows is special
         owned = f" with a value in the unit column {config.unit_column!r}" if config.unit_column else ""
         raise DataError(f"{config.data} holds no rows{owned}.")
-    public = {source: read_table(source) for source in (*config.public_sources, *_other_public(config))}
+    public = {source: read_table(source) for source in public_files(config)}
     stated = [public_rows(other, columns, config.task) for other in public.values()]
     check_not_shared(table, stated, columns, config.task)
     return Prepared(
@@ -118,9 +118,9 @@ def prepare(
     )
 
 
-def _other_public(config: RunConfig) -> list[str]:
-    """Public files besides those that training starts from."""
-    return [source for source in (config.warm_start, config.precondition) if source]
+def public_files(config: RunConfig) -> list[str]:
+    """Every file that a run takes for public, as the user named it."""
+    return [*config.public_sources, *(source for source in (config.warm_start, config.precondition) if source)]
 
 
 def _with_labels(source: str | None, examples: Sequence[Any]) -> Sequence[Any]:

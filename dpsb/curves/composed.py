@@ -57,6 +57,7 @@ class Composed:
             "neighboring": None if self.bound is None else self.bound.neighboring,
             "unit": None if self.bound is None else self.bound.unit,
             "method": None if self.bound is None else self.bound.method,
+            "covers": "the rows trained on; metrics on held-out rows are outside of it",
             "runs": {"all": self.runs, **counts},
             "taints": list(self.tainted),
             "unreadable": list(self.unreadable),

@@ -1,4 +1,4 @@
-"""Whether the methods of a sweep fit its model, told from the model's config before any cell is run."""
+"""Whether the methods of a sweep fit its model and its data, told before any cell is run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from dpsb.config import RunConfig
 from dpsb.curves.cells import pairs
 from dpsb.curves.entries import CurveError, Entry
 from dpsb.curves.settings import CurveSettings
+from dpsb.data import read_table
 from dpsb.models import QuantizedConfigError, add_lora, empty_base
-from dpsb.prepare import targets_of
+from dpsb.prepare import columns_of, public_files, targets_of
+from dpsb.shared_rows import check_not_shared, public_rows
 
 _SOME_LABELS = 2
 """Stands in for what only the data tell; nothing that is checked here depends on it."""
@@ -44,6 +46,25 @@ def check_methods(settings: CurveSettings) -> None:
             continue
         except ValueError as error:
             raise CurveError(f"methods: {entry.text!r} cannot be run: {error}") from None
+
+
+def check_public_files(settings: CurveSettings) -> None:
+    """Refuses a sweep whose methods take rows for public that are private too, before anything is written.
+
+    Whether there are such rows, and how many, is private. A cell that failed for it would be in the sweep's page and
+    tables, which are made to be shown; so no sweep begins, and only the operator's screen says why.
+
+    Raises:
+      DataError: With the number of such rows, or if a file cannot be read.
+    """
+    configs = [
+        settings.run(entry, epsilon, settings.rates[entry.text][0], Path("cell")) for entry, epsilon in pairs(settings)
+    ]
+    sources = dict.fromkeys(source for config in configs for source in public_files(config))
+    if sources:
+        columns, task = columns_of(configs[0]), configs[0].task
+        stated = [public_rows(read_table(source), columns, task) for source in sources]
+        check_not_shared(read_table(configs[0].data), stated, columns, task)
 
 
 def _check_settings_used(settings: CurveSettings) -> None:

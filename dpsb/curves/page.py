@@ -101,8 +101,10 @@ def _price(curve: Curve) -> list[str]:
     bound = curve.price.bound
     kind = "" if bound is not None and bound.is_finite and not curve.price.tainted else " none"
     return [
-        f'<div class="price{kind}"><span>Everything on this page together</span><b>{_text(headline)}</b>',
-        f"{_text(made)} Every accuracy is a release, so all runs count, those that chose learning rates too.",
+        f'<div class="price{kind}"><span>Everything on this page together, for the rows trained on</span>'
+        f"<b>{_text(headline)}</b>",
+        f"{_text(made)} Every accuracy is a release, so all runs count, those that chose learning rates too. "
+        f"{_text(words.not_trained_on(curve))}",
         "</div>",
     ]
 
@@ -186,6 +188,11 @@ def _limits(curve: Curve) -> list[str]:
         "The ε of a single run holds for whoever sees that run only. Whoever sees this page has seen all of them.",
         "Methods are compared at these settings; another rank, batch size or number of steps may order them otherwise.",
     ]
+    if curve.price.bound is not None and curve.price.bound.unit == "example":
+        said.append(
+            "The ε are per example: a person with several rows is protected less, by k times ε with k rows at worst; "
+            "--unit-column protects people."
+        )
     if curve.settings.repeats > 1:
         said.append("The standard deviation is over noise and draws on one split; it does not cover another split.")
     if any(len(rates) == 1 for rates in curve.settings.rates.values()):

@@ -125,6 +125,16 @@ def price(composed: Composed) -> tuple[str, str]:
     )
 
 
+def not_trained_on(curve: Curve) -> str:
+    """What the composed epsilon leaves out."""
+    split = curve.settings.split()
+    if split is None:
+        return OUTSIDE
+    parts = ((split.validation, "for tuning"), (split.test, "for the curve"))
+    held_out = " and ".join(f"{100 * share:.3g} % {purpose}" for share, purpose in parts if share)
+    return f"Of the data {held_out} are held out and not covered. {OUTSIDE}"
+
+
 def resolution(curve: Curve) -> str:
     """How far an accuracy on so many held-out rows is off by chance; empty for another metric."""
     means = [point.mean for point in curve.points if point.mean is not None]

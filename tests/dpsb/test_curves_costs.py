@@ -179,6 +179,30 @@ def test_help_teaches():
         assert words not in text
 
 
+@pytest.mark.parametrize("how", ["basis", "warm start"])
+def test_whether_private_rows_are_in_a_public_file_is_in_no_file(tmp_path, how):
+    """A page with a failed cell would tell: a public file of one row makes that a test of membership."""
+    private = workbench.data_file()
+    public = tmp_path / "public.jsonl"
+    public.write_bytes(private.read_bytes().splitlines(keepends=True)[0])
+    chosen = ("--methods", f"lora,sb:public:{public}") if how == "basis" else ("--warm-start", public)
+    result = dpsb(*arguments(tmp_path / "out"), *chosen, "--epsilons", 8, "--json")
+    assert result.exit_code == 1
+    assert not result.stdout
+    assert "1 of the 1 rows of" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_page_says_whom_its_epsilon_covers(tmp_path):
+    given = shared(eval_data=None)
+    curve = run_sweep(settings_of(given, methods="head-only", epsilons="8"), tmp_path, Silent())
+    text = page(curve)
+    assert "Everything on this page together, for the rows trained on" in text
+    assert "Of the data 20 % for the curve are held out and not covered." in text
+    assert "a person with several rows is protected less" in text
+    assert curve.price.to_json()["covers"].startswith("the rows trained on")
+
+
 def test_a_cell_that_fails_is_recorded_and_the_others_go_on(tmp_path):
     useless = tmp_path / "useless.csv"
     useless.write_text("x,y\n1,2\n")
