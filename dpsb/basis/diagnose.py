@@ -13,15 +13,16 @@ from dpsb.adapter import Factors, Provenance
 from dpsb.basis._common import public_generator, truncated_svd
 from dpsb.basis.choose import gradient_basis, held_energy, sketches_of
 from dpsb.basis.complementary import complementary
-from dpsb.basis.figures import BasisFigures, Diagnosis, SetFigures, mean_of, recommend
+from dpsb.basis.figures import BasisFigures, Diagnosis, SetFigures, advice_on_head, mean_of, recommend
 from dpsb.basis.gradient import mean_gradients
 from dpsb.basis.hadamard import hadamard
 from dpsb.basis.hybrid import check_width, frames_of, hybrid, hybrid_provenance
-from dpsb.basis.per_example import WHOLE, Batch, Sketch, example_norms
+from dpsb.basis.per_example import Batch
 from dpsb.basis.private import private, private_provenance
 from dpsb.basis.random import random
 from dpsb.basis.rehearsal import Budget, Noise, Rehearsal, noise_of
 from dpsb.basis.release import Clip
+from dpsb.basis.row_norms import row_norms
 from dpsb.basis.sources import PublicSet, own_head
 from dpsb.basis.weight_svd import weight_svd
 from dpsb.data import DataError
@@ -109,14 +110,13 @@ class Judging:
 
 @dataclass(frozen=True, kw_only=True)
 class _Candidate:
-    """A basis and the sets that it is judged on; ``source`` is a public gradient or None, ``factors`` None if paid."""
+    """A basis; ``made_from`` is the index of a public set or None, ``factors`` None if the basis is paid for."""
 
     basis: str
     kind: str
-    judged_on: tuple[int, ...]
+    made_from: int | None = None
     factors: FactorsByLayer | None = None
     source: Gradients | None = None
-    own_half: float | None = None
 
 
 def cut(public_set: PublicSet, collate: Collate, count: int, token_budget: int) -> Halves:
@@ -158,7 +158,10 @@ def diagnose_bases(
     budget: Budget | None = None,
     on_status: Callable[[str], None] = lambda _message: None,
 ) -> Diagnosis:
-    r"""Judges every basis on public examples that it was not computed from.
+    r"""Judges every basis on the same public examples, none of which it was computed from.
+
+    Where some sets have the run's labels, they alone judge, otherwise all do. A set judges its own basis too, by its
+    other half: then each judging set stands in turn for the private data, whatever else is among the files.
 
     The share of energy is :math:`\langle P g_1, P g_2\rangle / \langle g_1, g_2\rangle` with the mean gradients of two
     separate quarters, :math:`\rho = \mathrm{median}_i\|P g_i\| / \mathrm{median}_i\|g_i\|` with all examples of both,
@@ -169,7 +172,7 @@ def diagnose_bases(
       model: A PEFT LoRA model; the rank is the one of its config.
       layers: Its target layers by name.
       loss_fn: Per-example loss.
-      halves: Public sets from :func:`cut`, at least one; each also stands in for the private data.
+      halves: Public sets from :func:`cut`, at least one.
       rank: r.
       head_std: Of the random head of a set with labels of its own.
       width: K of a hybrid; by default six times the rank.
@@ -199,14 +202,30 @@ def diagnose_bases(
             budget=budget,
         )
         candidates = _candidates(judging)
+        own = {
+            candidate.made_from: measured[candidate.made_from].energy_held(candidate.factors)
+            for candidate in candidates
+            if candidate.made_from is not None and candidate.factors is not None
+        }
+        told = any(part.run_labels for part in halves)
         found: dict[str, list[BasisFigures]] = {candidate.basis: [] for candidate in candidates}
         sets = []
         for j, part in enumerate(halves):
-            on_status(f"judging on {part.name}")
-            figures, entry = _judge(judging, candidates, j, noise)
+            entry = SetFigures(
+                name=part.name,
+                labels=part.note,
+                examples=sum(len(next(iter(b.values()))) for some in (part.fit, *part.quarters) for b in some),
+                coherence=measured[j].coherence,
+                own_half=own[j],
+                run_labels=part.run_labels,
+                judges=part.run_labels or not told,
+            )
+            if entry.judges:
+                on_status(f"judging on {part.name}")
+                figures, entry = _judge(judging, candidates, j, entry, noise)
+                for one in figures:
+                    found[one.basis].append(one)
             sets.append(entry)
-            for one in figures:
-                found[one.basis].append(one)
     bases = tuple(mean_of(figures) for figures in found.values())
     recommended, reason = recommend(bases, sets)
     return Diagnosis(
@@ -218,6 +237,7 @@ def diagnose_bases(
         bases=bases,
         recommended=recommended,
         reason=reason,
+        advice=advice_on_head(next(b for b in bases if b.basis == recommended), sets, judging.numbers),
     )
 
 
@@ -239,27 +259,17 @@ def _measure(model: nn.Module, loss_fn: LossFn, part: Halves, head_std: float) -
 
 
 def _candidates(judging: Judging) -> list[_Candidate]:
-    """Data-free bases, one from each set, and the paid ones; a set's own basis is judged by the others if there are."""
-    model, every = judging.model, tuple(range(len(judging.halves)))
+    """Data-free bases, one from the fitting half of each set, and the paid ones."""
+    model = judging.model
     found = [
-        _Candidate(basis=kind, kind="free", judged_on=every, factors=_on_cpu(made(model).factors))
-        for kind, made in DATA_FREE.items()
+        _Candidate(basis=kind, kind="free", factors=_on_cpu(made(model).factors)) for kind, made in DATA_FREE.items()
     ]
-    hybrids = [_Candidate(basis="hybrid", kind="hybrid", judged_on=every)]
+    hybrids = [_Candidate(basis="hybrid", kind="hybrid")]
     for i, (part, entry) in enumerate(zip(judging.halves, judging.measured, strict=True)):
-        elsewhere = tuple(j for j in every if j != i) or every
         factors = gradient_basis(model, entry.fit, _PUBLIC).factors
-        found.append(
-            _Candidate(
-                basis=f"public:{part.name}",
-                kind="free",
-                judged_on=elsewhere,
-                factors=factors,
-                own_half=entry.energy_held(factors),
-            )
-        )
-        hybrids.append(_Candidate(basis=f"hybrid:{part.name}", kind="hybrid", judged_on=elsewhere, source=entry.fit))
-    return [*found, _Candidate(basis="private", kind="private", judged_on=every), *hybrids]
+        found.append(_Candidate(basis=f"public:{part.name}", kind="free", made_from=i, factors=factors))
+        hybrids.append(_Candidate(basis=f"hybrid:{part.name}", kind="hybrid", made_from=i, source=entry.fit))
+    return [*found, _Candidate(basis="private", kind="private"), *hybrids]
 
 
 def _on_cpu(factors: FactorsByLayer) -> FactorsByLayer:
@@ -267,16 +277,13 @@ def _on_cpu(factors: FactorsByLayer) -> FactorsByLayer:
 
 
 def _judge(
-    judging: Judging, candidates: Sequence[_Candidate], j: int, noise: Mapping[str, Noise]
+    judging: Judging, candidates: Sequence[_Candidate], j: int, entry: SetFigures, noise: Mapping[str, Noise]
 ) -> tuple[list[BasisFigures], SetFigures]:
-    """The figures of every candidate that set j judges, and those of the set itself."""
+    """The figures of every candidate on set j, and those of the set itself."""
     part, measured = judging.halves[j], judging.measured[j]
     figures, looked_at = [], []
-    own = next(one.own_half for one in candidates if one.basis == f"public:{part.name}")
     with own_head(judging.model, part.own_labels, judging.head_std):
         for candidate in candidates:
-            if j not in candidate.judged_on:
-                continue
             factors, visible = candidate.factors, None
             if factors is None and noise:
                 factors, visible = _rehearsed(judging, candidate, j, noise[candidate.kind])
@@ -286,56 +293,31 @@ def _judge(
                 BasisFigures(
                     basis=candidate.basis,
                     paid=candidate.factors is None,
-                    judged_on=(part.name,),
                     energy=energy,
-                    of_own=energy / own if own and energy is not None else None,
-                    own_half=candidate.own_half,
+                    energies=() if energy is None else (energy,),
+                    of_own=energy / entry.own_half if entry.own_half and energy is not None else None,
                     at_most=_at_most(judging, candidate.source, measured) if candidate.kind == "hybrid" else None,
                     visible_layers=visible,
                     share=noise[candidate.kind].share if noise else None,
                 )
             )
-        rows = _norms(judging, part, [factors for factors in looked_at if factors is not None])
-    whole, medians = float(rows[:, 0].median()), iter(rows[:, 1:].median(dim=0).values.tolist())
-    kinds = {candidate.basis: candidate.kind for candidate in candidates}
+        batches = [batch for quarter in part.quarters for batch in quarter]
+        bases = [factors for factors in looked_at if factors is not None]
+        rows = row_norms(judging.model, judging.loss_fn, batches, judging.layers, bases)
+    whole, medians = float(rows.whole.median()), iter(rows.cores.median(dim=0).values.tolist())
+    heads = iter(rows.head_shares())
     done = []
-    for one, factors in zip(figures, looked_at, strict=True):
+    for one, candidate, factors in zip(figures, candidates, looked_at, strict=True):
         if factors is not None:
             median, snr = next(medians), None
             if noise and judging.budget is not None:
-                step_noise = noise[kinds[one.basis]].train / judging.budget.expected_batch_size
+                step_noise = noise[candidate.kind].train / judging.budget.expected_batch_size
                 length = step_noise * median * judging.numbers**0.5
                 snr = measured.length_held(factors) / length if length else None
                 snr = snr or None  # the quarters do not agree on a direction: its length is not known
-            one = replace(one, rho=median / whole if whole else None, snr_per_step=snr)
+            one = replace(one, rho=median / whole if whole else None, snr_per_step=snr, head_share=next(heads))
         done.append(one)
-    count = sum(len(next(iter(batch.values()))) for batches in (part.fit, *part.quarters) for batch in batches)
-    entry = SetFigures(
-        name=part.name,
-        labels=part.note,
-        examples=count,
-        coherence=measured.coherence,
-        median_norm=whole,
-        run_labels=part.run_labels,
-    )
-    return done, entry
-
-
-def _norms(judging: Judging, part: Halves, bases: Sequence[FactorsByLayer]) -> torch.Tensor:
-    """Lengths of every judging example's gradient: whole, and as the cores of each basis see it."""
-    device = next(judging.model.parameters()).device
-    looks: list[Mapping[str, Sketch]] = [dict.fromkeys(judging.layers, WHOLE)]
-    for factors in bases:
-        looks.append(
-            {n: Sketch(*(s.to(device) for s in sk if s is not None)) for n, sk in sketches_of(factors).items()}
-        )
-    return torch.cat(
-        [
-            example_norms(judging.model, judging.loss_fn, batch, judging.layers, looks).cpu()
-            for batches in part.quarters
-            for batch in batches
-        ]
-    )
+    return done, replace(entry, median_norm=whole, head_numbers=rows.head_numbers)
 
 
 def _rehearsed(judging: Judging, candidate: _Candidate, j: int, noise: Noise) -> tuple[FactorsByLayer, float]:

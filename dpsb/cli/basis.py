@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from dpsb.basis.figures import Diagnosis
 
 _NOTE = (
-    "energy: share of the mean gradient's energy that the cores hold, measured on public examples that the basis was "
-    "not computed from (with several files: on the other files; own half: on the other half of its own). of own: "
-    "energy over what a basis of the judging file's own holds, which compares files. at most: for a hybrid, if its "
-    "release had no noise. rho: an example's gradient in the cores over that in the weights (medians). signal "
-    "/ noise: of one step, mean gradient over noise, clip norm at the median row. private and hybrid rows are "
-    "forecasts: the release rehearsed on public examples, scaled to N, with its noise."
+    "energy: share of the mean gradient's energy that the cores hold, on public rows that the basis was not computed "
+    "from: of the files with the run's labels, or of all files if none has them. of own: energy over what a basis of "
+    "the judging file's own holds. at most: for a hybrid, if its release had no noise. rho: an example's gradient in "
+    "the cores over that in the weights (medians). head: what the head has of a row's squared norm, beside the cores "
+    "(median). S/N: of one step, mean gradient over noise, clip norm at the median row. price: share of the budget. "
+    "seen: layers whose strongest direction stands above the release's noise. private and hybrid rows are forecasts: "
+    "the release rehearsed on public examples, scaled to N, with its noise."
 )
 
 
@@ -63,6 +65,10 @@ def basis(
 
     def run() -> None:
         if not diagnose:
+            unused = {"--public": public, "--labels": labels, "--epsilon": epsilon, "--num-examples": num_examples}
+            given = [name for name, value in unused.items() if value is not None]
+            if given:
+                raise ValueError(f"Add --diagnose, or leave out {' and '.join(given)}: without it bases are listed.")
             _list_kinds(as_json)
             return
         from dpsb.basis.rehearsal import Budget
@@ -123,37 +129,48 @@ def _list_kinds(as_json: bool) -> None:
 
 def _print(console: Console, found: Diagnosis) -> None:
     title = f"{found.layers} weights, rank {found.rank}: {found.numbers:,} numbers; hybrid width {found.width}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("basis", overflow="fold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    table.add_column("basis", overflow="fold", min_width=13)
+    columns = {
+        "energy": [_percent(row.energy) for row in found.bases],
+        "of own": [_percent(row.of_own) for row in found.bases],
+        "at most": [_percent(row.at_most) for row in found.bases],
+        "rho": [_number(row.rho) for row in found.bases],
+        "head": [_percent(row.head_share) for row in found.bases],
+        "S/N": [_number(row.snr_per_step) for row in found.bases],
+        "price": [_percent(row.share) if row.paid else "free" for row in found.bases],
+        "seen": [_percent(row.visible_layers) for row in found.bases],
+    }
+    if sum(entry.judges for entry in found.sets) == 1:
+        del columns["of own"]  # the same order as energy
+    shown = {heading: cells for heading, cells in columns.items() if set(cells) - {"-", "free"}}
+    for heading in shown:
+        table.add_column(heading, justify="right", no_wrap=True)
     distinct = len({Path(entry.name).name for entry in found.sets}) == len(found.sets)
-    for heading in (
-        "energy",
-        "of own",
-        "own half",
-        "at most",
-        "rho",
-        "signal / noise",
-        "share of budget",
-        "above noise",
-    ):
-        table.add_column(heading, justify="right")
-    for row in found.bases:
+    for row, *cells in zip(found.bases, *shown.values(), strict=True):
         kind, colon, file = row.basis.partition(":")
         name = kind + colon + (Path(file).name if distinct else file)
-        shares = [_percent(row.energy), _percent(row.of_own), _percent(row.own_half), _percent(row.at_most)]
-        numbers = ["-" if value is None else f"{value:.3g}" for value in (row.rho, row.snr_per_step)]
-        cost = _percent(row.share) if row.paid else "free"
-        style = "bold" if row.basis == found.recommended else None
-        table.add_row(escape(name), *shares, *numbers, cost, _percent(row.visible_layers), style=style)
+        table.add_row(escape(name), *cells, style="bold" if row.basis == found.recommended else None)
     console.print(table)
     for entry in found.sets:
         facts = (
-            f"{entry.examples} examples, labels: {entry.labels}; its judging quarters agree to {entry.coherence:.2f}"
+            f"{entry.examples} examples, labels: {entry.labels}; its judging quarters agree to {entry.coherence:.2f}; "
+            f"a basis of its own holds {_percent(entry.own_half)} of its other half"
         )
-        console.print(f"{entry.name}: {facts}", highlight=False, markup=False)
+        verdict = "" if entry.judges else "; judges nothing"
+        console.print(f"{entry.name}: {facts}{verdict}", highlight=False, markup=False)
     console.print(_NOTE, style="dim", highlight=False)
     console.print(f"[bold]Use --basis {escape(found.recommended)}[/bold]: {escape(found.reason)}", highlight=False)
+    if found.advice:
+        console.print(found.advice, highlight=False, markup=False)
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.3g} %"
+    """At most six characters."""
+    if share is None:
+        return "-"
+    return "<0.1 %" if 0 < share < 0.001 else f"{100 * share:.{3 if share >= 0.01 else 2}g} %"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"

@@ -8,16 +8,19 @@ import torch
 import workbench
 from typer.testing import CliRunner
 
-from dpsb.adapter import lora_layers
+from dpsb.adapter import Basis, Provenance, attach, lora_layers
+from dpsb.basis._common import public_generator
 from dpsb.basis.diagnose import DATA_FREE, cut, diagnose_bases
-from dpsb.basis.figures import BasisFigures, SetFigures, recommend
+from dpsb.basis.figures import BasisFigures, SetFigures, advice_on_head, recommend
 from dpsb.basis.per_example import WHOLE
 from dpsb.basis.private import private, private_provenance
 from dpsb.basis.rehearsal import Budget, Rehearsal, is_visible, noise_of
 from dpsb.basis.release import Clip
 from dpsb.basis.sources import PublicSet
+from dpsb.capture import adapter_train_mode, per_example_gradients
 from dpsb.cli import app
 from dpsb.data import Collator
+from dpsb.heads import HEAD_NAMES
 from dpsb.losses import classification_loss
 from dpsb.mechanism import Mechanism
 
@@ -31,8 +34,8 @@ def quick_calibration(monkeypatch):
     monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
 
 
-def public_set(name="near", count=24, seed=1):
-    return PublicSet(name, workbench.examples(count, seed=seed), 0, "the labels of the run")
+def public_set(name="near", count=24, seed=1, own_labels=0, run_labels=False):
+    return PublicSet(name, workbench.examples(count, seed=seed), own_labels, "its labels", run_labels)
 
 
 def diagnosis(tiny, *sets, count=24, **changes):
@@ -106,18 +109,112 @@ def test_a_public_basis_is_fitted_on_the_half_that_does_not_judge(tiny):
         B, A = U[:, :RANK], Vh[:RANK]
         inside += float(((B.T @ first[name] @ A.T) * (B.T @ second[name] @ A.T)).sum())
     got = figures_of(found, "public:near")
-    assert got.energy == got.own_half == pytest.approx(inside / dot(first, second), rel=2e-3)
+    assert got.energy == found.sets[0].own_half == pytest.approx(inside / dot(first, second), rel=2e-3)
     assert got.energy > 3 * figures_of(found, "random").energy
     assert got.rho > figures_of(found, "random").rho
 
 
-def test_of_several_sets_the_others_judge(tiny):
-    found = diagnosis(tiny, public_set("a"), public_set("b", seed=2), public_set("c", seed=3))
-    assert figures_of(found, "public:b").judged_on == ("a", "c")
-    assert figures_of(found, "hybrid:c").judged_on == ("a", "b")
-    assert figures_of(found, "weight").judged_on == figures_of(found, "private").judged_on == ("a", "b", "c")
-    alone = diagnosis(tiny, public_set("b", seed=2))
-    assert figures_of(found, "public:b").own_half == pytest.approx(figures_of(alone, "public:b").energy)
+def test_every_basis_is_judged_by_every_set(tiny):
+    """Its own other half among them: the figures of three files alone, and what each holds of the others."""
+    sets = [public_set("a"), public_set("b", seed=2), public_set("c", seed=3)]
+    found = diagnosis(tiny, *sets)
+    assert all(len(entry.energies) == 3 for entry in found.bases if not entry.paid)
+    for i, entry in enumerate(sets):
+        alone = diagnosis(tiny, entry)
+        assert found.sets[i].own_half == pytest.approx(alone.sets[0].own_half)
+        for basis in ("weight", f"public:{entry.name}"):
+            assert figures_of(found, basis).energies[i] == pytest.approx(figures_of(alone, basis).energy)
+    for entry in found.bases:
+        if not entry.paid:
+            shares = [energy / one.own_half for energy, one in zip(entry.energies, found.sets, strict=True)]
+            assert entry.energy == pytest.approx(sum(entry.energies) / 3)
+            assert entry.of_own == pytest.approx(sum(shares) / 3)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_file_with_other_labels_changes_no_figure(tiny, position):
+    """Before, public:near was judged by it alone, and a paid basis, judged on near too, was recommended."""
+    alone = diagnosis(tiny, public_set(run_labels=True), budget=BUDGET)
+    sets = [public_set(run_labels=True)]
+    sets.insert(position, public_set("other", seed=2, own_labels=5))
+    both = diagnosis(tiny, *sets, budget=BUDGET)
+    for one in alone.bases:
+        assert figures_of(both, one.basis) == one
+    assert both.recommended == alone.recommended == "public:near"
+    assert [entry.judges for entry in both.sets] == [entry.run_labels for entry in both.sets]
+    assert "judged on held-out rows of near, as the other files' labels are not the run's" in both.reason
+
+
+def test_two_files_with_the_runs_labels_both_judge(tiny):
+    sets = [public_set("a", run_labels=True), public_set("b", seed=2, run_labels=True), public_set("other", seed=3)]
+    found = diagnosis(tiny, *sets, budget=BUDGET)
+    assert [entry.judges for entry in found.sets] == [True, True, False]
+    assert all(len(entry.energies) == 2 for entry in found.bases)
+    assert found.recommended in ("public:a", "public:b")
+    assert "judged on held-out rows of a, b" in found.reason
+    assert "its own file among them, too kind if the private data are unlike it" in found.reason
+
+
+# --- what of a row is the head's
+
+
+def direct_shares(model, factors, count, examples):
+    """The median share of the head in each row, from rows as training makes them."""
+    adapter = attach(model, Basis(factors=factors, provenance=Provenance("random", "data_free")), allow=HEAD_NAMES)
+    adapter_train_mode(adapter)
+    heads = torch.cat([torch.full((p.numel(),), "classifier" in n) for n, p in adapter.named_parameters()])
+    assert int(heads.sum()) == count
+    with per_example_gradients(adapter, len(examples)) as rows:
+        classification_loss(model, Collator(0)(examples, workbench.PADDED)).sum().backward()
+        squares = rows.get().double().square()
+    return float((squares[:, heads].sum(dim=1) / squares.sum(dim=1)).median())
+
+
+@pytest.mark.parametrize("kind", ["weight", "hadamard"])
+@pytest.mark.parametrize("own_labels", [0, 5])
+def test_the_heads_share_is_that_of_the_rows_in_training(tiny, kind, own_labels):
+    found = diagnosis(tiny, public_set(own_labels=own_labels))
+    model = tiny.lora(tiny.base("bert", num_labels=own_labels or 3)).eval()
+    if own_labels:  # the head of a file with labels of its own
+        head = model.base_model.model.classifier.modules_to_save["default"]
+        with torch.no_grad():
+            head.weight.copy_(torch.randn(head.weight.shape, generator=public_generator()) * 0.3)
+            head.bias.zero_()
+    numbers = (own_labels or 3) * 33
+    expected = direct_shares(model, DATA_FREE[kind](model).factors, numbers, workbench.examples(24)[12:])
+    assert figures_of(found, kind).head_share == pytest.approx(expected, rel=1e-4)
+    assert found.sets[0].head_numbers == numbers
+
+
+def test_a_model_without_a_trained_head_has_no_share_of_one(tiny):
+    model = tiny.lora(tiny.base("bert"), task_type=None, target_modules=["query", "value"])
+    found = diagnose_bases(
+        model,
+        lora_layers(model),
+        classification_loss,
+        [cut(public_set(), Collator(0), 24, 64)],
+        rank=RANK,
+        head_std=0.3,
+    )
+    assert all(entry.head_share is None for entry in found.bases)
+    assert found.advice == ""
+
+
+@pytest.mark.parametrize(
+    ("share", "numbers", "said"),
+    [
+        (0.1, 29_645, "the head, 29,645 numbers beside 3,072 of the cores, has 10 % of a row's squared norm"),
+        (0.1, 1_155, ""),  # SNLI
+        (0.86, 29_645, ""),
+        (None, 0, ""),
+    ],
+)
+def test_a_large_head_with_a_small_share_gets_advice(share, numbers, said):
+    basis = BasisFigures(basis="public:near", paid=False, energy=0.6, head_share=share)
+    silent = SetFigures(name="far", labels="", examples=64, coherence=0.8, judges=False)
+    advice = advice_on_head(basis, [replace(public_sets()[0], head_numbers=numbers), silent], 3_072)
+    assert said in advice
+    assert ("try --head-share 0.5" in advice) == bool(said) == bool(advice)
 
 
 # --- hybrids and forecasts
@@ -193,17 +290,20 @@ def test_what_stands_above_the_noise():
 
 
 def bases(**energies):
-    made = [BasisFigures(basis="weight", paid=False, judged_on=("near",), energy=0.04)]
-    for name, energy in energies.items():
+    """One number of each basis, or one for each set that judges."""
+    made = []
+    for name, energy in {"weight": 0.04, **energies}.items():
+        each = energy if isinstance(energy, tuple) else () if energy is None else (energy,)
+        basis = {"public": "public:near", "far": "public:far"}.get(name, name)
+        mean = sum(each) / len(each) if each else None
         paid = name in ("private", "hybrid")
-        basis = "public:near" if name == "public" else name
-        made.append(BasisFigures(basis=basis, paid=paid, judged_on=("near",), energy=energy, visible_layers=0.1))
+        made.append(BasisFigures(basis=basis, paid=paid, energy=mean, energies=each, visible_layers=0.1))
     return made
 
 
-def public_sets(count=1, coherence=0.8):
+def public_sets(count=1, coherence=0.8, **changes):
     return [
-        SetFigures(name=name, labels="", examples=64, coherence=coherence, median_norm=1.0)
+        SetFigures(name=name, labels="", examples=64, coherence=coherence, own_half=1.0, **changes)
         for name in ("near", "far")[:count]
     ]
 
@@ -223,7 +323,11 @@ def public_sets(count=1, coherence=0.8):
             "public:near",
             "worth its price (private: 22 %, 10 % of its layers above noise)",
         ),
-        ({"public": 0.2, "private": None}, "public:near", "supposes that the private data are like near"),
+        (
+            {"public": 0.2, "private": None},
+            "public:near",
+            "judged on held-out rows of near, its own file, too kind if the private data are unlike it",
+        ),
     ],
 )
 def test_the_recommendation_and_its_reason(energies, expected, said):
@@ -235,50 +339,61 @@ def test_the_recommendation_and_its_reason(energies, expected, said):
 
 
 def test_the_recommendation_says_what_it_rests_on():
-    assert "supposes" not in recommend(bases(public=0.2), public_sets(2))[1]
+    assert "too kind" not in recommend(bases(public=0.041), public_sets())[1], "a data-free basis is of no file"
+    assert "too kind" in recommend(bases(public=0.2, private=0.3), public_sets())[1], "a forecast is of a file"
     assert "hardly agree" in recommend(bases(public=0.2), public_sets(1, 0.01))[1]
 
 
-def of_files(*, run_labels=(False, False), near=(0.20, 0.8), far=(0.30, 0.4)):
-    """Two public bases, judged on each other's file: energy, and its share of what that file's own basis holds."""
-    made = [BasisFigures(basis="weight", paid=False, judged_on=("near", "far"), energy=0.04, of_own=0.1)]
-    for name, other, (energy, of_own) in (("near", "far", near), ("far", "near", far)):
-        made.append(BasisFigures(basis=f"public:{name}", paid=False, judged_on=(other,), energy=energy, of_own=of_own))
-    sets = [replace(entry, run_labels=own) for entry, own in zip(public_sets(2), run_labels, strict=True)]
-    return recommend(made, sets)
+PUB_ALONE = {"public": 0.919, "private": 0.891}
 
 
-def test_bases_judged_on_different_sets_are_compared_by_what_the_sets_own_hold():
-    basis, reason = of_files()
-    assert basis == "public:near"
-    assert "it holds 80 % of what a public set's own basis holds of its gradient" in reason
-    assert of_files(far=(0.3, 0.85))[0] == "public:near", "too near to tell: the first named"
-    assert "does not tell them apart" in of_files(far=(0.3, 0.85))[1]
-    assert of_files(far=(0.3, 0.95))[0] == "public:far"
+def test_an_unrelated_file_makes_no_basis_worth_paying_for():
+    assert recommend(bases(**PUB_ALONE), public_sets())[0] == "public:near"
+    near, far = public_sets(2)
+    judged = [replace(near, run_labels=True), replace(far, judges=False)]
+    assert recommend(bases(**PUB_ALONE, far=0.0111), judged)[0] == "public:near"
+    energies = {"public": (0.919, 0.01), "far": (0.0111, 0.8), "private": (0.891, 0.78)}
+    basis, reason = recommend(with_own(bases(weight=(0.04, 0.04), **energies)), [near, far])
+    assert basis == "public:near", "without labels both judge, and each has a basis of its own that holds more"
+    assert "its own file among them" in reason
+    assert "it holds 1 % of the others" in reason
 
 
-def test_a_file_with_the_runs_labels_is_recommended_before_others():
-    basis, reason = of_files(run_labels=(True, False), far=(0.3, 0.95))
-    assert basis == "public:near"
-    assert "their labels are not the run's: far" in reason
+def test_a_paid_basis_has_to_be_worth_it_on_every_set():
+    found = bases(weight=(0.04, 0.04), public=(0.3, 0.1), far=(0.1, 0.3), private=(0.5, 0.5))
+    assert recommend(with_own(found), public_sets(2))[0] == "private"
+    found = bases(weight=(0.04, 0.04), public=(0.5, 0.1), far=(0.1, 0.3), private=(0.5, 0.5))
+    assert recommend(with_own(found), public_sets(2))[0] == "public:near"
 
 
-def test_a_basis_of_its_own_is_the_measure_of_a_set(tiny):
-    found = diagnosis(tiny, public_set("a"), public_set("b", seed=2))
-    own = {name: figures_of(found, f"public:{name}").own_half for name in "ab"}
-    assert figures_of(found, "public:a").of_own == pytest.approx(figures_of(found, "public:a").energy / own["b"])
-    assert figures_of(found, "public:b").of_own == pytest.approx(figures_of(found, "public:b").energy / own["a"])
+def with_own(found):
+    return [replace(entry, of_own=entry.energy) for entry in found]
+
+
+def test_files_that_are_not_told_apart():
+    energies = {"weight": (0.04, 0.04), "public": (0.3, 0.2), "far": (0.2, 0.33)}
+    basis, reason = recommend(with_own(bases(**energies)), public_sets(2))
+    assert basis == "public:near", "the first named"
+    assert "does not tell them apart" in reason
+    assert "it holds 25 % of what a public set's own basis holds of its gradient" in reason
+    assert recommend(with_own(bases(**{**energies, "far": (0.28, 0.33)})), public_sets(2))[0] == "public:far"
+    near, far = public_sets(2)
+    judged = [replace(near, judges=False), replace(far, run_labels=True)]
+    basis, reason = recommend(bases(public=0.31, far=0.3), judged)
+    assert basis == "public:far", "the one with the run's labels"
+    assert "those with the run's labels before others" in reason
 
 
 # --- the command
 
 
-def command(*options):
-    return CliRunner().invoke(app, ["basis", *options], env={"COLUMNS": "200"})
+def command(*options, columns=200):
+    return CliRunner().invoke(app, ["basis", *options], env={"COLUMNS": str(columns)})
 
 
-def diagnose(*options):
-    return command("--diagnose", "--model", str(workbench.bert_folder()), "--rank", "4", "--max-length", "16", *options)
+def diagnose(*options, **changes):
+    model = ["--model", str(workbench.bert_folder()), "--rank", "4", "--max-length", "16"]
+    return command("--diagnose", *model, *options, **changes)
 
 
 def test_only_public_files_are_read(monkeypatch):
@@ -315,6 +430,19 @@ def test_the_table_and_another_label_space(tmp_path):
     assert "complementary" in result.stdout
 
 
+def test_the_table_is_whole_on_80_columns():
+    files = [str(workbench.data_file(seed=seed)) for seed in (9, 8)]
+    budget = ["--epsilon", "8", "--num-examples", "400", "--expected-batch-size", "40", "--steps", "5"]
+    labels = ["--labels", "ham,spam", "--examples", "24"]
+    result = diagnose("--public", ",".join(files), *labels, *budget, columns=80)
+    assert result.exit_code == 0, result.output
+    table = result.stdout.split(files[0])[0]
+    assert "…" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    for word in ("complementary", "energy", "of own", "at most", "head", "S/N", "price", "seen"):
+        assert word in table
+
+
 def test_a_causal_model():
     options = ["--model", str(workbench.llama_folder()), "--task", "causal-lm", "--rank", "2", "--max-length", "16"]
     result = command("--diagnose", *options, "--public", str(workbench.data_file("causal-lm")), "--json")
@@ -325,6 +453,13 @@ def test_a_causal_model():
 def test_without_diagnose_the_bases_are_listed():
     assert "hadamard" in command().stdout
     assert set(json.loads(command("--json").stdout)) >= {"weight", "private", "hybrid", "leak"}
+
+
+def test_without_diagnose_a_public_file_is_not_ignored():
+    result = command("--public", "missing.csv", "--epsilon", "3")
+    assert result.exit_code == 1
+    assert "Add --diagnose, or leave out --public and --epsilon: without it bases are listed." in result.stderr
+    assert "hadamard" not in result.stdout
 
 
 FILE = str(workbench.data_file(seed=9))

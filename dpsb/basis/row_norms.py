@@ -1,0 +1,127 @@
+"""How long the rows of public examples are where training starts: in the weights, in the cores, and in the head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from dpsb.adapter import Factors, trained_directly
+from dpsb.basis.choose import sketches_of
+from dpsb.basis.per_example import WHOLE, Batch, Sketch, example_norms, squared_norms
+from dpsb.heads import HEAD_NAMES
+from dpsb.losses import LossFn
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowNorms:
+    """Lengths of n examples' gradients, float64 on the CPU. As sensitive as the examples.
+
+    Args:
+      whole: In the target weights, shape ``(n,)``.
+      cores: As the cores of each of k bases see it, shape ``(n, k)``.
+      head: In the head's own parameters, shape ``(n,)``; None where no head is trained, or one that is not linear.
+      head_numbers: How many numbers the head has.
+    """
+
+    whole: torch.Tensor
+    cores: torch.Tensor
+    head: torch.Tensor | None
+    head_numbers: int
+
+    def head_shares(self) -> list[float | None]:
+        r"""With each basis, the median of :math:`\|h_i\|^2 / (\|h_i\|^2 + \|R_i\|^2)`: what one joint clip divides."""
+        if self.head is None:
+            return [None] * self.cores.shape[1]
+        head = self.head.square()[:, None]
+        shares: list[float | None] = (head / (head + self.cores.square())).nanmedian(dim=0).values.tolist()
+        return shares
+
+
+def row_norms(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Batch],
+    layers: Mapping[str, LoraLayer],
+    bases: Sequence[Mapping[str, Factors]],
+) -> RowNorms:
+    """The lengths of every example's row with R = 0, under several bases at once.
+
+    Args:
+      model: A PEFT LoRA model; its head, if it has one, is what PEFT trains beside the adapter.
+      loss_fn: Per-example loss.
+      batches: Examples, at least one batch. Sensitive if they are.
+      layers: Its target layers by name.
+      bases: A and B by layer, of each basis.
+
+    Raises:
+      ValueError: If the head has a kind of module without a per-example rule.
+    """
+    device = next(model.parameters()).device
+    looks: list[Mapping[str, Sketch]] = [dict.fromkeys(layers, WHOLE)]
+    for factors in bases:
+        sketches = sketches_of(factors).items()
+        looks.append({name: Sketch(*(side.to(device) for side in sk if side is not None)) for name, sk in sketches})
+    head = [module for name, module in trained_directly(model, HEAD_NAMES) if "lora_" not in name]
+    lengths, squares, numbers = [], [], 0
+    for batch in batches:
+        with _pairs_of(head) as pairs:
+            lengths.append(example_norms(model, loss_fn, batch, layers, looks).cpu())
+        sides = [(module, *(torch.cat(side, dim=1) for side in zip(*kept, strict=True))) for module, kept in pairs]
+        squares.append(sum((_squares(*one) for one in sides), start=torch.zeros(len(lengths[-1]))))
+        numbers = sum(g.shape[-1] * (x.shape[-1] + (module.bias is not None)) for module, x, g in sides)
+    known = bool(head) and all(isinstance(module, nn.Linear) for module in head)
+    rows = torch.cat(lengths)
+    return RowNorms(
+        whole=rows[:, 0],
+        cores=rows[:, 1:],
+        head=torch.cat(squares).sqrt() if known else None,
+        head_numbers=numbers if known else 0,
+    )
+
+
+_Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@contextmanager
+def _pairs_of(head: Sequence[nn.Module]) -> Iterator[list[tuple[Any, list[_Pair]]]]:
+    """Keeps what each linear module of a head receives, and the gradient of what is returned in its name.
+
+    Each of shape ``(n, tokens, width)``. The output is the one that hooks put before may have changed: another head.
+    """
+    pairs: list[tuple[Any, list[_Pair]]] = [(module, []) for module in head if isinstance(module, nn.Linear)]
+
+    def keep(kept: list[_Pair], inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        x = inputs[0].detach()
+
+        def arrived(g: torch.Tensor) -> None:
+            kept.append((_by_token(x), _by_token(g.detach())))
+
+        output.register_hook(arrived)
+
+    handles = [
+        module.register_forward_hook(lambda _module, inputs, output, kept=kept: keep(kept, inputs, output))
+        for module, kept in pairs
+    ]
+    try:
+        yield pairs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _by_token(values: torch.Tensor) -> torch.Tensor:
+    return values.float().reshape(values.shape[0], -1, values.shape[-1])
+
+
+def _squares(module: nn.Linear, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """Each example's squared norm in weight and bias, shape ``(n,)``, float64 on the CPU."""
+    squares = squared_norms(x, g)
+    if module.bias is not None:
+        squares = squares + g.double().sum(dim=1).square().sum(dim=1)
+    return squares.cpu()
