@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 from utility import TARGETS
 
-from dpsb.adapter import Provenance, attach, detach
+from dpsb.adapter import Provenance, lora_layers
 from dpsb.basis import random, weight_svd
 from dpsb.basis.choose import gradient_basis
 from dpsb.basis.gradient import mean_gradients
+from dpsb.basis.row_norms import row_norms
 from dpsb.basis.sources import batches_of
-from dpsb.capture import adapter_train_mode, per_example_gradients
 from dpsb.data import Collator, Columns, read_table, tokenize_classification
 from dpsb.losses import classification_loss
-from dpsb.models import HEAD_NAMES, add_lora, in_head, load_base
+from dpsb.models import add_lora, load_base
+from dpsb.probe import without_dropout
 
 
 def main() -> None:
@@ -40,26 +41,15 @@ def main() -> None:
     model = add_lora(base, "classification", 16, TARGETS["top2"].removeprefix("re:"))
     gradients = mean_gradients(model, classification_loss, batches_of(first, collate, options.max_length, 2048))
     near = gradient_basis(model, gradients, Provenance(kind="public", access="public"))
-    for name, basis in (("random", random(model)), ("weight", weight_svd(model)), ("public", near)):
-        adapter = attach(model, basis, allow=HEAD_NAMES)
-        model.train()
-        adapter_train_mode(adapter)
-        heads = torch.cat([torch.full((p.numel(),), in_head(n)) for n, p in adapter.named_parameters()])
-        head, whole = [], []
-        for batch in batches_of(second, collate, options.max_length, 2048):
-            with per_example_gradients(adapter, len(batch["labels"])) as captured:
-                classification_loss(model, batch).sum().backward()
-                squares = captured.get().double().square()
-            head.append(squares[:, heads].sum(dim=1))
-            whole.append(squares.sum(dim=1))
-        share = torch.cat(head) / torch.cat(whole)
-        facts = {
-            "basis": name,
-            "head_share": share.median().item(),
-            "row_norm": torch.cat(whole).sqrt().median().item(),
-        }
-        print(json.dumps(facts))
-        detach(adapter)
+    model.eval()
+    bases = {"random": random(model).factors, "weight": weight_svd(model).factors, "public": near.factors}
+    judged = batches_of(second, collate, options.max_length, 2048)
+    with without_dropout(model):
+        rows = row_norms(model, classification_loss, judged, lora_layers(model), list(bases.values()))
+    head = torch.zeros(()) if rows.head is None else rows.head
+    for name, share, cores in zip(bases, rows.head_shares(), rows.cores.T, strict=True):
+        row_norm = (head.square() + cores.square()).sqrt().median().item()
+        print(json.dumps({"basis": name, "head_share": share, "row_norm": row_norm}))
 
 
 if __name__ == "__main__":
