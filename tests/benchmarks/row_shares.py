@@ -45,9 +45,9 @@ def main() -> None:
     bases = {"random": random(model).factors, "weight": weight_svd(model).factors, "public": near.factors}
     judged = batches_of(second, collate, options.max_length, 2048)
     with without_dropout(model):
-        rows = row_norms(model, classification_loss, judged, lora_layers(model), list(bases.values()))
-    head = torch.zeros(()) if rows.head is None else rows.head
-    for name, share, cores in zip(bases, rows.head_shares(), rows.cores.T, strict=True):
+        lengths = row_norms(model, classification_loss, judged, lora_layers(model), list(bases.values()))
+    head = torch.zeros(()) if lengths.head is None else lengths.head
+    for name, share, cores in zip(bases, lengths.head_shares(), lengths.cores.T, strict=True):
         row_norm = (head.square() + cores.square()).sqrt().median().item()
         print(json.dumps({"basis": name, "head_share": share, "row_norm": row_norm}))
 
