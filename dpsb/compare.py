@@ -23,7 +23,7 @@ from dpsb.basis import public as public_basis
 from dpsb.basis import random, weight_svd
 from dpsb.basis.sources import public_sample, read_public
 from dpsb.capture import adapter_train_mode
-from dpsb.config import RunConfig
+from dpsb.config import TASKS, RunConfig
 from dpsb.data import (
     Collator,
     Columns,
@@ -124,8 +124,7 @@ def compare_methods(
       ValueError: If an argument is out of range; :class:`dpsb.baselines.methods.MethodError`, ``DataError`` and
         ``ModelError`` are such.
     """
-    if basis not in BASES or (basis == "public" and public is None):
-        raise ValueError(f"Expected basis={basis!r} to be one of {', '.join(BASES)}, and public data for 'public'.")
+    _check_names(task, basis, public, labels)
     if not 0 < noise_multiplier < math.inf:
         raise ValueError(f"Expected noise_multiplier={noise_multiplier!r} to be positive and finite.")
     for name, value in (("rank", rank), ("expected_batch_size", expected_batch_size), ("draws", draws)):
@@ -135,8 +134,6 @@ def compare_methods(
         raise ValueError(f"Expected examples={examples!r} of at least 4.")
     if not methods:
         raise ValueError(f"Expected methods to name at least one of {', '.join(METHODS)}, got none.")
-    if public is None and labels is not None and len(set(labels.split(","))) < 2:
-        raise ValueError(f"Expected labels={labels!r} to name at least two; 'from-data' needs a file of public data.")
     chosen = [method_named(name) for name in methods]
     for method in chosen:
         if method.source is not None and public is not None and same_data(method.source, public):
@@ -159,6 +156,15 @@ def compare_methods(
         adapter.model.train()
         adapter_train_mode(adapter)
         yield _compared(method, adapter, basis, batches[half:], loss_fn, noise_multiplier, expected_batch_size, draws)
+
+
+def _check_names(task: str, basis: str, public: str | None, labels: str | None) -> None:
+    if task not in TASKS:
+        raise ValueError(f"Expected task={task!r} to be one of {', '.join(TASKS)}.")
+    if basis not in BASES or (basis == "public" and public is None):
+        raise ValueError(f"Expected basis={basis!r} to be one of {', '.join(BASES)}, and public data for 'public'.")
+    if public is None and labels is not None and len(set(labels.split(","))) < 2:
+        raise ValueError(f"Expected labels={labels!r} to name at least two; 'from-data' needs a file of public data.")
 
 
 def _compared(

@@ -17,7 +17,7 @@ from dpsb.parts import same_data
 
 _SCHEDULES = ("constant", "linear", "cosine")
 _OPTIMIZERS = ("adam", "adamw", "adam-corrected", "sgd")
-_TASKS = ("classification", "causal-lm")
+TASKS = ("classification", "causal-lm")
 _POOLINGS = ("auto", "native", "mean")
 _DTYPES = ("float32", "bfloat16")
 _CHOICES = ("public", "private")
@@ -167,7 +167,7 @@ class RunConfig:
             if not ((isinstance(value, hint) and (hint is bool or not isinstance(value, bool))) or number_for_float):
                 raise ConfigError(f"Expected {name}={value!r} to be of type {getattr(hint, '__name__', hint)}.")
         for name, allowed in (
-            ("task", _TASKS),
+            ("task", TASKS),
             ("schedule", _SCHEDULES),
             ("optimizer", _OPTIMIZERS),
             ("dtype", _DTYPES),

@@ -12,12 +12,12 @@ from dpsb.basis.diagnose import cut, diagnose_bases
 from dpsb.basis.figures import Diagnosis
 from dpsb.basis.rehearsal import Budget
 from dpsb.basis.sources import read_public
+from dpsb.config import TASKS
 from dpsb.data import Collator, Columns, DataError
 from dpsb.losses import LossFn, causal_lm_loss, classification_loss
 from dpsb.models import HEAD_INIT_STD, add_lora, load_base, longest_input
 from dpsb.prepare import targets_of
 
-_TASKS = ("classification", "causal-lm")
 _SOME_LABELS = ("some label", "another label")
 
 
@@ -57,8 +57,8 @@ def diagnose_files(
       ValueError: If an argument is out of range; ``DataError``, ``ModelError``, ``WidthError`` and ``BudgetError``
         are such.
     """
-    if task not in _TASKS:
-        raise ValueError(f"Expected task={task!r} to be one of {', '.join(_TASKS)}.")
+    if task not in TASKS:
+        raise ValueError(f"Expected task={task!r} to be one of {', '.join(TASKS)}.")
     if not public:
         raise DataError("A diagnosis needs public data: name at least one file (--public FILE).")
     if len(set(public)) != len(public):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,16 @@ def columns_of(config: RunConfig) -> Columns:
 
 
 def targets_of(targets: str) -> str | list[str]:
-    """The target modules as PEFT takes them."""
+    """The target modules as PEFT takes them.
+
+    Raises:
+      ValueError: If what follows ``re:`` is no regular expression.
+    """
+    if targets.startswith("re:"):
+        try:
+            re.compile(targets.removeprefix("re:"))
+        except re.error as error:
+            raise ValueError(f"targets={targets!r} is no regular expression: {error}.") from None
     if targets == "all-linear" or targets.startswith("re:"):
         return targets.removeprefix("re:")
     return [name.strip() for name in targets.split(",") if name.strip()]

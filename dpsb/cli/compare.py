@@ -29,6 +29,7 @@ def compare(
     task: Annotated[str, typer.Option(help="classification or causal-lm.")] = "classification",
     basis: Annotated[str, typer.Option(help="Of sb: weight, random, or public (first half of --public).")] = "weight",
     rank: Annotated[int, typer.Option(help="r of the adapters.")] = 16,
+    targets: Annotated[str, typer.Option(help="Modules, comma-separated, or re:REGEX.")] = "all-linear",
     noise_multiplier: Annotated[float, typer.Option(help="Noise standard deviation over clip norm.")] = 1.0,
     expected_batch_size: Annotated[int, typer.Option(help="M, the divisor of the noisy sum.")] = 256,
     max_length: Annotated[int, typer.Option(help="Tokens per example.")] = 128,
@@ -47,6 +48,7 @@ def compare(
     def run() -> None:
         from dpsb.compare import check_plot, compare_methods
         from dpsb.compare import plot as draw
+        from dpsb.prepare import targets_of
 
         if plot is not None:
             check_plot(plot)
@@ -59,6 +61,7 @@ def compare(
                 labels=labels,
                 basis=basis,
                 rank=rank,
+                targets=targets_of(targets),
                 noise_multiplier=noise_multiplier,
                 expected_batch_size=expected_batch_size,
                 max_length=max_length,

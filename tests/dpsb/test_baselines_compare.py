@@ -69,9 +69,20 @@ def test_without_data_only_the_noise_is_compared():
     assert row.predicted == pytest.approx(14 * 16 / 256**2)
 
 
+@pytest.mark.parametrize(("targets", "weights"), [("query,value", 4), (r"re:.*\.0\..*query", 1), ("all-linear", 13)])
+def test_targets_mean_what_they_mean_in_training(targets, weights):
+    """Two blocks of six weights and the pooler; a core has 4 x 4 numbers, the head 2 x 32 + 2."""
+    result = command("--methods", "sb", "--draws", "1", "--targets", targets, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)[0]["dimension"] == 16 * weights + 66
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        (["--task", "foo"], "task='foo' to be one of classification, causal-lm"),
+        (["--targets", "nothing"], "targets=['nothing'] do not fit this model"),
+        (["--targets", "re:(query"], "targets='re:(query' is no regular expression"),
         (["--methods", "lorra"], "method='lorra' to be one of those that exist: sb, lora-xs"),
         (["--methods", "peft:IA3"], "is refused: it trains bare tensors"),
         (["--methods", " , "], "methods to name at least one of sb, lora-xs"),
