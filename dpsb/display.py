@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -117,7 +118,8 @@ def print_plan(console: Console, plan: Plan, *, cost_table_too: bool = False) ->
         f"{plan.steps} x q = {plan.sampling_prob:.5g} (expected batch {plan.expected_batch_size})",
     )
     table.add_row("noise", f"multiplier {plan.noise_multiplier:.4f}, clip norm {plan.l2_clip_norm:g} ({plan.clipping})")
-    table.add_row("basis", f"{plan.basis['kind']} ({plan.basis['access']})")
+    for name, value in basis_rows(plan.basis):
+        table.add_row(name, escape(value))
     share: Any = plan.details.get("basis_budget")
     if share is not None:
         table.add_row(
@@ -138,6 +140,29 @@ def print_plan(console: Console, plan: Plan, *, cost_table_too: bool = False) ->
                 f"{row['noise_per_step']:.3g}",
             )
         console.print(costs)
+
+
+def basis_rows(basis: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a plan states of its basis, a line each: kind, public files, what was done about their labels, the choice.
+
+    The plan was frozen before any private example was read, so all of it is public; which file a private choice took is
+    told once it is released.
+
+    Args:
+      basis: ``plan.basis``. Public.
+    """
+    yield "basis", f"{basis['kind']} ({basis['access']})"
+    if "candidates" in basis:
+        files = str(basis["candidates"]).split(", ")
+        for i, file in enumerate(files, 1):
+            yield f"public file {i}", f"{file} ({basis[f'labels_{i}']})"
+        yield "choice", f"one of the {len(files)} files, by the private examples, in a charged release"
+        return
+    if "source" in basis:
+        labels = f" ({basis['labels']})" if "labels" in basis else ""
+        yield "basis from", f"{basis['source']}{labels}"
+    if "choice" in basis:
+        yield "choice", str(basis["choice"])
 
 
 def print_memory(console: Console, memory: Any) -> None:
