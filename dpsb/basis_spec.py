@@ -25,6 +25,11 @@ PHASE = "basis"
 LARGEST_SHARE = 0.9
 """The most of a budget that a basis may take; the rest is for training."""
 
+SMALLEST_SHARE = 1e-4
+"""The least: it costs training 0.005 % more noise, so less saves nothing, and its own noise is 100 times that of the
+whole budget: seven times what share 0.005 has, at which 4,000 rows turned no public direction (docs/benchmarks.md,
+banking77 at epsilon 1)."""
+
 _PAID = "a basis that is paid for"
 BASIS_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "basis_share": ((None,), _PAID),
@@ -80,6 +85,22 @@ def parse_basis(text: str) -> BasisSpec:
     if len(set(sources)) != len(sources):
         raise BasisSpecError(f"basis={text!r} names a file twice.")
     return BasisSpec(kind, sources)
+
+
+def check_share(share: float) -> None:
+    """Refuses a share of the budget that leaves nothing to train with, or a release that holds nothing.
+
+    Raises:
+      BasisSpecError: If it is not between ``SMALLEST_SHARE`` and ``LARGEST_SHARE``.
+    """
+    if SMALLEST_SHARE <= share <= LARGEST_SHARE:
+        return
+    why = "more leaves no budget to train with"
+    if not share > LARGEST_SHARE:
+        why = "less saves training nothing, and gives the release over 100 times the noise of the whole budget"
+    raise BasisSpecError(
+        f"Expected basis_share={share!r} from {SMALLEST_SHARE} to {LARGEST_SHARE}: {why}; 0.02 to 0.1 is usual."
+    )
 
 
 def settings_for(spec: BasisSpec, choice: str) -> set[str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dpsb.basis_spec import LARGEST_SHARE, PHASE
+from dpsb.basis_spec import PHASE, BasisSpecError, check_share
 from dpsb_accounting import Event, Gaussian, Phase, Plan, PoissonGaussian, gaussian, noise_multiplier_for
 from dpsb_accounting import epsilon as epsilon_of
 
@@ -53,7 +53,7 @@ def basis_noise_multiplier(
     Args:
       epsilon: Target of the whole run, finite.
       delta: Of the whole run.
-      share: f in (0, 0.9].
+      share: f, from 0.0001 to 0.9.
       releases: k.
       sampling_prob: q; 1 reads every example.
       neighboring: Relation of the plan.
@@ -68,13 +68,10 @@ def basis_noise_multiplier(
       >>> round(basis_noise_multiplier(epsilon=3, delta=1e-5, share=0.1), 1)
       4.4
     """
-    if not 0 < share < math.inf:
-        raise BudgetError(f"Expected basis_share={share!r} to be positive.")
-    if share > LARGEST_SHARE:
-        raise BudgetError(
-            f"basis_share={share!r} leaves no budget to train with; the most is {LARGEST_SHARE}, and 0.02 to 0.1 "
-            "is usual."
-        )
+    try:
+        check_share(share)
+    except BasisSpecError as error:
+        raise BudgetError(str(error)) from None
     if math.isinf(epsilon):
         raise BudgetError("A private basis needs a finite epsilon to take its share of; without one use 'lora-sb'.")
     squared = share * gaussian_level(epsilon, delta) ** 2 / releases

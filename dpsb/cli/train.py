@@ -128,7 +128,8 @@ def train(
         float | None,
         typer.Option(
             rich_help_panel="Adapter",
-            help="Share of the budget for a basis that is paid for. \\[default: 0.1; 0.05 from epsilon 3; hybrid 0.02]",
+            help="Share of the budget for a basis that is paid for, 0.0001 to 0.9. \\[default: 0.1; 0.05 from epsilon "
+            "3; hybrid 0.02]",
         ),
     ] = None,
     basis_width: Annotated[

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from dpsb.basis.budget import basis_noise_multiplier, gaussian_level
 from dpsb.config import ConfigError, RunConfig, make_config, read_config
 
 LEAST = {"model": "m", "data": "d.csv", "out": "o"}
@@ -44,7 +45,9 @@ LEAST = {"model": "m", "data": "d.csv", "out": "o"}
         ({"basis": "public:a.csv,a.csv"}, "names a file twice"),
         ({"basis": "public:a.csv,d.csv"}, "names the private training data as public"),
         ({"basis": "private", "basis_share": 1.0}, "leaves no budget to train"),
-        ({"basis": "private", "basis_share": 0.99}, r"basis_share=0\.99 above 0 and at most 0\.9"),
+        ({"basis": "private", "basis_share": 0.99}, r"basis_share=0\.99 from 0\.0001 to 0\.9: more"),
+        ({"basis": "hybrid", "basis_share": 1e-12}, r"basis_share=1e-12 from 0\.0001 to 0\.9: less saves training"),
+        ({"basis": "hybrid", "basis_share": -0.1}, r"basis_share=-0\.1 from"),
         ({"basis": "hybrid", "basis_rounds": 2}, "basis_rounds=2 is for 'private', so basis='hybrid' would ignore it"),
         ({"basis": "weight", "basis_share": 0.1}, r"basis_share=0\.1 is for a basis that is paid for.*leave out"),
         ({"basis": "public:a.csv", "basis_clip_norm": 1.0}, r"basis_clip_norm=1\.0 is for a basis that is paid for"),
@@ -86,6 +89,12 @@ def test_splits_of_a_data_set_on_the_hub_are_not_one_another():
     )
     assert config.eval_data == "org/name:test"
     assert RunConfig(**{**LEAST, "data": "org/name"}, eval_data="org/name:test").data == "org/name"
+
+
+def test_the_least_share_buys_a_hundred_times_the_noise_of_the_whole_budget():
+    share = RunConfig(**LEAST, basis="hybrid", basis_share=1e-4).basis_share
+    noise = basis_noise_multiplier(epsilon=3.0, delta=1e-5, share=share)
+    assert noise * gaussian_level(3.0, 1e-5) == pytest.approx(100)
 
 
 def test_what_a_sweep_shares_may_be_for_another_of_its_methods():

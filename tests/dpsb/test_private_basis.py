@@ -367,7 +367,9 @@ def test_a_poisson_draw_takes_about_its_share():
     ("changes", "match"),
     [
         ({"share": 0.95}, "leaves no budget to train"),
-        ({"share": 0.0}, "to be positive"),
+        ({"share": 0.0}, r"basis_share=0\.0 from 0\.0001 to 0\.9"),
+        ({"share": 0.99e-4}, "less saves training nothing, and gives the release over 100 times the noise"),
+        ({"share": math.nan}, "basis_share=nan"),
         ({"epsilon": math.inf}, "needs a finite epsilon"),
     ],
 )
