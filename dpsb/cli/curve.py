@@ -133,6 +133,8 @@ def curve(
         from dpsb.curves.progress import Watcher
         from dpsb.curves.sweep import run_sweep
 
+        if settings.left_out() and not as_json:
+            Console().print(settings.left_out(), highlight=False, markup=False)
         try:
             with Watcher(Console(stderr=as_json, quiet=as_json), settings.task) as watcher:
                 found = run_sweep(settings, out, watcher, processes=processes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,7 +53,7 @@ def tuning_cells(settings: CurveSettings) -> list[Cell]:
         for repeat in range(1, settings.tuning_repeats + 1)
         for epsilon in settings.epsilons
         for entry in settings.entries
-        if exists(entry, epsilon) and len(settings.rates[entry.text]) > 1
+        if entry.has_cell(epsilon) and len(settings.rates[entry.text]) > 1
         for rate in settings.rates[entry.text]
     ]
 
@@ -72,9 +71,4 @@ def curve_cells(settings: CurveSettings, chosen: Chosen) -> list[Cell]:
 
 def pairs(settings: CurveSettings) -> list[tuple[Entry, float]]:
     """Every (method, epsilon) of the sweep."""
-    return [(entry, epsilon) for epsilon in settings.epsilons for entry in settings.entries if exists(entry, epsilon)]
-
-
-def exists(entry: Entry, epsilon: float) -> bool:
-    """False for a basis that takes a share of epsilon where epsilon is infinite."""
-    return not (entry.pays_for_basis and math.isinf(epsilon))
+    return [(entry, epsilon) for epsilon in settings.epsilons for entry in settings.entries if entry.has_cell(epsilon)]

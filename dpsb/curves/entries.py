@@ -53,6 +53,10 @@ class Entry:
         """Whether its basis takes a share of epsilon, so that there is no cell at infinity."""
         return self.basis is not None and parse_basis(self.basis).kind in RELEASED
 
+    def has_cell(self, epsilon: float) -> bool:
+        """False for a basis that takes a share of epsilon where epsilon is infinite."""
+        return not (self.pays_for_basis and math.isinf(epsilon))
+
 
 def labels_of(entries: Sequence[Entry]) -> dict[str, str]:
     """Different labels for different entries, by text: two public files of one name are told apart by their paths."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsb.config import RunConfig, make_config
-from dpsb.curves.entries import CurveError, Entry, parse_entries, parse_epsilons, parse_rates, rates_text
+from dpsb.curves.entries import CurveError, Entry, labels_of, parse_entries, parse_epsilons, parse_rates, rates_text
 from dpsb.parts import Part, part_of, same_data
 
 DEMO = "demo"
@@ -125,6 +125,12 @@ class CurveSettings:
         for name in ("repeats", "tuning_repeats"):
             if getattr(self, name) < 1:
                 raise CurveError(f"Expected {name}={getattr(self, name)!r} of at least 1.")
+        if not any(entry.has_cell(epsilon) for entry in self.entries for epsilon in self.epsilons):
+            names = ",".join(entry.text for entry in self.entries)
+            raise CurveError(
+                f"methods={names!r} have no run at epsilons='inf': a paid basis "
+                "takes a share of epsilon. Give a finite epsilon, or a method without a paid basis."
+            )
         self.split()
         if self.validation_data is not None and not self.tunes:
             raise CurveError(
@@ -143,9 +149,18 @@ class CurveSettings:
             )
         for entry in self.entries:
             for epsilon in self.epsilons:
-                if not (entry.pays_for_basis and math.isinf(epsilon)):
+                if entry.has_cell(epsilon):
                     self.run(entry, epsilon, self.rates[entry.text][0], Path("cell"), tuning=False)
                     self.run(entry, epsilon, self.rates[entry.text][0], Path("cell"), tuning=self.tunes)
+
+    def left_out(self) -> str:
+        """Which methods have no run without privacy although that is asked for; empty if all have."""
+        labels = labels_of(self.entries)
+        names = [labels[e.text] for e in self.entries if not all(e.has_cell(epsilon) for epsilon in self.epsilons)]
+        if not names:
+            return ""
+        have, their = ("has", "its basis takes") if len(names) == 1 else ("have", "their bases take")
+        return f"{' and '.join(names)} {have} no run at ε = ∞: {their} a share of ε."
 
     def to_json(self) -> dict[str, Any]:
         """What must be the same when a sweep goes on; settings of the machine are left out."""

@@ -22,7 +22,7 @@ def findings(curve: Curve) -> list[str]:
     """What the curve shows: the best method at each epsilon, whether by more than a standard deviation, and the gap.
 
     The standard deviation is the larger one of the best two methods. A point whose epsilon is infinite at a finite
-    target is compared with nothing; a sentence of its own says so.
+    target is compared with nothing; a sentence of its own says so, and one which methods have no point at infinity.
     """
     groups: list[tuple[tuple[str, str], list[float]]] = []
     for epsilon in curve.settings.epsilons:
@@ -36,7 +36,7 @@ def findings(curve: Curve) -> list[str]:
     said = [f"At {listed(epsilons)} {best} {how}." for (best, how), epsilons in groups]
     if curve.settings.repeats == 1 and said:
         said.append("Each is a single run, which does not tell how far chance goes.")
-    return [*said, *filter(None, [_gap(curve), _references(curve)])]
+    return [*said, *filter(None, [_gap(curve), _references(curve), curve.settings.left_out()])]
 
 
 def _verdict(curve: Curve, epsilon: float) -> tuple[str, str] | None:

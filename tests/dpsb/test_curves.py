@@ -10,12 +10,15 @@ import pyarrow.parquet
 import pytest
 import workbench
 from sweeps import STEPS, Silent, hashes, read_csv, settings_of, shared
+from typer.testing import CliRunner
 
 from dpsb import run as run_module
+from dpsb.cli import app
 from dpsb.curves.entries import CurveError, labels_of, parse_entries, parse_epsilons, parse_rates
 from dpsb.curves.folder import FolderError, lost_steps
 from dpsb.curves.page import page, write_page
-from dpsb.curves.sweep import run_sweep
+from dpsb.curves.sweep import Curve, run_sweep
+from dpsb.curves.words import findings
 from dpsb.frozen_prefix import _Memory
 from dpsb_accounting import Ledger, epsilon
 from dpsb_accounting.report.words import up
@@ -185,6 +188,23 @@ def test_a_paid_basis_has_no_cell_at_infinity():
 
     found = [(entry.text, value) for entry, value in pairs(settings_of(methods="sb:private,lora"))]
     assert found == [("sb:private", 8.0), ("lora", 8.0), ("lora", math.inf)]
+    both = settings_of(methods="sb:private,sb:hybrid,lora").left_out()
+    assert both == "sb (private) and sb (hybrid) have no run at ε = ∞: their bases take a share of ε."
+    one = settings_of(methods="sb:private,lora")
+    assert one.left_out() == "sb (private) has no run at ε = ∞: its basis takes a share of ε."
+    assert one.left_out() in findings(Curve(one, (), (), None, {})), "on the screen and on the page"
+    assert settings_of(methods="sb:private,lora", epsilons="8").left_out() == ""
+    assert settings_of(methods="sb,lora").left_out() == ""
+
+
+def test_a_sweep_without_any_cell_is_refused_and_writes_nothing(tmp_path):
+    given = {**shared(), "out": str(tmp_path / "curve"), "epsilons": "inf", "methods": "sb:private,sb:hybrid"}
+    del given["epsilon"]
+    result = CliRunner().invoke(app, ["curve", *workbench.options(given)])
+    assert result.exit_code == 1
+    said = " ".join(result.stderr.split())
+    assert "methods='sb:private,sb:hybrid' have no run at epsilons='inf': a paid basis takes" in said
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- what came out
