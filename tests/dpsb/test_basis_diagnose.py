@@ -144,7 +144,11 @@ def test_a_file_with_other_labels_changes_no_figure(tiny, position):
 
 
 def test_two_files_with_the_runs_labels_both_judge(tiny):
-    sets = [public_set("a", run_labels=True), public_set("b", seed=2, run_labels=True), public_set("other", seed=3)]
+    sets = [
+        public_set("a", run_labels=True),
+        public_set("b", seed=2, run_labels=True),
+        public_set("other", seed=3, own_labels=5),
+    ]
     found = diagnosis(tiny, *sets, budget=BUDGET)
     assert [entry.judges for entry in found.sets] == [True, True, False]
     assert all(len(entry.energies) == 2 for entry in found.bases)
@@ -158,7 +162,9 @@ def test_two_files_with_the_runs_labels_both_judge(tiny):
 
 def direct_shares(model, factors, count, examples):
     """The median share of the head in each row, from rows as training makes them."""
-    adapter = attach(model, Basis(factors=factors, provenance=Provenance("random", "data_free")), allow=HEAD_NAMES)
+    adapter = attach(
+        model, Basis(factors=factors, provenance=Provenance(kind="random", access="data_free")), allow=HEAD_NAMES
+    )
     adapter_train_mode(adapter)
     heads = torch.cat([torch.full((p.numel(),), "classifier" in n) for n, p in adapter.named_parameters()])
     assert int(heads.sum()) == count
