@@ -20,6 +20,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from dpsb.fingerprint import tensors_digest
+from dpsb.heads import in_head
 from dpsb.models import block_lists
 
 
@@ -69,8 +70,8 @@ def remember_frozen_prefix(model: nn.Module, outputs: FrozenOutputs | None = Non
       The number of blocks that are skipped.
 
     Raises:
-      PrefixError: If the lowest block is trained, or the trained tensors do not all lie in one list of blocks or above;
-        with a head alone, if the model has more than one list.
+      PrefixError: If the lowest block is trained, or the trained tensors do not all lie in one list of blocks or in the
+        head; with a head alone, if the model has not exactly one list.
     """
     encoder, parent, name, count = _frozen_part(model)
     if outputs is None:
@@ -118,13 +119,20 @@ def _is_trained(module: nn.Module) -> bool:
     return any(isinstance(m, LoraLayer) for m in module.modules()) or any(p.requires_grad for p in module.parameters())
 
 
+def _is_trained_itself(module: nn.Module) -> bool:
+    return isinstance(module, LoraLayer) or any(p.requires_grad for p in module.parameters(recurse=False))
+
+
 def _frozen_part(model: nn.Module) -> tuple[Any, nn.Module, str, int]:
     """The transformers model that holds the blocks, the module that holds their list, its name, how many are frozen."""
     lists = block_lists(model)
     only = lists[0] if len(lists) == 1 else None  # with a trained head alone, all of its blocks are frozen
     found = _list_of_blocks(model, _is_trained) or _list_of_blocks(model, lambda blocks: blocks is only)
     if found is None or not any(p.requires_grad for p in model.parameters()):
-        raise PrefixError("The model has no list of blocks with trained tensors in it or above: nothing to remember.")
+        raise PrefixError(
+            "The model has no list of blocks with trained tensors in it, or (for a head alone) not exactly one list of "
+            "several blocks: nothing to remember."
+        )
     encoder, parent, name, blocks = found
     count = next((i for i, block in enumerate(blocks) if _is_trained(block)), len(blocks))
     if count == 0:
@@ -133,6 +141,10 @@ def _frozen_part(model: nn.Module) -> tuple[Any, nn.Module, str, int]:
     embeddings = [p for p in encoder.get_input_embeddings().parameters() if id(p) not in inside]
     if any(p.requires_grad for p in embeddings):
         raise PrefixError("The embeddings are trained, so nothing above them stays the same from step to step.")
+    among = {id(module) for module in blocks.modules()}
+    for path, module in encoder.named_modules():
+        if id(module) not in among and not in_head(path) and _is_trained_itself(module):
+            raise PrefixError(f"{path} is trained and may lie below the frozen blocks; remember none of them.")
     return encoder, parent, name, count
 
 

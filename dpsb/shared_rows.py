@@ -27,6 +27,10 @@ class PublicRows(NamedTuple):
     digests: list[str]
 
 
+class SharedRowsError(DataError):
+    """Private rows are in a public file. The message tells how many: for the operator's screen, not for a file."""
+
+
 def public_rows(table: Table, columns: Columns, task: str) -> PublicRows:
     """The digests of a public file."""
     return PublicRows(table.source, len(table), _digests(table, columns, task))
@@ -41,13 +45,13 @@ def check_not_shared(
     are not: they are alike in many files and nobody's own.
 
     Raises:
-      DataError: With the number of such rows, for the operator's screen. No row is shown.
+      SharedRowsError: With the number of such rows, for the operator's screen. No row is shown.
     """
     own = set(_digests(private, columns, task)) if public else set()
     for file in public:
         count = sum(digest in own for digest in file.digests)
         if count:
-            raise DataError(
+            raise SharedRowsError(
                 f"{count} of the {file.rows} rows of {file.source}, named as public, are in {owner} too; a row is one "
                 "or the other: leave them out of the training data, or name another public file."
             )

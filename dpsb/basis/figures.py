@@ -134,9 +134,11 @@ def recommend(bases: Sequence[BasisFigures], sets: Sequence[SetFigures]) -> tupl
     most = max(map(held, files), default=0.0) or 1.0
     position, tells = nearest([held(b) / most for b in files]) if files else (0, True)
     public = files[position] if files else data_free
-    paid = max((b for b in known if b.paid), key=held, default=None)
+    by_forecast = sorted((b for b in known if b.paid), key=held, reverse=True)
+    worth = next((b for b in by_forecast if _worth_paying(b, frees)), None)
+    paid = worth or next(iter(by_forecast), None)
     free = public if held(public) > BETTER * held(data_free) else data_free
-    best = paid if paid is not None and _worth_paying(paid, frees) else free
+    best = worth or free
     reason = f"it holds {_percent(held(best))} of " + (
         "what a public set's own basis holds of its gradient" if relative else "the gradient's energy"
     )
@@ -179,9 +181,8 @@ def _who_judged(best: BasisFigures, judges: Sequence[SetFigures], *, all_of_them
         return said + ", its own file, too kind if the private data are unlike it"
     elsewhere = [energy for name, energy in zip(names, best.energies, strict=True) if name != source]
     held = _percent(sum(elsewhere) / len(elsewhere))
-    return (
-        said + f", its own file among them, too kind if the private data are unlike it (it holds {held} of the others)"
-    )
+    said += ", its own file among them, too kind if the private data are unlike it"
+    return said + f" (it holds {held} of the others' gradient energy)"
 
 
 def advice_on_head(best: BasisFigures, sets: Sequence[SetFigures], core_numbers: int) -> str:

@@ -72,10 +72,11 @@ def row_norms(
     for batch in batches:
         with _pairs_of(head) as pairs:
             lengths.append(example_norms(model, loss_fn, batch, layers, looks).cpu())
-        sides = [(module, *(torch.cat(side, dim=1) for side in zip(*kept, strict=True))) for module, kept in pairs]
+        used = [(module, kept) for module, kept in pairs if kept]
+        sides = [(module, *(torch.cat(side, dim=1) for side in zip(*kept, strict=True))) for module, kept in used]
         squares.append(sum((_squares(*one) for one in sides), start=torch.zeros(len(lengths[-1]))))
         numbers = sum(g.shape[-1] * (x.shape[-1] + (module.bias is not None)) for module, x, g in sides)
-    known = bool(head) and all(isinstance(module, nn.Linear) for module in head)
+    known = numbers > 0 and all(isinstance(module, nn.Linear) for module in head)
     rows = torch.cat(lengths)
     return RowNorms(
         whole=rows[:, 0],
@@ -102,7 +103,8 @@ def _pairs_of(head: Sequence[nn.Module]) -> Iterator[list[tuple[Any, list[_Pair]
         def arrived(g: torch.Tensor) -> None:
             kept.append((_by_token(x), _by_token(g.detach())))
 
-        output.register_hook(arrived)
+        if output.requires_grad:
+            output.register_hook(arrived)
 
     handles = [
         module.register_forward_hook(lambda _module, inputs, output, kept=kept: keep(kept, inputs, output))

@@ -55,7 +55,8 @@ def check_public_files(settings: CurveSettings) -> None:
     tables, which are made to be shown; so no sweep begins, and only the operator's screen says why.
 
     Raises:
-      DataError: With the number of such rows, or if a file cannot be read.
+      SharedRowsError: With the number of such rows.
+      DataError: If a file cannot be read.
     """
     configs = [
         settings.run(entry, epsilon, settings.rates[entry.text][0], Path("cell")) for entry, epsilon in pairs(settings)

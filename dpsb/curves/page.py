@@ -190,8 +190,8 @@ def _limits(curve: Curve) -> list[str]:
     ]
     if curve.price.bound is not None and curve.price.bound.unit == "example":
         said.append(
-            "The ε are per example: a person with several rows is protected less, by k times ε with k rows at worst; "
-            "--unit-column protects people."
+            "The ε are per example: a person with several rows is protected less (group privacy: with k rows at worst "
+            "k times ε, at a δ that grows faster still); --unit-column protects people."
         )
     if curve.settings.repeats > 1:
         said.append("The standard deviation is over noise and draws on one split; it does not cover another split.")

@@ -72,7 +72,7 @@ def run_sweep(settings: CurveSettings, out: Path, watch: Watch, *, processes: in
 
     Raises:
       CurveError: If a method cannot be run on the model; nothing has been written.
-      DataError: If private rows are in a file that a method takes for public; nothing has been written.
+      SharedRowsError: If private rows are in a file that a method takes for public; nothing has been written.
       FolderError: If the folder is in use or holds another sweep.
     """
     if processes < 1:

@@ -50,9 +50,15 @@ def run_job(
       frozen_outputs: What the cells of a process share of a model's frozen blocks, where the run remembers them.
     """
     from dpsb.reasons import reason
+    from dpsb.shared_rows import SharedRowsError
 
     try:
         _run(job, on_step, frozen_outputs)
+    except SharedRowsError:  # a file has changed since the sweep began
+        return (
+            "private rows are in a file that it takes for public. How many is not written here, where others may read "
+            "it: start the sweep again to see it on the screen."
+        )
     except Exception as error:  # noqa: BLE001 - the other cells go on
         return reason(error)
     finally:

@@ -193,6 +193,15 @@ def test_whether_private_rows_are_in_a_public_file_is_in_no_file(tmp_path, how):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_public_file_that_changes_during_a_sweep_tells_no_number_either(tmp_path, monkeypatch):
+    public = tmp_path / "public.jsonl"
+    public.write_bytes(workbench.data_file().read_bytes().splitlines(keepends=True)[0])
+    monkeypatch.setattr("dpsb.curves.sweep.check_public_files", lambda _settings: None)
+    (failed,) = run_sweep(settings_of(methods=f"sb:public:{public}", epsilons="8"), tmp_path, Silent()).failures
+    assert failed.failure.startswith("private rows are in a file that it takes for public.")
+    assert "1 of" not in failed.failure
+
+
 def test_the_page_says_whom_its_epsilon_covers(tmp_path):
     given = shared(eval_data=None)
     curve = run_sweep(settings_of(given, methods="head-only", epsilons="8"), tmp_path, Silent())
