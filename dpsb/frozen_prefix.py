@@ -116,7 +116,7 @@ _ACTIVE: list[_Memory] = []
 
 
 def _is_trained(module: nn.Module) -> bool:
-    return any(isinstance(m, LoraLayer) for m in module.modules()) or any(p.requires_grad for p in module.parameters())
+    return any(map(_is_trained_itself, module.modules()))
 
 
 def _is_trained_itself(module: nn.Module) -> bool:
@@ -137,10 +137,6 @@ def _frozen_part(model: nn.Module) -> tuple[Any, nn.Module, str, int]:
     count = next((i for i, block in enumerate(blocks) if _is_trained(block)), len(blocks))
     if count == 0:
         raise PrefixError("The lowest block is trained, so there is no frozen one below it; target upper blocks only.")
-    inside = {id(p) for block in blocks for p in block.parameters()}
-    embeddings = [p for p in encoder.get_input_embeddings().parameters() if id(p) not in inside]
-    if any(p.requires_grad for p in embeddings):
-        raise PrefixError("The embeddings are trained, so nothing above them stays the same from step to step.")
     among = {id(module) for module in blocks.modules()}
     for path, module in encoder.named_modules():
         if id(module) not in among and not in_head(path) and _is_trained_itself(module):

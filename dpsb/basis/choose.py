@@ -28,9 +28,10 @@ def gradient_basis(
     return Basis(factors=factors, provenance=provenance)
 
 
-def sketches_of(factors: Mapping[str, Factors]) -> dict[str, Sketch]:
-    """What R sees of each gradient under a basis: B^T G A^T."""
-    return {name: Sketch(left=f.B.float(), right=f.A.T.float().contiguous()) for name, f in factors.items()}
+def sketches_of(factors: Mapping[str, Factors], device: torch.device | None = None) -> dict[str, Sketch]:
+    """What R sees of each gradient under a basis: B^T G A^T; on the factors' own device unless another is named."""
+    sides = {name: (f.B.float(), f.A.T.float().contiguous()) for name, f in factors.items()}
+    return {name: Sketch(left.to(device), right.to(device)) for name, (left, right) in sides.items()}
 
 
 def held_energy(factors: Mapping[str, Factors], one: Gradients, other: Gradients | None = None) -> float:
@@ -98,11 +99,7 @@ def choose_privately(
       The basis; its provenance also says which file was chosen, and the noisy scores. Released.
     """
     device = next(examples.model.parameters()).device
-    candidates = [
-        {name: Sketch(*(side.to(device) for side in sketch if side is not None)) for name, sketch in entry.items()}
-        for entry in map(sketches_of, factors.values())
-    ]
-    scores = examples.release_preferences(candidates)
+    scores = examples.release_preferences([sketches_of(entry, device) for entry in factors.values()])
     chosen = list(factors)[int(scores.argmax())]
     listed = ", ".join(f"{name} {score:.6g}" for name, score in zip(factors, scores.tolist(), strict=True))
     said = {**provenance.detail, "chosen": chosen, "scores": listed}

@@ -64,9 +64,7 @@ def row_norms(
     """
     device = next(model.parameters()).device
     looks: list[Mapping[str, Sketch]] = [dict.fromkeys(layers, WHOLE)]
-    for factors in bases:
-        sketches = sketches_of(factors).items()
-        looks.append({name: Sketch(*(side.to(device) for side in sk if side is not None)) for name, sk in sketches})
+    looks += [sketches_of(factors, device) for factors in bases]
     head = [module for name, module in trained_directly(model, HEAD_NAMES) if "lora_" not in name]
     lengths, squares, numbers = [], [], 0
     for batch in batches:

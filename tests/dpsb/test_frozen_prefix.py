@@ -267,6 +267,10 @@ def test_nothing_frozen_below_is_refused(tiny):
         pass
     with pytest.raises(PrefixError, match="no list of blocks"), remember_frozen_prefix(torch.nn.Linear(2, 2)):
         pass
+    thawed = adapter_on_top(tiny, "bert").model
+    thawed.get_submodule("base_model.model.bert.embeddings.position_embeddings").requires_grad_(True)
+    with pytest.raises(PrefixError, match="position_embeddings is trained"), remember_frozen_prefix(thawed):
+        pass
     untrained = tiny.base("bert").requires_grad_(False)
     with pytest.raises(PrefixError, match="no list of blocks"), remember_frozen_prefix(untrained):
         pass
