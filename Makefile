@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 INPUTS := pyproject.toml .ci/constraints.txt
+# Tests of one file stay in one process, for what they share. One thread each: more of them wait for each other.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 .PHONY: help demo test test-slow docs lint format bench clean
 
 help:
 	@echo "make demo       install, then fine-tune the embedded model on the embedded mail at epsilon 3"
 	@echo "make test       install, then lint, type check and run the fast tests"
-	@echo "make test-slow  the rest of the tests"
+	@echo "make test-slow  the rest of the tests (either: JOBS=4 for four processes instead of two)"
 	@echo "make docs       the documentation site in site/, warnings as errors"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     ruff format and fixes"
@@ -48,10 +51,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 test: lint
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(VENV)/.docs
-	$(BIN)/pytest -m "slow"
+	$(PYTEST) -m "slow"
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

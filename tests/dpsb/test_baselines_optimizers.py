@@ -158,7 +158,9 @@ def test_a_resumed_run_goes_on_with_its_clip_norm(tiny, tmp_path):
         positional, named = workbench.fit_arguments(adapter, workbench.examples(), ledger, **changes)
         fit(*positional, **named)
 
-    plan = adaptive_plan(basis={"kind": "random", "access": "data_free"}, l2_clip_norm=50.0)
+    # little noise on the count: with much of it two steps may go to and fro by the most that a step may go
+    quiet = {"noise_multiplier": 0.05, "l2_clip_norm": 50.0}
+    plan = adaptive_plan(basis={"kind": "random", "access": "data_free"}, **quiet)
     path = tmp_path / "ledger.jsonl"
     with Ledger.create(path, plan) as ledger, pytest.raises(Stop):
         one(ledger, stop)
