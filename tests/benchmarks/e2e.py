@@ -7,7 +7,8 @@ for all arms: rows, epsilon, delta, steps, sampling, AUTO-S clipping, Adam with 
 epsilon 8, one run each, judged by perplexity on validation rows (and four at epsilon inf for what runs there); every
 other epsilon takes the rate of 8. *near* is a basis from the gradient of 256 further rows, which count as public;
 *private* and *hybrid* pay for theirs out of the same epsilon, in every run anew; *leak* is the raw gradient of 512
-private rows: its epsilon is infinite, its noise that of the others.
+private rows: its epsilon is infinite, its noise that of the others. *near-alone* is LoRA trained on those 256 rows and
+on no private one, without privacy: it runs at --epsilons inf only.
 
 Scores of greedy answers to test tables at the epsilons of --answers-at, each with all its references: BLEU (sacrebleu),
 ROUGE-L. Start it again to go on: each run is a JSON file in --out, and those that are there are kept. Frozen blocks
@@ -70,6 +71,7 @@ class Arm:
     rank: int
     rates: tuple[float, ...]
     basis: str | None = None
+    rows: str = "train"
 
 
 ARMS = {
@@ -83,6 +85,7 @@ ARMS = {
     "ffa-lora": Arm("ffa-lora", 4, (0.003, 0.01, 0.03, 0.1)),
     "eva-near": Arm("peft:eva:{near}", 4, (0.001, 0.003, 0.01, 0.03)),
     "lora-ga-near": Arm("peft:lora_ga:{near}", 4, (0.001, 0.003, 0.01, 0.03)),
+    "near-alone": Arm("lora", 4, (0.001, 0.003, 0.01, 0.03), rows="near"),
 }
 """LoRA's rank is small because its noise grows with the number of its entries."""
 TARGETS = r"re:.*layers\.2[6-9]\..*_proj"
@@ -121,7 +124,7 @@ class Bench:
         self.name, self.options = name, options
         arm = ARMS[name]
         self.config = RunConfig(
-            **{"model": "smollm2", "task": "causal-lm", "data": str(paths["train"])},
+            **{"model": "smollm2", "task": "causal-lm", "data": str(paths[arm.rows])},
             **{"method": arm.method.format(near=paths["near"])},
             **{"prompt_column": "text_a", "completion_column": "text_b", "max_length": 96, "out": str(options.out)},
             **{"eval_data": str(paths["validation"]), "targets": TARGETS, "rank": arm.rank},
@@ -253,7 +256,7 @@ def do(arm: str, paths: dict[str, Path], options: argparse.Namespace) -> None:
     kept(out, "before", bench, None, 0.0, 0, "before")
     chosen: dict[float, float] = {}
     for target in options.epsilons:
-        if math.isinf(target) and bench.is_paid:
+        if bench.is_paid if math.isinf(target) else ARMS[arm].rows == "near":
             continue
         tuned_at = math.inf if math.isinf(target) else 8.0
         if tuned_at not in chosen:

@@ -13,6 +13,8 @@ With --head-lr every arm trains its head at that rate instead, and with --rate-f
 With --head-share every row's head and adapter are clipped apart, in all arms that have both.
 With --together all arms of a data set share a sweep, so that many processes have work (on a GPU, say).
 Arms with a public set use 512 further rows of the same task ("near") or rows of another task ("far").
+With --public-alone the near rows are the data, at epsilon inf: what they are worth without any private step. Give it
+arms without a public set, --arms lora, and an --out of its own.
 e2e is a task for a language model, SmolLM2; it has no head, and is measured by perplexity.
 """
 
@@ -186,11 +188,13 @@ def run_arms(task: Task, names: Sequence[str], folder: str, options: argparse.Na
     parts = write_parts(task, options.data_dir, out / "data", options.rows)
     arms = arms_of(parts)
     grids = RATES if task.has_head else CAUSAL_RATES
-    first = options.tuned_at
+    first = "inf" if options.public_alone else options.tuned_at
+    if options.public_alone:
+        parts = {**parts, "private": parts["near"]}
     rates = {arms[name]: moved(grids[arms[name].partition(":")[0]], options.rate_factor) for name in names}
     sweep(task, parts, out / f"{folder}-{first}", options, first, rates)
     chosen = {arms[name]: rate for name in names if (rate := chosen_rate(options.out, task.name, name)) is not None}
-    if not chosen or options.only_tuned:
+    if not chosen or options.only_tuned or options.public_alone:
         return
     others = [epsilon for epsilon in EPSILONS if epsilon != first]
     for given in [",".join(others)] if options.together else others:
@@ -277,6 +281,7 @@ def main() -> None:
     parser.add_argument("--language-model", default="smollm2", help="of e2e; a name or a folder")
     parser.add_argument("--dtype", default="float32", help="of the frozen weights")
     parser.add_argument("--only-tuned", action="store_true", help="the epsilon of --tuned-at only")
+    parser.add_argument("--public-alone", action="store_true", help="train on the near rows alone, without privacy")
     for name, value in (("repeats", 3), ("steps", 40), ("batch", 256), ("rank", 16), ("processes", 2)):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
     parser.add_argument("--rows", type=int, default=ROWS, help=f"private rows at most; default {ROWS}")

@@ -318,7 +318,7 @@ def test_the_folder_of_a_lost_ledger_takes_no_new_run(tmp_path):
 @pytest.mark.slow
 def test_a_real_process_killed_at_a_random_moment(tmp_path, notes):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "dpsb.cli", "train", *workbench.options(workbench.run_settings(out, steps=400))]
+    command = [sys.executable, "-m", "dpsb.cli", "train", *workbench.options(workbench.run_settings(out, steps=150))]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 300
         while not (out / "ledger.jsonl").exists() or (out / "ledger.jsonl").read_bytes().count(b"\n") < 3:
@@ -327,7 +327,7 @@ def test_a_real_process_killed_at_a_random_moment(tmp_path, notes):
             time.sleep(0.02)
         process.kill()
     done = Ledger.read(out / "ledger.jsonl").charged("train")
-    assert 2 <= done < 400
+    assert 2 <= done < 150
     finished = subprocess.run(
         [sys.executable, "-m", "dpsb.cli", "train", "--out", str(out), "--resume", "--json"],
         capture_output=True,
@@ -335,7 +335,7 @@ def test_a_real_process_killed_at_a_random_moment(tmp_path, notes):
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
-    assert json.loads(finished.stdout)["spent"]["steps"] == 400
+    assert json.loads(finished.stdout)["spent"]["steps"] == 150
     assert verify(out / "ledger.jsonl").ok
     assert artifacts.CORE_NAME in workbench.written(out)
 
