@@ -96,7 +96,10 @@ VALIDATION, NEAR, PROMPTS, NEW_TOKENS, DELTA = 150, 256, 100, 48, 1e-5
 
 
 def write_parts(data_dir: Path, out: Path, rows: int) -> dict[str, Path]:
-    """Training, validation and near public rows drawn at random from their splits, and all test rows."""
+    """Training rows, near public rows of other tables from the same split, validation rows, and all test rows.
+
+    Splits have no table in common, so nothing is judged on a table that any arm has seen.
+    """
     table = pq.read_table(data_dir / "e2e.parquet")
     rng = np.random.default_rng(SEED)
     paths = {}
@@ -108,13 +111,19 @@ def write_parts(data_dir: Path, out: Path, rows: int) -> dict[str, Path]:
     parts = {
         "train": splits["train"].take(np.sort(order["train"][:rows])),
         "validation": splits["validation"].take(np.sort(order["validation"][:VALIDATION])),
-        "near": splits["validation"].take(np.sort(order["validation"][VALIDATION:][:NEAR])),
+        "near": splits["train"].take(np.sort(_of_other_tables(splits["train"]["text_a"], order["train"], rows)[:NEAR])),
         "test": splits["test"],
     }
     for name, part in parts.items():
         paths[name] = out / f"{name}.parquet"
         pq.write_table(part, paths[name])
     return paths
+
+
+def _of_other_tables(tables: pa.ChunkedArray, order: np.ndarray, rows: int) -> np.ndarray:
+    """Of the rows behind the first ``rows``, those whose table none of the first has; E2E has eight texts a table."""
+    seen = pc.is_in(tables.take(order[rows:]), value_set=tables.take(order[:rows]).combine_chunks())
+    return np.asarray(order[rows:][~seen.to_numpy(zero_copy_only=False)])
 
 
 class Bench:
@@ -124,7 +133,7 @@ class Bench:
         self.name, self.options = name, options
         arm = ARMS[name]
         self.config = RunConfig(
-            **{"model": "smollm2", "task": "causal-lm", "data": str(paths[arm.rows])},
+            **{"model": options.model, "task": "causal-lm", "data": str(paths[arm.rows])},
             **{"method": arm.method.format(near=paths["near"])},
             **{"prompt_column": "text_a", "completion_column": "text_b", "max_length": 96, "out": str(options.out)},
             **{"eval_data": str(paths["validation"]), "targets": TARGETS, "rank": arm.rank},
@@ -301,6 +310,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--model", default="smollm2", help="or the folder of a model that public rows were trained into"
+    )
     parser.add_argument("--arms", default=",".join(ARMS), help=f"one after the other; default {','.join(ARMS)}")
     parser.add_argument("--epsilons", type=numbers, default="8,3,1", help="inf is without privacy; default 8,3,1")
     parser.add_argument("--answers-at", type=numbers, default="8", help="epsilons with BLEU and ROUGE-L; default 8")
