@@ -265,9 +265,10 @@ def do(arm: str, paths: dict[str, Path], options: argparse.Namespace) -> None:
     kept(out, "before", bench, None, 0.0, 0, "before")
     chosen: dict[float, float] = {}
     for target in options.epsilons:
-        if bench.is_paid if math.isinf(target) else ARMS[arm].rows == "near":
+        without_privacy = math.isinf(target)
+        if (bench.is_paid and without_privacy) or (ARMS[arm].rows == "near" and not without_privacy):
             continue
-        tuned_at = math.inf if math.isinf(target) else 8.0
+        tuned_at = math.inf if without_privacy else 8.0
         if tuned_at not in chosen:
             names = {rate: f"{arm}-{tuned_at:g}-rate{rate:g}" for rate in ARMS[arm].rates}
             rows = [kept(out, name, bench, tuned_at, rate, 0, "tuning") for rate, name in names.items()]

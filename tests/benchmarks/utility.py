@@ -188,9 +188,9 @@ def run_arms(task: Task, names: Sequence[str], folder: str, options: argparse.Na
     parts = write_parts(task, options.data_dir, out / "data", options.rows)
     arms = arms_of(parts)
     grids = RATES if task.has_head else CAUSAL_RATES
-    first = "inf" if options.public_alone else options.tuned_at
+    first = options.tuned_at
     if options.public_alone:
-        parts = {**parts, "private": parts["near"]}
+        first, parts = "inf", {**parts, "private": parts["near"]}
     rates = {arms[name]: moved(grids[arms[name].partition(":")[0]], options.rate_factor) for name in names}
     sweep(task, parts, out / f"{folder}-{first}", options, first, rates)
     chosen = {arms[name]: rate for name in names if (rate := chosen_rate(options.out, task.name, name)) is not None}
