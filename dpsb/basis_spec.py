@@ -11,6 +11,7 @@ KINDS = {
     "complementary": "random directions outside the weight's leading ones (data-free)",
     "hadamard": "fixed Walsh-Hadamard directions (data-free)",
     "public": "gradient of public data; of several files the nearest one",
+    "trained": "LoRA as it was trained on the public rows of warm_start; R starts at its size",
     "private": "noisy clipped gradient of the private data, charged to the ledger",
     "hybrid": "wide basis from public data, or from the weight, turned by a small charged release",
     "lora-sb": "LoRA-SB's start as published, from a public file; from the private data only with epsilon inf",

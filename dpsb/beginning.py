@@ -8,7 +8,8 @@ from dpsb.adapter import Adapter, Provenance, attach
 from dpsb.baselines.build import adapt, lora_xs
 from dpsb.baselines.methods import Method, method_named
 from dpsb.baselines.public_starts import public_start
-from dpsb.basis.stage import Planned, Setup, plan_basis
+from dpsb.basis.setup import Setup, train_on_public_rows
+from dpsb.basis.stage import Planned, plan_basis
 from dpsb.inputs import Inputs
 from dpsb.models import HEAD_NAMES
 from dpsb.plan import relation_for
@@ -29,6 +30,7 @@ def basis_setup(inputs: Inputs, delta: float) -> Setup:
         collate=inputs.collate,
         examples=prepared.examples,
         public=prepared.public,
+        warm_start=prepared.warm_start,
         max_length=prepared.max_length,
         delta=delta,
         neighboring=relation_for(config.neighboring, config.num_examples is not None),
@@ -46,12 +48,18 @@ def begin(inputs: Inputs, setup: Setup, on_status: Callable[[str], None]) -> tup
     Raises:
       BudgetError, WidthError, DataError, ValueError: If the settings do not fit the model or the public data.
     """
-    method = method_named(inputs.config.method)
+    config, method = inputs.config, method_named(inputs.config.method)
+    planned = None
     if method.kind != "cores":
-        return adapt(inputs.model, method, _public_start(inputs, method, on_status)), None
-    on_status(f"computing the basis ({inputs.config.basis})")
-    planned = _planned_basis(setup)
-    return attach(inputs.model, planned.basis, allow=HEAD_NAMES), planned
+        adapter = adapt(inputs.model, method, _public_start(inputs, method, on_status))
+    else:
+        on_status(f"computing the basis ({config.basis})")
+        planned = _planned_basis(setup)
+        adapter = attach(inputs.model, planned.basis, allow=HEAD_NAMES)
+    if config.warm_start_epochs and config.basis != "trained":
+        on_status(f"training on the public rows of {config.warm_start}")
+        train_on_public_rows(setup, adapter.parameters())
+    return adapter, planned
 
 
 def _planned_basis(setup: Setup) -> Planned:

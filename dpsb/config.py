@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from dpsb.baselines.methods import MethodError, method_named
@@ -74,6 +71,9 @@ class RunConfig:
       pooling: Classification: ``"auto"``, ``"native"`` (transformers' own class) or ``"mean"`` over the tokens.
       head_init_std: Standard deviation of the new head's weights.
       warm_start: Public file with rows of the run's labels: the head starts as a logistic regression on them.
+      warm_start_epochs: Passes over the rows of ``warm_start``, without privacy, of all that the method trains, before
+        the first private step; of a LoRA adapter for the basis ``"trained"``. Costs no epsilon.
+      warm_start_learning_rate: Of these passes (Adam, linear decay, 64 rows a step).
       precondition: Public file: every row is scaled by the second moments of its rows before it is clipped.
       learning_rate: For the cores.
       head_learning_rate: For the classification head; the cores' by default.
@@ -135,6 +135,8 @@ class RunConfig:
     pooling: str = "auto"
     head_init_std: float = 0.3
     warm_start: str | None = None
+    warm_start_epochs: int = 0
+    warm_start_learning_rate: float = 0.005
     precondition: str | None = None
     learning_rate: float = 0.02
     head_learning_rate: float | None = None
@@ -190,6 +192,7 @@ class RunConfig:
         self._check_basis()
         self._check_basis_numbers()
         self._check_public_files()
+        self._check_warm_start()
 
     def _check_numbers(self) -> None:
         if not self.epsilon > 0:
@@ -197,13 +200,13 @@ class RunConfig:
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(f"Expected steps={self.steps!r} or epochs={self.epochs!r}, not both.")
         counts = ("rank", "max_length", "token_budget", "expected_batch_size", "num_examples", "steps")
-        for name in (*counts, "tokens_per_example", "examples_per_unit", "rebase_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"Expected {name}={getattr(self, name)!r} of at least 1.")
-        if self.checkpoint_every < 0:
-            raise ConfigError(f"Expected checkpoint_every={self.checkpoint_every!r} of at least 0.")
+        none = ("checkpoint_every", "warm_start_epochs")
+        for name in (*counts, "tokens_per_example", "examples_per_unit", "rebase_every", *none):
+            value, least = getattr(self, name), int(name not in none)
+            if value is not None and value < least:
+                raise ConfigError(f"Expected {name}={value!r} of at least {least}.")
         positive = ("learning_rate", "head_learning_rate", "l2_clip_norm", "head_init_std", "epochs")
-        for name in (*positive, "lora_plus_ratio"):
+        for name in (*positive, "warm_start_learning_rate", "lora_plus_ratio"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"Expected {name}={value!r} to be positive and finite.")
@@ -290,8 +293,25 @@ class RunConfig:
                 )
         if self.chat_template and self.task != "causal-lm":
             raise ConfigError(f"chat_template is for causal-lm; task is {self.task!r}.")
-        if self.warm_start and self.task != "classification":
-            raise ConfigError(f"warm_start={self.warm_start!r} is for a classification head; task is {self.task!r}.")
+
+    def _check_warm_start(self) -> None:
+        epochs = f"warm_start_epochs={self.warm_start_epochs!r}"
+        if self.warm_start and self.task != "classification" and not self.warm_start_epochs:
+            raise ConfigError(
+                f"warm_start={self.warm_start!r} alone is for a classification head; task is {self.task!r}. With "
+                "warm_start_epochs the adapter is trained on it too."
+            )
+        if self.warm_start_epochs and not self.warm_start:
+            raise ConfigError(f"{epochs} needs a file of public rows: warm_start=FILE.")
+        if self.basis == "trained" and not self.warm_start_epochs:
+            raise ConfigError(
+                "basis='trained' needs public rows to train on: warm_start=FILE, and warm_start_epochs (5 is usual)."
+            )
+        if self.warm_start_epochs and "basis_share" in settings_for(parse_basis(self.basis), self.basis_choice):
+            raise ConfigError(
+                f"{epochs} trains on public rows before any private one is read, and basis={self.basis!r} is not known "
+                "by then; use 'trained', 'public:FILE' or another basis that is not paid for."
+            )
 
     def _check_basis_numbers(self) -> None:
         if self.basis_choice not in _CHOICES:
@@ -344,7 +364,7 @@ class RunConfig:
         Raises:
           ConfigError: If a key is unknown.
         """
-        _check_keys(changes, "setting")
+        check_keys(changes, "setting")
         return replace(self, **changes)
 
     def with_basis(self, basis: str) -> RunConfig:
@@ -356,38 +376,21 @@ class RunConfig:
         return {name: "inf" if value == math.inf else value for name, value in asdict(self).items()}
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The settings in a ``.toml`` or ``.json`` file.
-
-    Raises:
-      ConfigError: If the file is missing or malformed, or a key is unknown.
-    """
-    file = Path(path)
-    try:
-        text = file.read_text()
-        settings = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} cannot be read as settings: {error}") from None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{file} must hold one table of settings.")
-    _check_keys(settings, str(file))
-    return {name: math.inf if value == "inf" else value for name, value in settings.items()}
-
-
 def make_config(settings: Mapping[str, Any]) -> RunConfig:
     """A :class:`RunConfig` from a mapping.
 
     Raises:
       ConfigError: If a key is unknown, or ``model``, ``data`` or ``out`` is missing.
     """
-    _check_keys(settings, "setting")
+    check_keys(settings, "setting")
     for name in ("model", "data", "out"):
         if not settings.get(name):
             raise ConfigError(f"{name} is missing: give --{name}, or {name} = ... in the config file.")
     return RunConfig(**settings)
 
 
-def _check_keys(settings: Mapping[str, Any], where: str) -> None:
+def check_keys(settings: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError if a key is no setting of a run."""
     known = {field.name for field in fields(RunConfig)}
     for name in settings:
         if name not in known:

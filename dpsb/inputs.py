@@ -14,7 +14,7 @@ from dpsb.config import RunConfig
 from dpsb.data import Collator, read_table
 from dpsb.evaluate import evaluate
 from dpsb.losses import LossFn
-from dpsb.models import add_lora, load_base
+from dpsb.models import load_base
 from dpsb.precondition import public_row_scale
 from dpsb.prepare import Prepared, labels_of, loss_of, prepare, synthetic_of, targets_of
 from dpsb.warm_start import warm_start
@@ -90,11 +90,7 @@ def read_inputs(config: RunConfig, *, warm: bool) -> Inputs:
 
 def _adapted(config: RunConfig, base: Any, prepared: Prepared, collate: Collator, warm: bool) -> Any:
     """The base model with what its method trains, its head warm if it is to be."""
-    if prepared.warm_start and warm:
+    if prepared.warm_start and warm and config.task == "classification":
         warm_start(base, prepared.warm_start, collate, prepared.max_length, config.token_budget)
     method, targets = method_named(config.method), targets_of(config.targets)
-    if method.kind == "cores":
-        model: Any = add_lora(base, config.task, config.rank, targets)
-    else:
-        model = add_method(base, method, config.task, config.rank, targets)
-    return model.to(collate.device)
+    return add_method(base, method, config.task, config.rank, targets).to(collate.device)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from dpsb.adapter import Adapter, Core, Factors, detach, plain_factor
 from dpsb.basis._common import add_to_base
-from dpsb.basis.stage import Setup, new_factors
+from dpsb.basis.setup import Setup
+from dpsb.basis.stage import new_factors
 from dpsb.layers import is_plain
 from dpsb.models import peft_part
 

@@ -40,6 +40,7 @@ from dpsb_accounting.files import write_whole
 from dpsb_accounting.ledger import LEDGER_NAME
 
 SETTINGS_NAME = "run.json"
+_PUBLIC_TRAINING = ("warm_start_epochs", "warm_start_learning_rate")
 
 
 class RunError(RuntimeError):
@@ -298,6 +299,7 @@ def run_details(config: RunConfig, model: Any, prepared: Prepared, start: bytes)
         "pooling": "mean" if isinstance(model, MeanPooledClassifier) else "native",
         "head_init_std": config.head_init_std,
         **_public_files(config),
+        **({n: getattr(config, n) for n in _PUBLIC_TRAINING} if config.warm_start_epochs else {}),
         "max_length": prepared.max_length,
         "length_buckets": list(length_buckets(prepared.max_length)),
         "labels": list(prepared.labels),
@@ -359,7 +361,8 @@ def resumed_config(out: str, changes: dict[str, Any]) -> RunConfig:
     Raises:
       RunError: If there is no such run.
     """
-    from dpsb.config import make_config, read_config
+    from dpsb.config import make_config
+    from dpsb.config_file import read_config
 
     path = Path(out) / SETTINGS_NAME
     if not path.exists():

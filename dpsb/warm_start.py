@@ -1,20 +1,25 @@
-"""A classification head that starts from public rows instead of at random."""
+"""A start from public rows: of a classification head, or of all that a method trains."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dpsb.basis._common import public_generator
 from dpsb.basis.sources import batches_of
 from dpsb.data import DataError
 from dpsb.losses import IGNORED
 from dpsb.models import head_of
 from dpsb.probe import Collate, Example
 
+Batch = Mapping[str, torch.Tensor]
+
 _ROUNDS = 200
+_BATCH_SIZE = 64
 
 
 def warm_start(
@@ -87,3 +92,51 @@ def _features(
         passed_on.remove()
         model.train(was_training)
     return torch.cat(found)
+
+
+def train_on_public(
+    parameters: Sequence[nn.Parameter],
+    losses: Callable[[Batch], torch.Tensor],
+    examples: Sequence[Example],
+    batches: Callable[[Sequence[Example]], Iterable[Batch]],
+    *,
+    epochs: int,
+    learning_rate: float,
+) -> None:
+    """Trains tensors of a model on public rows without privacy: where private steps then begin. Costs no epsilon.
+
+    Adam with linear decay, 64 rows a step, in an order from a fixed public generator. Rows without a label of the run
+    count for nothing.
+
+    Args:
+      parameters: What is trained, in place.
+      losses: Per-example losses of a batch, shape ``(n,)``.
+      examples: Rows that are **public; the caller vouches for that**.
+      batches: Cuts the rows of a step into microbatches.
+      epochs: Passes over the rows.
+      learning_rate: Of the first step.
+
+    Raises:
+      DataError: If no row is usable, or the loss is not finite.
+    """
+    usable = [example for example in examples if example["labels"] != IGNORED]
+    if not usable:
+        raise DataError(f"Public rows to train on need a label of the run; none of {len(examples)} has one.")
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    steps = epochs * math.ceil(len(usable) / _BATCH_SIZE)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    generator = public_generator()
+    for _ in range(epochs):
+        order = torch.randperm(len(usable), generator=generator).tolist()
+        for start in range(0, len(order), _BATCH_SIZE):
+            rows = [usable[i] for i in order[start : start + _BATCH_SIZE]]
+            for batch in batches(rows):
+                loss = losses(batch).sum() / len(rows)
+                if not torch.isfinite(loss):
+                    raise DataError(
+                        f"The loss on public rows is {loss.item()}; lower warm_start_learning_rate={learning_rate!r}."
+                    )
+                loss.backward()
+            optimizer.step()
+            decay.step()
+            optimizer.zero_grad()

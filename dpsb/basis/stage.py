@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load, save
-from torch import nn
 
 from dpsb.adapter import Adapter, Basis, Factors, Provenance, attach, detach, lora_layers
 from dpsb.basis._common import public_generator
@@ -25,6 +24,7 @@ from dpsb.basis.lora_sb import lora_sb
 from dpsb.basis.private import private, private_provenance, releases_for, rounds_for, sampling_prob_for
 from dpsb.basis.random import random
 from dpsb.basis.release import Clip, PrivateExamples
+from dpsb.basis.setup import Setup, train_on_public_rows
 from dpsb.basis.sources import (
     EXAMPLES,
     PublicSet,
@@ -35,46 +35,18 @@ from dpsb.basis.sources import (
     sha256_of,
     stated,
 )
+from dpsb.basis.trained import trained
 from dpsb.basis_spec import PHASE, parse_basis
 from dpsb.config import RunConfig
 from dpsb.data import DataError
 from dpsb.frozen_prefix import whole_model
-from dpsb.losses import LossFn
 from dpsb.models import HEAD_NAMES
-from dpsb.probe import Collate, Example
 from dpsb_accounting import Ledger, LedgerError, LedgerRecord, NonPrivate, Phase
 from dpsb_accounting.files import write_whole
 
 BASIS_NAME = "basis.safetensors"
 CHOICE_NAME = "basis_choice.json"
 """Which public file private examples chose: a released number, kept with the finished run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What a basis may be computed from before the run has a plan. Only ``examples`` is sensitive.
-
-    Args:
-      config: Settings.
-      model: With PEFT LoRA layers, before :func:`dpsb.attach`.
-      loss_fn: Per-example loss.
-      collate: Examples to model inputs.
-      examples: Private examples; read only for a basis that makes every epsilon infinite.
-      public: The public sets that ``config.basis`` names, in order.
-      max_length: Largest number of tokens.
-      delta: Of the run.
-      neighboring: Of the run.
-    """
-
-    config: RunConfig
-    model: nn.Module
-    loss_fn: LossFn
-    collate: Collate
-    examples: Sequence[Example]
-    public: Sequence[PublicSet]
-    max_length: int
-    delta: float
-    neighboring: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +78,8 @@ def plan_basis(setup: Setup) -> Planned:
         return Planned(basis=basis, provenance=basis.provenance)
     if spec.kind in ("lora-sb", "leak"):
         return _unpaid(setup, spec.kind)
+    if spec.kind == "trained":
+        return _trained(setup)
     layers = lora_layers(setup.model)
     if spec.kind == "public":
         return _public(setup)
@@ -212,6 +186,16 @@ def _public(setup: Setup) -> Planned:
     chosen, said = _nearest(setup)
     provenance = Provenance(kind="public", access="public", detail=said)
     return Planned(basis=gradient_basis(setup.model, _gradients(setup, chosen), provenance), provenance=provenance)
+
+
+def _trained(setup: Setup) -> Planned:
+    """Trains LoRA, and the head with it; the head stays as that leaves it."""
+    train_on_public_rows(setup, [parameter for parameter in setup.model.parameters() if parameter.requires_grad])
+    source = str(setup.config.warm_start)
+    epochs = setup.config.warm_start_epochs
+    said: dict[str, str | int | float] = {"source": source, **sha256_of(source), "epochs": epochs}
+    basis = trained(setup.model, Provenance(kind="trained", access="public", detail=said))
+    return Planned(basis=basis, provenance=basis.provenance)
 
 
 def new_factors(setup: Setup, provenance: Provenance) -> Callable[[int], Mapping[str, Factors]]:

@@ -111,7 +111,7 @@ def curve(
     """
 
     def run() -> None:
-        from dpsb.config import read_config
+        from dpsb.config_file import read_config
         from dpsb.curves.plot import check_matplotlib
         from dpsb.curves.settings import curve_settings
 

@@ -119,9 +119,9 @@ def train(
         typer.Option(
             rich_help_panel="Adapter",
             help="weight (SVD of the weights, default), random, complementary, hadamard, public:FILE (gradient of "
-            "public data; of FILE,FILE,... the nearest), private (noisy gradient of the private data), hybrid[:FILE] "
-            "(public, turned by a small private release), lora-sb:FILE (as published). private and hybrid are paid "
-            "from epsilon; see dpsb basis --diagnose.",
+            "public data; of FILE,FILE,... the nearest), trained (LoRA after --warm-start-epochs), private (noisy "
+            "gradient of the private data), hybrid[:FILE] (public, turned by a small private release), lora-sb:FILE "
+            "(as published). private and hybrid are paid from epsilon; see dpsb basis --diagnose.",
         ),
     ] = None,
     basis_share: Annotated[
@@ -190,6 +190,18 @@ def train(
             rich_help_panel="Adapter",
             help="Public file with rows of the run's labels: the head starts as a logistic regression on them.",
         ),
+    ] = None,
+    warm_start_epochs: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel="Adapter",
+            help="Passes of all that the method trains over the rows of --warm-start, without privacy and before the "
+            "first private step. 5 is usual, with --basis trained. Costs no epsilon. \\[default: 0]",
+        ),
+    ] = None,
+    warm_start_learning_rate: Annotated[
+        float | None,
+        typer.Option("--warm-start-lr", rich_help_panel="Optimizer", help="Of these passes. \\[default: 0.005]"),
     ] = None,
     head_share: Annotated[
         float | None,
@@ -315,7 +327,8 @@ def train(
                 assist(processes)
 
     def lead(team: Team | None) -> None:
-        from dpsb.config import make_config, read_config
+        from dpsb.config import make_config
+        from dpsb.config_file import read_config
         from dpsb.run import fine_tune, resumed_config
 
         settings = {**(read_config(config) if config else {}), **given}

@@ -15,7 +15,8 @@ import torch
 from dpsb.adapter import Adapter, attach, lora_layers
 from dpsb.artifacts import write_adapter
 from dpsb.basis.private import rounds_for
-from dpsb.basis.stage import Setup, plan_basis, wide_frames
+from dpsb.basis.setup import Setup
+from dpsb.basis.stage import plan_basis, wide_frames
 from dpsb.basis_spec import RELEASED, parse_basis
 from dpsb.checkpoint import replacing
 from dpsb.config import RunConfig

@@ -34,6 +34,8 @@ _NOT_FEDERATED = {
     "auto_clip": "is not there for federations yet",
     "allow_dropout": "is not there for federations",
     "warm_start": "is not there for federations yet",
+    "warm_start_epochs": "is not there for federations yet",
+    "warm_start_learning_rate": "is not there for federations yet",
     "precondition": "is not there for federations yet",
     "rebase_every": "is not there for federations yet",
     "head_share": "is not there for federations yet",

@@ -7,7 +7,8 @@ for all arms: rows, epsilon, delta, steps, sampling, AUTO-S clipping, Adam with 
 epsilon 8, one run each, judged by perplexity on validation rows (and four at epsilon inf for what runs there); every
 other epsilon takes the rate of 8. *near* is a basis from the gradient of 256 further rows, which count as public;
 *private* and *hybrid* pay for theirs out of the same epsilon, in every run anew; *leak* is the raw gradient of 512
-private rows: its epsilon is infinite, its noise that of the others. *near-alone* is LoRA trained on those 256 rows and
+private rows: its epsilon is infinite, its noise that of the others. *trained* and *warm* train on those 256 rows first,
+without privacy, and then privately on private ones. *near-alone* is LoRA trained on those 256 rows and
 on no private one, without privacy: it runs at --epsilons inf only.
 
 Scores of greedy answers to test tables at the epsilons of --answers-at, each with all its references: BLEU (sacrebleu),
@@ -58,6 +59,7 @@ from dpsb_accounting.files import write_whole
 SEED = 20261126
 """Of the choice of rows; public, as these data are."""
 WEIGHT_RATES, GRADIENT_RATES = (0.03, 0.1, 0.3, 1.0), (0.01, 0.03, 0.1, 0.3)
+WARM_RATES = (0.001, 0.003, 0.01, 0.03)
 """Of R by what its basis is from. For the weights two higher ones were added to (0.01, 0.03, 0.1) and, of LoRA, to
 (0.0003, 0.001, 0.003), the lowest left out, because the highest had been best for both, with and without privacy, by
 validation rows. Directions of gradients hold more of a step, so their grid is one rate lower."""
@@ -65,13 +67,15 @@ validation rows. Directions of gradients hold more of a step, so their grid is o
 
 @dataclass(frozen=True)
 class Arm:
-    """What is trained, from which basis, and the rates that are tried."""
+    """What is trained, from which basis and rows, the rates that are tried, and that of five passes over the near rows
+    without privacy before the private steps, if there are any."""
 
     method: str
     rank: int
     rates: tuple[float, ...]
     basis: str | None = None
     rows: str = "train"
+    warm: float | None = None
 
 
 ARMS = {
@@ -85,6 +89,9 @@ ARMS = {
     "ffa-lora": Arm("ffa-lora", 4, (0.003, 0.01, 0.03, 0.1)),
     "eva-near": Arm("peft:eva:{near}", 4, (0.001, 0.003, 0.01, 0.03)),
     "lora-ga-near": Arm("peft:lora_ga:{near}", 4, (0.001, 0.003, 0.01, 0.03)),
+    "sb-trained": Arm("sb", 16, WARM_RATES, "trained", warm=0.005),
+    "lora-warm": Arm("lora", 4, WARM_RATES, warm=0.01),
+    "ffa-lora-warm": Arm("ffa-lora", 4, WARM_RATES, warm=0.03),
     "near-alone": Arm("lora", 4, (0.001, 0.003, 0.01, 0.03), rows="near"),
 }
 """LoRA's rank is small because its noise grows with the number of its entries."""
@@ -138,7 +145,10 @@ class Bench:
             **{"prompt_column": "text_a", "completion_column": "text_b", "max_length": 96, "out": str(options.out)},
             **{"eval_data": str(paths["validation"]), "targets": TARGETS, "rank": arm.rank},
             **({} if arm.basis is None else {"basis": arm.basis.format(near=paths["near"])}),
+            **({} if arm.warm is None else {"warm_start": str(paths["near"]), "warm_start_epochs": 5}),
+            **({} if arm.warm is None else {"warm_start_learning_rate": arm.warm}),
             **{"steps": options.steps, "expected_batch_size": options.batch, "token_budget": 2048},
+            remember_frozen_blocks=True,
             allow_non_private_basis=True,
         )
         self.inputs: Inputs = read_inputs(self.config, warm=False)

@@ -13,6 +13,7 @@ With --head-lr every arm trains its head at that rate instead, and with --rate-f
 With --head-share every row's head and adapter are clipped apart, in all arms that have both.
 With --together all arms of a data set share a sweep, so that many processes have work (on a GPU, say).
 Arms with a public set use 512 further rows of the same task ("near") or rows of another task ("far").
+With --warm-start-epochs every arm is trained on the near rows first, without privacy; the arm "trained" is for it.
 With --public-alone the near rows are the data, at epsilon inf: what they are worth without any private step. Give it
 arms without a public set, --arms lora, and an --out of its own.
 e2e is a task for a language model, SmolLM2; it has no head, and is measured by perplexity.
@@ -81,6 +82,9 @@ class Task:
         return "accuracy" if self.has_head else "perplexity"
 
 
+TRAINED = "trained"
+"""The arm that needs --warm-start-epochs."""
+
 HEAD = "head-only"
 """Runs first: the rate that it chooses is the head's in every other arm."""
 
@@ -137,6 +141,7 @@ def arms_of(parts: dict[str, Path]) -> dict[str, str]:
         "complementary": "complementary",
         "hadamard": "hadamard",
         "leak": "leak",
+        TRAINED: "trained",
     }
     others = {name: name for name in RATES if name not in ("sb", "peft")}
     starts = {f"{kind}-near": f"peft:{kind}:{parts['near']}" for kind in PUBLIC_STARTS}
@@ -164,6 +169,9 @@ def sweep(
     else:
         command += ["--model", options.language_model, "--task", "causal-lm"]
         command += ["--prompt-column", "text_a", "--completion-column", "text_b"]
+    if options.warm_start_epochs:
+        command += ["--warm-start", str(parts["near"]), "--warm-start-epochs", str(options.warm_start_epochs)]
+        command += ["--warm-start-lr", repr(options.warm_start_lr)]
     if any("|" in given for given in rates.values()):
         command += ["--validation-data", str(parts["validation"])]
     if list(rates) != [HEAD] and task.has_head:
@@ -268,7 +276,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with NAME.parquet")
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--sets", default=",".join(TASKS), help="default: all four")
-    arms = ",".join(arms_of({"near": Path("near"), "far": Path("far")}))
+    arms = ",".join(arm for arm in arms_of({"near": Path("near"), "far": Path("far")}) if arm != TRAINED)
     parser.add_argument("--arms", default=arms, help=f"comma-separated; default: {arms}")
     parser.add_argument("--targets", choices=list(TARGETS), default="top2", help="blocks that are adapted")
     parser.add_argument(
@@ -277,6 +285,8 @@ def main() -> None:
     parser.add_argument("--head-share", help="clip head and adapter apart; by default a row is clipped as a whole")
     parser.add_argument("--head-lr", type=float, help="of every arm; default: the rate that the head alone chose")
     parser.add_argument("--rate-factor", type=float, default=1.0, help="of all grids of learning rates; default 1")
+    parser.add_argument("--warm-start-epochs", type=int, default=0, help="passes over the near rows before; default 0")
+    parser.add_argument("--warm-start-lr", type=float, default=0.005, help="of these passes; default 0.005")
     parser.add_argument("--together", action="store_true", help="all arms of a data set in one sweep")
     parser.add_argument("--language-model", default="smollm2", help="of e2e; a name or a folder")
     parser.add_argument("--dtype", default="float32", help="of the frozen weights")

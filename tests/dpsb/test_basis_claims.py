@@ -6,7 +6,8 @@ import torch
 import workbench
 
 from dpsb import run
-from dpsb.basis.stage import Setup, plan_basis
+from dpsb.basis.setup import Setup
+from dpsb.basis.stage import plan_basis
 from dpsb.data import Collator
 from dpsb.losses import classification_loss
 from dpsb_accounting import Gaussian, Ledger, NonPrivate, epsilon, make_report

@@ -6,7 +6,8 @@ import math
 import pytest
 
 from dpsb.basis.budget import basis_noise_multiplier, gaussian_level
-from dpsb.config import ConfigError, RunConfig, make_config, read_config
+from dpsb.config import ConfigError, RunConfig, make_config
+from dpsb.config_file import read_config
 
 LEAST = {"model": "m", "data": "d.csv", "out": "o"}
 

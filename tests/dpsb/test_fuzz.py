@@ -10,7 +10,8 @@ from federation import terms
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpsb.config import ConfigError, RunConfig, make_config, read_config
+from dpsb.config import ConfigError, RunConfig, make_config
+from dpsb.config_file import read_config
 from dpsb.federated.checks import FederatedError
 from dpsb.federated.config import FederateConfig, FederationSettings, SiloSettings, read_federation
 from dpsb.federated.judge import judge

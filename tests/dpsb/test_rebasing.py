@@ -12,6 +12,7 @@ from dpsb import attach, rebasing, run
 from dpsb.adapter import Factors
 from dpsb.basis import random, stage
 from dpsb.basis._common import public_generator
+from dpsb.basis.setup import Setup
 from dpsb.basis.sources import public_gradients
 from dpsb.checkpoint import load_checkpoint, save_checkpoint
 from dpsb.config import ConfigError
@@ -266,7 +267,7 @@ def test_weights_that_would_round_the_update_away_are_refused(tmp_path):
     adapter = adapted()
     adapter.cores[0].layer.get_base_layer().to(torch.bfloat16)
     config = workbench.run_config(tmp_path, basis="random", rebase_every=2)
-    setup = stage.Setup(
+    setup = Setup(
         config=config,
         model=adapter.model,
         loss_fn=None,

@@ -1,0 +1,29 @@
+"""Settings of a run from a file."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from dpsb.config import ConfigError, check_keys
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The settings in a ``.toml`` or ``.json`` file.
+
+    Raises:
+      ConfigError: If the file is missing or malformed, or a key is unknown.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text()
+        settings = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} cannot be read as settings: {error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{file} must hold one table of settings.")
+    check_keys(settings, str(file))
+    return {name: math.inf if value == "inf" else value for name, value in settings.items()}
