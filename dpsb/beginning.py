@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from dpsb.adapter import Adapter, Provenance, attach
 from dpsb.baselines.build import adapt, lora_xs
 from dpsb.baselines.methods import Method, method_named
 from dpsb.baselines.public_starts import public_start
-from dpsb.basis.setup import Setup, train_on_public_rows
+from dpsb.basis.setup import Setup, from_public_rows, train_on_public_rows
 from dpsb.basis.stage import Planned, plan_basis
 from dpsb.inputs import Inputs
 from dpsb.models import HEAD_NAMES
@@ -59,6 +60,10 @@ def begin(inputs: Inputs, setup: Setup, on_status: Callable[[str], None]) -> tup
     if config.warm_start_epochs and config.basis != "trained":
         on_status(f"training on the public rows of {config.warm_start}")
         train_on_public_rows(setup, adapter.parameters())
+        if adapter.provenance.access == "data_free":  # no longer so
+            said = {**adapter.provenance.detail, **from_public_rows(config)}
+            adapter = replace(adapter, provenance=replace(adapter.provenance, access="public", detail=said))
+            planned = planned and replace(planned, provenance=adapter.provenance)
     return adapter, planned
 
 

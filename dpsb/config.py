@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 from dpsb.baselines.methods import MethodError, method_named
 from dpsb.basis_spec import BASIS_SETTINGS, BasisSpecError, check_share, parse_basis, settings_for
 from dpsb.parts import same_data
+from dpsb.public_rows import warm_start_fault
 
 _SCHEDULES = ("constant", "linear", "cosine")
 _OPTIMIZERS = ("adam", "adamw", "adam-corrected", "sgd")
@@ -192,7 +193,8 @@ class RunConfig:
         self._check_basis()
         self._check_basis_numbers()
         self._check_public_files()
-        self._check_warm_start()
+        if fault := warm_start_fault(self):
+            raise ConfigError(fault)
 
     def _check_numbers(self) -> None:
         if not self.epsilon > 0:
@@ -293,25 +295,6 @@ class RunConfig:
                 )
         if self.chat_template and self.task != "causal-lm":
             raise ConfigError(f"chat_template is for causal-lm; task is {self.task!r}.")
-
-    def _check_warm_start(self) -> None:
-        epochs = f"warm_start_epochs={self.warm_start_epochs!r}"
-        if self.warm_start and self.task != "classification" and not self.warm_start_epochs:
-            raise ConfigError(
-                f"warm_start={self.warm_start!r} alone is for a classification head; task is {self.task!r}. With "
-                "warm_start_epochs the adapter is trained on it too."
-            )
-        if self.warm_start_epochs and not self.warm_start:
-            raise ConfigError(f"{epochs} needs a file of public rows: warm_start=FILE.")
-        if self.basis == "trained" and not self.warm_start_epochs:
-            raise ConfigError(
-                "basis='trained' needs public rows to train on: warm_start=FILE, and warm_start_epochs (5 is usual)."
-            )
-        if self.warm_start_epochs and "basis_share" in settings_for(parse_basis(self.basis), self.basis_choice):
-            raise ConfigError(
-                f"{epochs} trains on public rows before any private one is read, and basis={self.basis!r} is not known "
-                "by then; use 'trained', 'public:FILE' or another basis that is not paid for."
-            )
 
     def _check_basis_numbers(self) -> None:
         if self.basis_choice not in _CHOICES:

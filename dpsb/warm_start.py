@@ -100,43 +100,60 @@ def train_on_public(
     examples: Sequence[Example],
     batches: Callable[[Sequence[Example]], Iterable[Batch]],
     *,
+    source: str,
     epochs: int,
     learning_rate: float,
 ) -> None:
     """Trains tensors of a model on public rows without privacy: where private steps then begin. Costs no epsilon.
 
-    Adam with linear decay, 64 rows a step, in an order from a fixed public generator. Rows without a label of the run
-    count for nothing.
+    Adam with linear decay, 64 rows a step, in an order from a fixed public generator. Rows without a label of the run,
+    or without a token to learn, count for nothing.
 
     Args:
       parameters: What is trained, in place.
       losses: Per-example losses of a batch, shape ``(n,)``.
       examples: Rows that are **public; the caller vouches for that**.
       batches: Cuts the rows of a step into microbatches.
+      source: What the rows are from, for a message.
       epochs: Passes over the rows.
       learning_rate: Of the first step.
 
     Raises:
-      DataError: If no row is usable, or the loss is not finite.
+      DataError: If no row is usable, or the loss of the first step's rows does not come out lower.
     """
-    usable = [example for example in examples if example["labels"] != IGNORED]
+    usable = [example for example in examples if _teaches(example["labels"])]
     if not usable:
-        raise DataError(f"Public rows to train on need a label of the run; none of {len(examples)} has one.")
+        raise DataError(
+            f"warm_start={source!r} teaches nothing: none of its {len(examples)} rows has a label of the run, or, for "
+            "a language model, a token to learn within max_length."
+        )
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     steps = epochs * math.ceil(len(usable) / _BATCH_SIZE)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     generator = public_generator()
-    for _ in range(epochs):
-        order = torch.randperm(len(usable), generator=generator).tolist()
-        for start in range(0, len(order), _BATCH_SIZE):
-            rows = [usable[i] for i in order[start : start + _BATCH_SIZE]]
-            for batch in batches(rows):
-                loss = losses(batch).sum() / len(rows)
-                if not torch.isfinite(loss):
-                    raise DataError(
-                        f"The loss on public rows is {loss.item()}; lower warm_start_learning_rate={learning_rate!r}."
-                    )
-                loss.backward()
-            optimizer.step()
-            decay.step()
-            optimizer.zero_grad()
+    orders = [torch.randperm(len(usable), generator=generator).tolist() for _ in range(epochs)]
+    chosen = [order[start : start + _BATCH_SIZE] for order in orders for start in range(0, len(order), _BATCH_SIZE)]
+    first = [usable[i] for i in chosen[0]]
+    before = _mean(losses, batches(first))
+    for indices in chosen:
+        rows = [usable[i] for i in indices]
+        for batch in batches(rows):
+            (losses(batch).sum() / len(rows)).backward()
+        optimizer.step()
+        decay.step()
+        optimizer.zero_grad()
+    if not (after := _mean(losses, batches(first))) < before:
+        raise DataError(
+            f"Training on warm_start={source!r} brought the loss of its first rows from {before:.3g} to {after:.3g}; "
+            f"lower warm_start_learning_rate={learning_rate!r}."
+        )
+
+
+def _teaches(labels: int | Sequence[int]) -> bool:
+    """Whether a row has a class, or a token that is predicted from one before it."""
+    return labels != IGNORED if isinstance(labels, int) else any(label != IGNORED for label in labels[1:])
+
+
+@torch.no_grad()
+def _mean(losses: Callable[[Batch], torch.Tensor], batches: Iterable[Batch]) -> float:
+    return float(torch.cat([losses(batch) for batch in batches]).mean())

@@ -19,8 +19,6 @@ from dpsb.basis._common import base_weight, public_generator, truncated_svd
 from dpsb.models import MeanPooledClassifier, ModelError, add_lora, in_head, peft_part, peft_task
 from dpsb.quantized import check_quantization, keep_gradients_exact
 
-INITS_THAT_MOVE_THE_BASE = ("pissa", "olora", LORA_GA)
-
 
 def add_method(base: nn.Module, method: Method, task: str, rank: int, targets: str | Sequence[str]) -> nn.Module:
     """``base`` with the method's modules on it, every tensor that is not to be trained frozen.

@@ -27,6 +27,8 @@ PUBLIC_STARTS = {
     "lora_ga": "LoRA from the leading singular vectors of each weight's mean gradient over public rows",
 }
 """Starts of LoRA's that read data, for ``peft:NAME:FILE`` with a file that is public."""
+INITS_THAT_MOVE_THE_BASE = ("pissa", "olora", "lora_ga")
+"""Starts with B0 A0 in the factors and W0 - B0 A0 in the frozen weight: the factors must begin there."""
 
 _BARE = (
     "it trains bare tensors, for which Opacus has no exact per-example rule (its fallback would build per-example "

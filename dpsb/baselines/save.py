@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from dpsb.adapter import Adapter
-from dpsb.baselines.build import INITS_THAT_MOVE_THE_BASE
+from dpsb.baselines.methods import INITS_THAT_MOVE_THE_BASE
 from dpsb.models import HEAD_FILE, MeanPooledClassifier, peft_part
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"

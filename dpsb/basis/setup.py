@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
-from dpsb.basis.sources import PublicSet, batches_of
+from dpsb.basis.sources import PublicSet, batches_of, sha256_of
 from dpsb.config import RunConfig
 from dpsb.frozen_prefix import remember_frozen_prefix
 from dpsb.losses import LossFn
 from dpsb.probe import Collate, Example
+from dpsb.quantized import check_quantization, keep_gradients_exact
 from dpsb.warm_start import train_on_public
 
 
@@ -50,10 +52,13 @@ def train_on_public_rows(setup: Setup, parameters: Sequence[nn.Parameter]) -> No
     """Trains these tensors of the model on the public rows of ``config.warm_start``, without privacy and dropout.
 
     Raises:
-      DataError: If no row is usable, or the loss is not finite.
+      DataError: If no row is usable, or the loss does not come out lower.
+      ValueError: If the model is quantized in a way that is refused.
       PrefixError: With ``config.remember_frozen_blocks``, if there are none.
     """
     config = setup.config
+    check_quantization(setup.model)
+    keep_gradients_exact(setup.model)
     was_training = setup.model.training
     setup.model.eval()
     remembered = remember_frozen_prefix(setup.model) if config.remember_frozen_blocks else nullcontext()
@@ -64,8 +69,15 @@ def train_on_public_rows(setup: Setup, parameters: Sequence[nn.Parameter]) -> No
                 partial(setup.loss_fn, setup.model),
                 setup.warm_start,
                 lambda rows: batches_of(rows, setup.collate, setup.max_length, config.token_budget),
+                source=str(config.warm_start),
                 epochs=config.warm_start_epochs,
                 learning_rate=config.warm_start_learning_rate,
             )
     finally:
         setup.model.train(was_training)
+
+
+def from_public_rows(config: RunConfig) -> dict[str, str | int | float]:
+    """What a plan states of a start that was trained on public rows."""
+    source = str(config.warm_start)
+    return {"source": Path(source).name, **sha256_of(source), "epochs": config.warm_start_epochs}

@@ -24,7 +24,7 @@ from dpsb.basis.lora_sb import lora_sb
 from dpsb.basis.private import private, private_provenance, releases_for, rounds_for, sampling_prob_for
 from dpsb.basis.random import random
 from dpsb.basis.release import Clip, PrivateExamples
-from dpsb.basis.setup import Setup, train_on_public_rows
+from dpsb.basis.setup import Setup, from_public_rows, train_on_public_rows
 from dpsb.basis.sources import (
     EXAMPLES,
     PublicSet,
@@ -191,11 +191,9 @@ def _public(setup: Setup) -> Planned:
 def _trained(setup: Setup) -> Planned:
     """Trains LoRA, and the head with it; the head stays as that leaves it."""
     train_on_public_rows(setup, [parameter for parameter in setup.model.parameters() if parameter.requires_grad])
-    source = str(setup.config.warm_start)
-    epochs = setup.config.warm_start_epochs
-    said: dict[str, str | int | float] = {"source": source, **sha256_of(source), "epochs": epochs}
-    basis = trained(setup.model, Provenance(kind="trained", access="public", detail=said))
-    return Planned(basis=basis, provenance=basis.provenance)
+    provenance = Provenance(kind="trained", access="public", detail=from_public_rows(setup.config))
+    basis = trained(setup.model, provenance)
+    return Planned(basis=basis, provenance=provenance)
 
 
 def new_factors(setup: Setup, provenance: Provenance) -> Callable[[int], Mapping[str, Factors]]:

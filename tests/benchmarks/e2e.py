@@ -59,7 +59,6 @@ from dpsb_accounting.files import write_whole
 SEED = 20261126
 """Of the choice of rows; public, as these data are."""
 WEIGHT_RATES, GRADIENT_RATES = (0.03, 0.1, 0.3, 1.0), (0.01, 0.03, 0.1, 0.3)
-WARM_RATES = (0.001, 0.003, 0.01, 0.03)
 """Of R by what its basis is from. For the weights two higher ones were added to (0.01, 0.03, 0.1) and, of LoRA, to
 (0.0003, 0.001, 0.003), the lowest left out, because the highest had been best for both, with and without privacy, by
 validation rows. Directions of gradients hold more of a step, so their grid is one rate lower."""
@@ -89,9 +88,9 @@ ARMS = {
     "ffa-lora": Arm("ffa-lora", 4, (0.003, 0.01, 0.03, 0.1)),
     "eva-near": Arm("peft:eva:{near}", 4, (0.001, 0.003, 0.01, 0.03)),
     "lora-ga-near": Arm("peft:lora_ga:{near}", 4, (0.001, 0.003, 0.01, 0.03)),
-    "sb-trained": Arm("sb", 16, WARM_RATES, "trained", warm=0.005),
-    "lora-warm": Arm("lora", 4, WARM_RATES, warm=0.01),
-    "ffa-lora-warm": Arm("ffa-lora", 4, WARM_RATES, warm=0.03),
+    "sb-trained": Arm("sb", 16, GRADIENT_RATES, "trained", warm=0.005),
+    "lora-warm": Arm("lora", 4, (0.001, 0.003, 0.01, 0.03), warm=0.01),
+    "ffa-lora-warm": Arm("ffa-lora", 4, (0.003, 0.01, 0.03, 0.1), warm=0.03),
     "near-alone": Arm("lora", 4, (0.001, 0.003, 0.01, 0.03), rows="near"),
 }
 """LoRA's rank is small because its noise grows with the number of its entries."""

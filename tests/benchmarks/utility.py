@@ -297,6 +297,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ROWS, help=f"private rows at most; default {ROWS}")
     parser.add_argument("--token-budget", type=int, default=2048, help="default 2048")
     options = parser.parse_args()
+    if options.warm_start_epochs and any(arm.startswith(("private", "hybrid")) for arm in options.arms.split(",")):
+        parser.error("--warm-start-epochs is refused with a basis that is paid for: name --arms without them")
     for name in options.sets.split(","):
         task, given = TASKS[name], options.arms.split(",")
         named = [arm for arm in given if arm != HEAD]

@@ -1,22 +1,26 @@
 """Training on public rows before the first private step: what it moves, what it reads, and that it costs nothing."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import workbench
 from torch import nn
+from typer.testing import CliRunner
 
 from dpsb import run
 from dpsb.adapter import Provenance, attach, lora_layers
+from dpsb.adapter_files import with_adapter
 from dpsb.basis.setup import train_on_public_rows
 from dpsb.basis.trained import trained
 from dpsb.beginning import basis_setup, begin
-from dpsb.config import ConfigError
+from dpsb.cli import app
+from dpsb.config import ConfigError, RunConfig
 from dpsb.data import DataError
 from dpsb.inputs import read_inputs
 from dpsb.losses import IGNORED
-from dpsb.models import HEAD_NAMES
+from dpsb.models import HEAD_NAMES, load_base
 from dpsb.warm_start import train_on_public
 from dpsb_accounting import Ledger, verify
 
@@ -28,6 +32,8 @@ HOW = {
     "lora": ("classification", {"method": "lora"}),
     "ffa-lora": ("classification", {"method": "ffa-lora"}),
     "head-only": ("classification", {"method": "head-only"}),
+    "lora-plus": ("classification", {"method": "lora-plus"}),
+    "full": ("classification", {"method": "full", "warm_start_learning_rate": 0.002}),
     "trained, language model": ("causal-lm", {"basis": "trained"}),
     "lora, language model": ("causal-lm", {"method": "lora"}),
 }
@@ -46,7 +52,12 @@ def settings(out, how, **changes):
 
 def cold(out, how):
     """The same without training on public rows."""
-    changes = {"warm_start_epochs": 0, "basis": HOW[how][1].get("basis", "weight").replace("trained", "weight")}
+    usual = RunConfig.warm_start_learning_rate
+    changes = {
+        "warm_start_epochs": 0,
+        "warm_start_learning_rate": usual,
+        "basis": HOW[how][1].get("basis", "weight").replace("trained", "weight"),
+    }
     return settings(out, how, **changes, **({"warm_start": None} if HOW[how][0] == "causal-lm" else {}))
 
 
@@ -65,7 +76,8 @@ class Unread:
 def begun(config, inputs=None):
     inputs = inputs or read_inputs(config, warm=True)
     setup = basis_setup(inputs, 1e-3)
-    object.__setattr__(setup, "examples", Unread())
+    unread = replace(inputs.prepared, examples=Unread(), units=Unread(), held_out=Unread())
+    inputs, setup = replace(inputs, prepared=unread), replace(setup, examples=Unread())
     return begin(inputs, setup, lambda _status: None)[0], inputs, setup
 
 
@@ -129,15 +141,16 @@ def test_a_run_starts_there_at_the_same_price_and_resumes(tmp_path, monkeypatch,
         with pytest.raises(KeyboardInterrupt):
             run.fine_tune(config)
     plan = Ledger.read(out / "ledger.jsonl").plan
-    assert {name: plan.details[name] for name in NEAR} == NEAR
+    assert {name: plan.details[name] for name in NEAR} == {name: getattr(config, name) for name in NEAR}
     assert plan.details["warm_start"] == "rows.jsonl"
     assert len(plan.phases) == 1
-    if config.basis == "trained":
-        assert (plan.basis["kind"], plan.basis["access"], plan.basis["epochs"]) == ("trained", "public", 3)
+    assert (plan.basis["access"], plan.basis["source"], plan.basis["epochs"]) == ("public", "rows.jsonl", 3)
+    assert plan.basis["source_sha256"] == plan.details["warm_start_sha256"]
     monkeypatch.setattr("dpsb.basis.setup.train_on_public", lambda *_a, **_n: pytest.fail("the start is on disk"))
     report = run.fine_tune(run.resumed_config(str(out), {}), resume=True).report
     plain = run.fine_tune(cold(tmp_path / "plain", how))
     assert report.claim
+    assert "data declared public, which nothing here protects" in report.to_text()
     assert report.epsilon == plain.report.epsilon
     assert verify(out / "ledger.jsonl").ok
 
@@ -145,7 +158,14 @@ def test_a_run_starts_there_at_the_same_price_and_resumes(tmp_path, monkeypatch,
 def test_frozen_blocks_may_be_remembered_meanwhile(tmp_path):
     upper = {"targets": r"re:.*layer\.1\..*(query|value)"}
     whole, _, _ = begun(settings(tmp_path / "run", "trained", **upper))
-    short, inputs, _ = begun(settings(tmp_path / "run", "trained", **upper, remember_frozen_blocks=True))
+    calls, config = [], settings(tmp_path / "run", "trained", **upper, remember_frozen_blocks=True)
+    inputs = read_inputs(config, warm=True)
+    lowest = next(
+        module for name, module in inputs.model.named_modules() if name.endswith("layer.0.attention.self.query")
+    )
+    lowest.register_forward_hook(lambda *_a: calls.append(1))
+    short, inputs, _ = begun(config, inputs)
+    assert 0 < len(calls) <= 2
     for name, value in short.state().items():
         torch.testing.assert_close(value, whole.state()[name], rtol=1e-3, atol=1e-4)
     assert not any(module._forward_pre_hooks for module in inputs.model.modules())
@@ -178,22 +198,48 @@ def test_nothing_random_of_torch_is_used_and_dropout_is_off(tmp_path):
         assert torch.equal(value, states[1][name]), name
 
 
-def test_rows_without_a_label_count_for_nothing():
+def one_number(rows, epochs, learning_rate, size=1000):
+    """A number that is to become the mean of the rows'; and the learning rates on the way."""
     weight = nn.Parameter(torch.zeros(1))
 
     def losses(batch):
         return (weight - batch["x"]).square()
 
-    def batches(rows):
-        return [{"x": torch.tensor([row["x"] for row in rows])}]
+    def batches(found):
+        return [{"x": torch.tensor([row["x"] for row in found[i : i + size]])} for i in range(0, len(found), size)]
 
+    rates, step = [], torch.optim.Adam.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.optim.Adam.step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
+        train_on_public([weight], losses, rows, batches, source="near.csv", epochs=epochs, learning_rate=learning_rate)
+    return weight.item(), rates
+
+
+def test_rows_without_a_label_count_for_nothing():
     rows = [{"x": 1.0, "labels": 0}] * 70 + [{"x": -9.0, "labels": IGNORED}] * 70
-    train_on_public([weight], losses, rows, batches, epochs=40, learning_rate=0.1)
-    assert weight.item() == pytest.approx(1.0, abs=0.05)
-    with pytest.raises(DataError, match="none of 70 has one"):
-        train_on_public([weight], losses, rows[70:], batches, epochs=1, learning_rate=0.1)
-    with pytest.raises(DataError, match=r"The loss on public rows is inf; lower warm_start_learning_rate=1e\+30"):
-        train_on_public([weight], losses, rows, batches, epochs=2, learning_rate=1e30)
+    assert one_number(rows, 40, 0.1)[0] == pytest.approx(1.0, abs=0.05)
+    with pytest.raises(DataError, match=r"warm_start='near.csv' teaches nothing: none of its 70 rows"):
+        one_number(rows[70:], 1, 0.1)
+    untaught = [{"x": 1.0, "labels": [5, IGNORED]}, {"x": 1.0, "labels": []}]
+    with pytest.raises(DataError, match=r"none of its 2 rows has .* a token to learn within max_length"):
+        one_number(untaught, 1, 0.1)
+    taught = {"x": 1.0, "labels": [IGNORED, 5]}
+    assert one_number([*[taught] * 5, *[{"x": -9.0, "labels": [5, IGNORED]}] * 5], 40, 0.1)[0] > 0.9
+
+
+def test_a_rate_that_is_too_high_is_named():
+    rows = [{"x": 1.0, "labels": 0}] * 10
+    with pytest.raises(DataError, match=r"from 1 to 8.08e\+05; lower warm_start_learning_rate=900.0"):
+        one_number(rows, 1, 900.0)
+    with pytest.raises(DataError, match=r"to inf; lower warm_start_learning_rate=1e\+30"):
+        one_number(rows, 1, 1e30)
+
+
+def test_the_rate_falls_to_nothing_and_microbatches_change_nothing():
+    rows = [{"x": float(i % 7), "labels": 0} for i in range(150)]
+    whole, rates = one_number(rows, 2, 0.3)
+    assert rates == pytest.approx([0.3 * (1 - step / 6) for step in range(6)])
+    assert one_number(rows, 2, 0.3, size=5)[0] == pytest.approx(whole, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +251,21 @@ def test_rows_without_a_label_count_for_nothing():
         ({"basis": "trained"}, "basis='trained' needs public rows to train on"),
         ({"basis": "trained", "warm_start": "near.jsonl"}, "basis='trained' needs public rows to train on"),
         ({"basis": "trained:near.jsonl"}, "basis='trained' takes no file"),
-        ({"basis": "private", "warm_start": "near.jsonl", "warm_start_epochs": 2}, "'private' is not known by then"),
-        ({"basis": "hybrid", "warm_start": "near.jsonl", "warm_start_epochs": 2}, "'hybrid' is not known by then"),
+        ({"warm_start_learning_rate": 0.1}, r"warm_start_learning_rate=0\.1 needs public rows to train on"),
+        (
+            {"method": "peft:pissa", "warm_start": "near.jsonl", "warm_start_epochs": 1},
+            "method='peft:pissa': it moves",
+        ),
+        (
+            {"method": "peft:lora_ga:a.csv", "warm_start": "b.csv", "warm_start_epochs": 1},
+            "it moves the frozen weights too",
+        ),
+        (
+            {"basis": "public:a.csv,b.csv", "basis_choice": "private", "warm_start": "c.csv", "warm_start_epochs": 1},
+            "basis_choice='private' may be",
+        ),
+        ({"basis": "private", "warm_start": "near.jsonl", "warm_start_epochs": 2}, "basis='private' is one"),
+        ({"basis": "hybrid", "warm_start": "near.jsonl", "warm_start_epochs": 2}, "basis='hybrid' is one"),
         ({"basis": "trained", "warm_start": "near.jsonl", "warm_start_epochs": 2, "rebase_every": 2}, "rebase_every=2"),
     ],
 )
@@ -221,3 +280,23 @@ def test_public_rows_of_another_label_space_are_refused(tmp_path):
     with pytest.raises(DataError, match="at least two of the run's labels; 0 of 3"):
         run.fine_tune(settings(tmp_path / "run", "trained", warm_start=str(other)))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("how", ["trained", "lora"])
+def test_what_is_saved_is_what_was_trained(tmp_path, how):
+    """The plain LoRA file of a run whose private steps move nothing is the publicly trained model."""
+    _, inputs, setup = begun(settings(tmp_path / "run", how))
+    expected = public_loss(inputs, setup)
+    run.fine_tune(settings(tmp_path / "run", how, learning_rate=1e-12, head_learning_rate=1e-12))
+    base = load_base(str(workbench.bert_folder()), "classification", ["ham", "spam"])[0]
+    loaded = replace(inputs, model=with_adapter(base, tmp_path / "run"))
+    assert public_loss(loaded, setup) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_command_line_takes_it(tmp_path):
+    given = workbench.run_settings(tmp_path / "run", warm_start=str(workbench.data_file(seed=5)), basis="trained")
+    options = [*workbench.options(given), "--warm-start-epochs", "1", "--warm-start-lr", "0.01", "--json"]
+    result = CliRunner().invoke(app, ["train", *options])
+    assert result.exit_code == 0, result.output
+    plan = Ledger.read(tmp_path / "run" / "ledger.jsonl").plan
+    assert plan.details["warm_start_learning_rate"] == 0.01
