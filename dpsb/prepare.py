@@ -111,10 +111,14 @@ def prepare(
     public = {source: read_table(source) for source in public_files(config)}
     stated = [public_rows(other, columns, config.task) for other in public.values()]
     check_not_shared(table, stated, columns, config.task)
+    held_out = None if config.eval_data is None else read_table(config.eval_data)
+    if held_out is not None:  # metrics on rows that training saw would flatter it
+        learned = [file for source, file in zip(public, stated, strict=True) if source == config.warm_start]
+        check_not_shared(held_out, learned, columns, config.task, owner="the held-out data")
     return Prepared(
         examples=examples,
         units=units,
-        held_out=tokenized(config.eval_data, columns),
+        held_out=tokenized(held_out, columns),
         public=tuple(
             read_public(public[source], config.task, columns, tokenizer, labels, max_length)
             for source in config.public_sources

@@ -53,7 +53,7 @@ def check_not_shared(
         if count:
             raise SharedRowsError(
                 f"{count} of the {file.rows} rows of {file.source}, named as public, are in {owner} too; a row is one "
-                "or the other: leave them out of the training data, or name another public file."
+                "or the other: leave them out there, or name another public file."
             )
 
 

@@ -274,6 +274,16 @@ def test_refused(tmp_path, changes, match):
         workbench.run_config(tmp_path, **changes)
 
 
+def test_public_rows_that_are_held_out_too_are_refused(tmp_path):
+    held_out = tmp_path / "held_out.jsonl"
+    rows = [*workbench.rows(seed=5)[:4], *workbench.rows(seed=7)]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"rows of .*, named as public, are in the held-out data too") as caught:
+        run.fine_tune(settings(tmp_path / "run", "trained", eval_data=str(held_out)))
+    assert not any(word in str(caught.value) for word in workbench.CANARIES)
+    assert not (tmp_path / "run").exists()
+
+
 def test_public_rows_of_another_label_space_are_refused(tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"text": "a", "label": label}) + "\n" for label in "xyz"))
