@@ -254,6 +254,8 @@ def read_federation(path: Path, out: str | None = None, *, needs_data: bool = Tr
     if own is not None and "data" not in content:
         content["data"] = own  # each silo's own takes its place
     federation = FederationSettings(**checked_fields(FederationSettings, tables["federation"], f"{path}: [federation]"))
+    if content.get("basis") == "trained":
+        raise FederatedError(f"{path}: basis='trained' is not there for federations yet; use 'public:FILE'.")
     try:
         run = make_config(_with_embedded(content))
     except ConfigError as error:

@@ -163,6 +163,7 @@ def test_a_killed_simulation_goes_on(tmp_path):
         ('unit_column = "group"', SPLIT, "unit_column='group' is not there for federations yet"),
         ('warm_start = "public.parquet"', SPLIT, "warm_start='public.parquet' is not there for federations yet"),
         ('precondition = "public.parquet"', SPLIT, "precondition='public.parquet' is not there for federations yet"),
+        ('basis = "trained"', SPLIT, "basis='trained' is not there for federations yet; use 'public:FILE'"),
         ('method = "lora"', SPLIT, "method='lora' is not federated here"),
         ('basis = "lora-sb"\nallow_non_private_basis = true', SPLIT, "lora-sb"),
         ("basis_share = 0.1", SPLIT, "basis_share=0.1 is for a basis that is paid for"),
