@@ -17,6 +17,7 @@ from dpsb.losses import LossFn
 from dpsb.models import load_base
 from dpsb.precondition import public_row_scale
 from dpsb.prepare import Prepared, labels_of, loss_of, prepare, synthetic_of, targets_of
+from dpsb.quantized import check_quantization, keep_gradients_exact
 from dpsb.warm_start import warm_start
 
 
@@ -90,6 +91,8 @@ def read_inputs(config: RunConfig, *, warm: bool) -> Inputs:
 
 def _adapted(config: RunConfig, base: Any, prepared: Prepared, collate: Collator, warm: bool) -> Any:
     """The base model with what its method trains, its head warm if it is to be."""
+    check_quantization(base)
+    keep_gradients_exact(base)  # before its first pass: a warm start and a public basis come before the adapter
     if prepared.warm_start and warm and config.task == "classification":
         warm_start(base, prepared.warm_start, collate, prepared.max_length, config.token_budget)
     method, targets = method_named(config.method), targets_of(config.targets)

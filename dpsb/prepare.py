@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,12 +109,8 @@ def prepare(
         owned = f" with a value in the unit column {config.unit_column!r}" if config.unit_column else ""
         raise DataError(f"{config.data} holds no rows{owned}.")
     public = {source: read_table(source) for source in public_files(config)}
-    stated = [public_rows(other, columns, config.task) for other in public.values()]
-    check_not_shared(table, stated, columns, config.task)
     held_out = None if config.eval_data is None else read_table(config.eval_data)
-    if held_out is not None:  # metrics on rows that training saw would flatter it
-        learned = [file for source, file in zip(public, stated, strict=True) if source == config.warm_start]
-        check_not_shared(held_out, learned, columns, config.task, owner="the held-out data")
+    check_public_rows(config, table, [] if held_out is None else [held_out], public)
     return Prepared(
         examples=examples,
         units=units,
@@ -130,6 +126,28 @@ def prepare(
         label_origin=origin,
         max_length=max_length,
     )
+
+
+def check_public_rows(
+    config: RunConfig, private: Table, held_out: Sequence[Table], public: Mapping[str, Table]
+) -> None:
+    """Refuses public files with private rows in them, and a warm start from rows that the run is judged on.
+
+    Args:
+      config: Settings.
+      private: The training rows.
+      held_out: What is judged on.
+      public: The tables of :func:`public_files`, by what the user named them.
+
+    Raises:
+      SharedRowsError: With the number of such rows, for the operator's screen.
+    """
+    columns = columns_of(config)
+    stated = {source: public_rows(table, columns, config.task) for source, table in public.items()}
+    check_not_shared(private, list(stated.values()), columns, config.task)
+    if config.warm_start:
+        for table in held_out:
+            check_not_shared(table, [stated[config.warm_start]], columns, config.task, owner="the held-out data")
 
 
 def public_files(config: RunConfig) -> list[str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -14,9 +13,7 @@ from dpsb.basis.sources import batches_of
 from dpsb.data import DataError
 from dpsb.losses import IGNORED
 from dpsb.models import head_of
-from dpsb.probe import Collate, Example
-
-Batch = Mapping[str, torch.Tensor]
+from dpsb.probe import Batch, Collate, Example
 
 _ROUNDS = 200
 _BATCH_SIZE = 64
@@ -127,12 +124,11 @@ def train_on_public(
             f"warm_start={source!r} teaches nothing: none of its {len(examples)} rows has a label of the run, or, for "
             "a language model, a token to learn within max_length."
         )
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-    steps = epochs * math.ceil(len(usable) / _BATCH_SIZE)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     generator = public_generator()
     orders = [torch.randperm(len(usable), generator=generator).tolist() for _ in range(epochs)]
     chosen = [order[start : start + _BATCH_SIZE] for order in orders for start in range(0, len(order), _BATCH_SIZE)]
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(chosen))
     first = [usable[i] for i in chosen[0]]
     before = _mean(losses, batches(first))
     for indices in chosen:

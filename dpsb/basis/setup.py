@@ -15,7 +15,6 @@ from dpsb.config import RunConfig
 from dpsb.frozen_prefix import remember_frozen_prefix
 from dpsb.losses import LossFn
 from dpsb.probe import Collate, Example
-from dpsb.quantized import check_quantization, keep_gradients_exact
 from dpsb.warm_start import train_on_public
 
 
@@ -53,12 +52,9 @@ def train_on_public_rows(setup: Setup, parameters: Sequence[nn.Parameter]) -> No
 
     Raises:
       DataError: If no row is usable, or the loss does not come out lower.
-      ValueError: If the model is quantized in a way that is refused.
       PrefixError: With ``config.remember_frozen_blocks``, if there are none.
     """
     config = setup.config
-    check_quantization(setup.model)
-    keep_gradients_exact(setup.model)
     was_training = setup.model.training
     setup.model.eval()
     remembered = remember_frozen_prefix(setup.model) if config.remember_frozen_blocks else nullcontext()

@@ -192,8 +192,7 @@ def _trained(setup: Setup) -> Planned:
     """Trains LoRA, and the head with it; the head stays as that leaves it."""
     train_on_public_rows(setup, [parameter for parameter in setup.model.parameters() if parameter.requires_grad])
     provenance = Provenance(kind="trained", access="public", detail=from_public_rows(setup.config))
-    basis = trained(setup.model, provenance)
-    return Planned(basis=basis, provenance=provenance)
+    return Planned(basis=trained(setup.model, provenance), provenance=provenance)
 
 
 def new_factors(setup: Setup, provenance: Provenance) -> Callable[[int], Mapping[str, Factors]]:

@@ -17,8 +17,7 @@ from dpsb.curves.entries import CurveError, Entry
 from dpsb.curves.settings import CurveSettings
 from dpsb.data import read_table
 from dpsb.models import QuantizedConfigError, add_lora, empty_base
-from dpsb.prepare import columns_of, public_files, targets_of
-from dpsb.shared_rows import check_not_shared, public_rows
+from dpsb.prepare import check_public_rows, public_files, targets_of
 
 _SOME_LABELS = 2
 """Stands in for what only the data tell; nothing that is checked here depends on it."""
@@ -49,7 +48,7 @@ def check_methods(settings: CurveSettings) -> None:
 
 
 def check_public_files(settings: CurveSettings) -> None:
-    """Refuses a sweep whose methods take rows for public that are private too, before anything is written.
+    """Refuses a sweep whose methods take rows for public that are private too, or judge on rows of a warm start.
 
     Whether there are such rows, and how many, is private. A cell that failed for it would be in the sweep's page and
     tables, which are made to be shown; so no sweep begins, and only the operator's screen says why.
@@ -59,13 +58,15 @@ def check_public_files(settings: CurveSettings) -> None:
       DataError: If a file cannot be read.
     """
     configs = [
-        settings.run(entry, epsilon, settings.rates[entry.text][0], Path("cell")) for entry, epsilon in pairs(settings)
+        settings.run(entry, epsilon, settings.rates[entry.text][0], Path("cell"), tuning=tuning)
+        for entry, epsilon in pairs(settings)
+        for tuning in (False, settings.tunes)
     ]
     sources = dict.fromkeys(source for config in configs for source in public_files(config))
     if sources:
-        columns, task = columns_of(configs[0]), configs[0].task
-        stated = [public_rows(read_table(source), columns, task) for source in sources]
-        check_not_shared(read_table(configs[0].data), stated, columns, task)
+        judged_on = dict.fromkeys(config.eval_data for config in configs if config.warm_start and config.eval_data)
+        public = {source: read_table(source) for source in sources}
+        check_public_rows(configs[0], read_table(configs[0].data), [read_table(file) for file in judged_on], public)
 
 
 def _check_settings_used(settings: CurveSettings) -> None:

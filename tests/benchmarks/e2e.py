@@ -8,8 +8,8 @@ epsilon 8, one run each, judged by perplexity on validation rows (and four at ep
 other epsilon takes the rate of 8. *near* is a basis from the gradient of 256 further rows, which count as public;
 *private* and *hybrid* pay for theirs out of the same epsilon, in every run anew; *leak* is the raw gradient of 512
 private rows: its epsilon is infinite, its noise that of the others. *trained* and *warm* train on those 256 rows first,
-without privacy, and then privately on private ones. *near-alone* is LoRA trained on those 256 rows and
-on no private one, without privacy: it runs at --epsilons inf only.
+without privacy, and then privately on private ones. *near-alone* is LoRA trained on those 256 rows and on no private
+one, without privacy: it runs at --epsilons inf only.
 
 Scores of greedy answers to test tables at the epsilons of --answers-at, each with all its references: BLEU (sacrebleu),
 ROUGE-L. Start it again to go on: each run is a JSON file in --out, and those that are there are kept. Frozen blocks
@@ -132,6 +132,10 @@ def _of_other_tables(tables: pa.ChunkedArray, order: np.ndarray, rows: int) -> n
     return np.asarray(order[rows:][~seen.to_numpy(zero_copy_only=False)])
 
 
+def warm_start(near: Path, rate: float) -> dict[str, Any]:
+    return {"warm_start": str(near), "warm_start_epochs": 5, "warm_start_learning_rate": rate}
+
+
 class Bench:
     """A model with one arm's adapter, and what its frozen blocks have computed."""
 
@@ -144,8 +148,7 @@ class Bench:
             **{"prompt_column": "text_a", "completion_column": "text_b", "max_length": 96, "out": str(options.out)},
             **{"eval_data": str(paths["validation"]), "targets": TARGETS, "rank": arm.rank},
             **({} if arm.basis is None else {"basis": arm.basis.format(near=paths["near"])}),
-            **({} if arm.warm is None else {"warm_start": str(paths["near"]), "warm_start_epochs": 5}),
-            **({} if arm.warm is None else {"warm_start_learning_rate": arm.warm}),
+            **({} if arm.warm is None else warm_start(paths["near"], arm.warm)),
             **{"steps": options.steps, "expected_batch_size": options.batch, "token_budget": 2048},
             remember_frozen_blocks=True,
             allow_non_private_basis=True,

@@ -193,6 +193,20 @@ def test_whether_private_rows_are_in_a_public_file_is_in_no_file(tmp_path, how):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("which", ["eval-data", "validation-data"])
+def test_no_sweep_begins_that_judges_on_the_rows_of_its_warm_start(tmp_path, which):
+    """Each of its cells would fail, and say that private rows are in the file."""
+    public, held_out = workbench.data_file(seed=6), tmp_path / "held_out.jsonl"
+    held_out.write_bytes(public.read_bytes().splitlines(keepends=True)[0])
+    tuned = ("--methods", "lora", "--learning-rates", "lora=0.1|0.2") if which == "validation-data" else ()
+    chosen = ("--warm-start", public, f"--{which}", held_out)
+    result = dpsb(*arguments(tmp_path / "out"), *tuned, *chosen, "--epsilons", 8, "--json")
+    assert result.exit_code == 1
+    assert "1 of the 60 rows of" in result.stderr
+    assert "are in the held-out data too" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_public_file_that_changes_during_a_sweep_tells_no_number_either(tmp_path, monkeypatch):
     public = tmp_path / "public.jsonl"
     public.write_bytes(workbench.data_file().read_bytes().splitlines(keepends=True)[0])
