@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from dpsb.losses import IGNORED, LossFn
+from dpsb.modes import evaluation_mode
 from dpsb.randomness import Randomness, SystemRandomness
 from dpsb.sampling import length_buckets, microbatches, padded_lengths
 from dpsb.secret_canaries import SecretCanaries
@@ -260,12 +261,8 @@ def example_losses(
     """Loss of every example in evaluation mode, shape ``(n,)``, float64. Sensitive where the examples are."""
     padded = padded_lengths(examples, length_buckets(max_length))
     found = np.zeros(len(examples))
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for indices, length in microbatches(np.arange(len(examples)), padded, token_budget):
             batch = collate([examples[int(i)] for i in indices], length)
             found[indices] = loss_fn(model, batch).double().cpu().numpy()
-    finally:
-        model.train(was_training)
     return found

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dpsb.losses import IGNORED, causal_lm_loss
+from dpsb.modes import evaluation_mode
 from dpsb.probe import Collate
 from dpsb.sampling import length_buckets, microbatches, padded_lengths
 
@@ -24,10 +25,8 @@ def evaluate(
     Rows with an undeclared label or without labelled tokens are left out.
     """
     padded = padded_lengths(examples, length_buckets(max_length))
-    was_training = model.training
-    model.eval()
     right, nll, count = 0, 0.0, 0
-    try:
+    with evaluation_mode(model):
         for indices, length in microbatches(np.arange(len(examples)), padded, token_budget):
             batch = collate([examples[int(i)] for i in indices], length)
             if task == "classification":
@@ -39,8 +38,6 @@ def evaluate(
             else:
                 nll += float(causal_lm_loss(model, batch, tokens_per_example=1).sum())
                 count += int((batch["labels"][:, 1:] != IGNORED).sum())
-    finally:
-        model.train(was_training)
     if count == 0:
         return {}
     if task == "classification":

@@ -12,6 +12,7 @@ from torch import nn
 
 from dpsb.adapter_files import adapter_settings, with_adapter
 from dpsb.data import Columns, DataError, Table, prompt_ids, prompts_and_completions, read_table
+from dpsb.modes import evaluation_mode
 from dpsb.run import RunError
 from dpsb_accounting import Ledger
 from dpsb_accounting.ledger import LEDGER_NAME
@@ -140,9 +141,7 @@ def generate(
     ids = [prompt_ids(prompt, tokenizer, max_length, chat_template) or [tokenizer.eos_token_id] for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     answers = [""] * len(ids)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for start in range(0, len(order), _BATCH):
             chosen = order[start : start + _BATCH]
             longest = max(len(ids[i]) for i in chosen)
@@ -159,8 +158,6 @@ def generate(
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = text.strip()
             on_batch(min(start + _BATCH, len(order)), len(order))
-    finally:
-        model.train(was_training)
     return answers
 
 

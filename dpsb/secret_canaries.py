@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dpsb.losses import IGNORED
+from dpsb.modes import evaluation_mode
 from dpsb.randomness import Randomness, SystemRandomness
 from dpsb_accounting.auditing import CanaryScores
 
@@ -87,10 +88,8 @@ class SecretCanaries:
     def by_writing(self, model: nn.Module) -> CanaryScores:
         """How many tokens of its secret the model writes, from the first one on, when it is given the prompt."""
         wanted = self._secrets[:, 0]
-        length, was_training = wanted.shape[1], model.training
-        device = next(model.parameters()).device
-        model.eval()
-        try:
+        length, device = wanted.shape[1], next(model.parameters()).device
+        with evaluation_mode(model):
             for start in range(0, len(wanted), _BATCH):
                 prompts = torch.from_numpy(self._prompts[start : start + _BATCH]).to(device)
                 written: Any = model.generate(  # type: ignore[operator]
@@ -103,8 +102,6 @@ class SecretCanaries:
                 )
                 same = written[:, self._prompt :].cpu().numpy() == wanted[start : start + _BATCH]
                 self._written[start : start + _BATCH] = np.cumprod(same, axis=1).sum(axis=1)
-        finally:
-            model.train(was_training)
         return CanaryScores(self._written, self.included, BY_WRITING)
 
     def summary(self) -> dict[str, float]:

@@ -13,6 +13,7 @@ from dpsb.basis.sources import batches_of
 from dpsb.data import DataError
 from dpsb.losses import IGNORED
 from dpsb.models import head_of
+from dpsb.modes import evaluation_mode
 from dpsb.probe import Batch, Collate, Example
 
 _ROUNDS = 200
@@ -79,15 +80,13 @@ def _features(
     """What the last linear layer of the head receives for each example, pooled as the model pools; (n, f), fp32."""
     head, found = head_of(model), []
     passed_on = head.register_forward_hook(lambda _module, inputs, _output: inputs[0])
-    was_training = model.training
-    model.eval()
     try:
-        for batch in batches_of(examples, collate, max_length, token_budget):
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            found.append(model(**inputs).logits.float())
+        with evaluation_mode(model):
+            for batch in batches_of(examples, collate, max_length, token_budget):
+                inputs = {key: value for key, value in batch.items() if key != "labels"}
+                found.append(model(**inputs).logits.float())
     finally:
         passed_on.remove()
-        model.train(was_training)
     return torch.cat(found)
 
 

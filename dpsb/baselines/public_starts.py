@@ -16,6 +16,7 @@ from dpsb.data import DataError
 from dpsb.layers import is_plain
 from dpsb.losses import LossFn
 from dpsb.models import peft_part
+from dpsb.modes import evaluation_mode
 from dpsb.probe import Collate
 
 LORA_GA = "lora_ga"
@@ -101,9 +102,7 @@ def input_directions(
         for name, layer in layers.items()
     }
     counts = dict.fromkeys(layers, 0)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for batch in batches:
             handles = [
                 layer.register_forward_pre_hook(_add_moments(name, batch["attention_mask"].bool(), moments, counts))
@@ -114,8 +113,6 @@ def input_directions(
             finally:
                 for handle in handles:
                     handle.remove()
-    finally:
-        model.train(was_training)
     found = {}
     for name, layer in layers.items():
         rank = layer.r["default"]

@@ -9,6 +9,7 @@ from torch import nn
 
 from dpsb.adapter import lora_layers
 from dpsb.losses import LossFn, check_losses
+from dpsb.modes import evaluation_mode
 
 
 def mean_gradients(
@@ -36,19 +37,17 @@ def mean_gradients(
         for name, layer in layers.items()
     }
     handles = [layer.register_forward_hook(_accumulate_into(sums[name])) for name, layer in layers.items()]
-    was_training = model.training
-    model.eval()
     count = 0
     try:
-        for batch in batches:
-            size = len(next(iter(batch.values())))
-            check_losses(loss_fn(model, batch), size).sum().backward()
-            model.zero_grad(set_to_none=True)
-            count += size
+        with evaluation_mode(model):
+            for batch in batches:
+                size = len(next(iter(batch.values())))
+                check_losses(loss_fn(model, batch), size).sum().backward()
+                model.zero_grad(set_to_none=True)
+                count += size
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
     if count == 0:
         raise ValueError("Expected at least one public example to compute a basis from, got none.")
     return {name: total / count for name, total in sums.items()}

@@ -14,6 +14,7 @@ from dpsb.basis.sources import PublicSet, batches_of, sha256_of
 from dpsb.config import RunConfig
 from dpsb.frozen_prefix import remember_frozen_prefix
 from dpsb.losses import LossFn
+from dpsb.modes import evaluation_mode
 from dpsb.probe import Collate, Example
 from dpsb.warm_start import train_on_public
 
@@ -55,22 +56,17 @@ def train_on_public_rows(setup: Setup, parameters: Sequence[nn.Parameter]) -> No
       PrefixError: With ``config.remember_frozen_blocks``, if there are none.
     """
     config = setup.config
-    was_training = setup.model.training
-    setup.model.eval()
     remembered = remember_frozen_prefix(setup.model) if config.remember_frozen_blocks else nullcontext()
-    try:
-        with remembered:
-            train_on_public(
-                parameters,
-                partial(setup.loss_fn, setup.model),
-                setup.warm_start,
-                lambda rows: batches_of(rows, setup.collate, setup.max_length, config.token_budget),
-                source=str(config.warm_start),
-                epochs=config.warm_start_epochs,
-                learning_rate=config.warm_start_learning_rate,
-            )
-    finally:
-        setup.model.train(was_training)
+    with evaluation_mode(setup.model), remembered:
+        train_on_public(
+            parameters,
+            partial(setup.loss_fn, setup.model),
+            setup.warm_start,
+            lambda rows: batches_of(rows, setup.collate, setup.max_length, config.token_budget),
+            source=str(config.warm_start),
+            epochs=config.warm_start_epochs,
+            learning_rate=config.warm_start_learning_rate,
+        )
 
 
 def from_public_rows(config: RunConfig) -> dict[str, str | int | float]:
