@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -19,12 +19,13 @@ class PublicRows(NamedTuple):
     Args:
       source: The file.
       rows: How many it holds.
-      digests: SHA-256 of each row's text, its label left out, where the text is long enough to tell.
+      digests: For each row, SHA-256 of its text, its label left out, and of each column of the text by itself; of those
+        that are long enough to tell.
     """
 
     source: str
     rows: int
-    digests: list[str]
+    digests: list[list[str]]
 
 
 class SharedRowsError(DataError):
@@ -33,7 +34,8 @@ class SharedRowsError(DataError):
 
 def public_rows(table: Table, columns: Columns, task: str) -> PublicRows:
     """The digests of a public file."""
-    return PublicRows(table.source, len(table), _digests(table, columns, task))
+    rows = ({" ".join(texts), *texts} for texts in _texts(table, columns, task))
+    return PublicRows(table.source, len(table), [sorted(map(_digest, filter(_tells, row))) for row in rows])
 
 
 def check_not_shared(
@@ -41,15 +43,17 @@ def check_not_shared(
 ) -> None:
     """Refuses public files that hold rows of the private one.
 
-    Texts are compared as they stand, but for white space. Short ones (below 20 characters), such as "ok" or "thanks",
-    are not: they are alike in many files and nobody's own.
+    Texts are compared as they stand, but for white space: the whole text of a private row with that of a public one and
+    with each of its columns, as a public file may have more of them than the private one. Short ones (below 20
+    characters), such as "ok" or "thanks", are not: they are alike in many files and nobody's own.
 
     Raises:
       SharedRowsError: With the number of such rows, for the operator's screen. No row is shown.
     """
-    own = set(_digests(private, columns, task)) if public else set()
+    whole = map(" ".join, _texts(private, columns, task)) if public else ()
+    own = set(map(_digest, filter(_tells, whole)))
     for file in public:
-        count = sum(digest in own for digest in file.digests)
+        count = sum(not own.isdisjoint(row) for row in file.digests)
         if count:
             raise SharedRowsError(
                 f"{count} of the {file.rows} rows of {file.source}, named as public, are in {owner} too; a row is one "
@@ -57,9 +61,19 @@ def check_not_shared(
             )
 
 
-def _digests(table: Table, columns: Columns, task: str) -> list[str]:
-    """Of a private table as sensitive as the table."""
+def _texts(table: Table, columns: Columns, task: str) -> Iterator[list[str]]:
+    """What stands in each row's columns of text, white space made one blank, empty ones left out."""
     found = chosen_columns(table, columns_here(table, columns), task)
     parts = [table.column(name) for part, name in found.items() if name is not None and part != "label"]
-    texts = (" ".join(" ".join(str(v) for v in row if v is not None).split()) for row in zip(*parts, strict=True))
-    return [sha256(text.encode(errors="surrogatepass")).hexdigest() for text in texts if len(text) >= _TELLING]
+    for row in zip(*parts, strict=True):
+        cells = (" ".join(str(value).split()) for value in row if value is not None)
+        yield [cell for cell in cells if cell]
+
+
+def _tells(text: str) -> bool:
+    return len(text) >= _TELLING
+
+
+def _digest(text: str) -> str:
+    """Of a private text as sensitive as the text."""
+    return sha256(text.encode(errors="surrogatepass")).hexdigest()

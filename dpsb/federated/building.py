@@ -38,7 +38,7 @@ from dpsb.start import START_NAME, attach_saved, start_of
 from dpsb_accounting.files import write_whole
 
 ADAPTER, PAID_START = "adapter", "paid-start.safetensors"
-PUBLIC_ROWS = "public_rows"
+PUBLIC_TEXTS = "public_texts"
 """Of the settings' file: digests by which a silo sees whether rows that the basis takes for public are its own."""
 
 Status = Callable[[str], None]
@@ -108,7 +108,7 @@ def build(
         adapter = _new_adapter(run, model, prepared[first], collate)
         write_whole(out / START_NAME, start_of(adapter))
         settings: dict[str, Any] = {"settings": config.to_json(), "basis": adapter.provenance.to_json()}
-        settings[PUBLIC_ROWS] = [rows._asdict() for rows in public]
+        settings[PUBLIC_TEXTS] = [rows._asdict() for rows in public]
         write_whole(out / SETTINGS_NAME, (json.dumps(settings, indent=1) + "\n").encode())
     trainer = Trainer(
         adapter=adapter,
@@ -166,7 +166,7 @@ def _paid(federation: Federation) -> list[PaidBasis]:
 
 def _public_rows(run: RunConfig, begun: Mapping[str, Any], out: Path) -> list[PublicRows]:
     """The rows that the basis takes for public, as the settings of a federation that was begun name them."""
-    named = begun.get(PUBLIC_ROWS, [])
+    named = begun.get(PUBLIC_TEXTS, [])
     if {rows["source"] for rows in named} != set(run.public_sources):
         raise FederatedError(
             f"{out / SETTINGS_NAME} does not say which rows the basis takes for public, so no silo can tell whether "

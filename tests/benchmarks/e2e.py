@@ -90,7 +90,7 @@ ARMS = {
     "lora-ga-near": Arm("peft:lora_ga:{near}", 4, (0.001, 0.003, 0.01, 0.03)),
     "sb-trained": Arm("sb", 16, GRADIENT_RATES, "trained", warm=0.005),
     "lora-warm": Arm("lora", 4, (0.001, 0.003, 0.01, 0.03), warm=0.01),
-    "ffa-lora-warm": Arm("ffa-lora", 4, (0.003, 0.01, 0.03, 0.1), warm=0.03),
+    "ffa-lora-warm": Arm("ffa-lora", 4, (0.003, 0.01, 0.03, 0.1), warm=0.1),
     "near-alone": Arm("lora", 4, (0.001, 0.003, 0.01, 0.03), rows="near"),
 }
 """LoRA's rank is small because its noise grows with the number of its entries."""

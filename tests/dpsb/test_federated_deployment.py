@@ -153,7 +153,7 @@ def test_a_silo_whose_rows_the_basis_takes_for_public_does_not_open(tmp_path):
     assert "5 of the 45 rows of" in said
     assert "named as public, are in the data of silo 'south' too" in said
     settings = tmp_path / "north" / "federation.json"
-    without = {name: part for name, part in json.loads(settings.read_text()).items() if name != "public_rows"}
+    without = {name: part for name, part in json.loads(settings.read_text()).items() if name != "public_texts"}
     settings.write_text(json.dumps(without))
     with pytest.raises(FederatedError, match="does not say which rows the basis takes for public"):
         open_silo(tmp_path / "north", on_status=lambda _message: None)

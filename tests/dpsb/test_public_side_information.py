@@ -203,6 +203,21 @@ def test_short_texts_are_nobodys_own():
         check_not_shared(private, [copied], Columns(), "classification")
 
 
+@pytest.mark.parametrize("more", ["text_b", "answer"])
+def test_a_public_file_with_further_columns_hides_no_private_row(more):
+    private = Table("p", {"text": ["a text of some length", "another one of some length"]})
+    texts = ["a text of some length", "nobody's own text at all", "thanks"]
+    public = public_rows(Table("q", {"text": texts, more: ["thanks", "", None]}), Columns(), "classification")
+    with pytest.raises(DataError, match="1 of the 3 rows of q, named as public, are in the private data"):
+        check_not_shared(private, [public], Columns(), "classification")
+
+
+def test_pairs_that_have_one_sentence_in_common_are_other_rows():
+    private = Table("p", {"text_a": ["a premise of some length"], "text_b": ["a hypothesis of some length"]})
+    table = Table("q", {"text_a": ["a premise of some length"], "text_b": ["some other hypothesis of it"]})
+    check_not_shared(private, [public_rows(table, Columns(), "classification")], Columns(), "classification")
+
+
 def test_second_moments_are_not_those_of_the_first_rows(tiny, monkeypatch):
     adapter, seen = tiny.adapter(tiny.base("bert")), []
 
