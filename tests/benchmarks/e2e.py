@@ -8,7 +8,8 @@ epsilon 8, one run each, judged by perplexity on validation rows (and four at ep
 other epsilon takes the rate of 8. *near* is a basis from the gradient of 256 further rows, which count as public;
 *private* and *hybrid* pay for theirs out of the same epsilon, in every run anew; *leak* is the raw gradient of 512
 private rows: its epsilon is infinite, its noise that of the others. *trained* and *warm* train on those 256 rows first,
-without privacy, and then privately on private ones. *near-alone* is LoRA trained on those 256 rows and on no private
+without privacy, and then privately on private ones; where they start is scored too, so that --warm-start-lr can be
+chosen (each rate with an --out of its own). *near-alone* is LoRA trained on those 256 rows and on no private
 one, without privacy: it runs at --epsilons inf only.
 
 Scores of greedy answers to test tables at the epsilons of --answers-at, each with all its references: BLEU (sacrebleu),
@@ -93,7 +94,8 @@ ARMS = {
     "ffa-lora-warm": Arm("ffa-lora", 4, (0.003, 0.01, 0.03, 0.1), warm=0.1),
     "near-alone": Arm("lora", 4, (0.001, 0.003, 0.01, 0.03), rows="near"),
 }
-"""LoRA's rank is small because its noise grows with the number of its entries."""
+"""LoRA's rank is small because its noise grows with the number of its entries. Public rates (`warm`): the
+best of two for R-only and of three for FFA-LoRA by the perplexity of the start, and that of *near-alone* for LoRA."""
 TARGETS = r"re:.*layers\.2[6-9]\..*_proj"
 OUTPUTS = FrozenOutputs()
 """What the blocks below the adapters computed, the same for every arm."""
@@ -148,7 +150,7 @@ class Bench:
             **{"prompt_column": "text_a", "completion_column": "text_b", "max_length": 96, "out": str(options.out)},
             **{"eval_data": str(paths["validation"]), "targets": TARGETS, "rank": arm.rank},
             **({} if arm.basis is None else {"basis": arm.basis.format(near=paths["near"])}),
-            **({} if arm.warm is None else warm_start(paths["near"], arm.warm)),
+            **({} if arm.warm is None else warm_start(paths["near"], options.warm_start_lr or arm.warm)),
             **{"steps": options.steps, "expected_batch_size": options.batch, "token_budget": 2048},
             remember_frozen_blocks=True,
             allow_non_private_basis=True,
@@ -156,6 +158,7 @@ class Bench:
         self.inputs: Inputs = read_inputs(self.config, warm=False)
         self._planned: dict[float, Planned] = {}
         self._synthetic = self.inputs.synthetic()
+        self.is_warm = arm.warm is not None
         self.is_paid = arm.basis is not None and parse_basis(self.config.basis).kind in RELEASED
         if arm.basis is None:
             self.adapter, _ = begin(self.inputs, basis_setup(self.inputs, DELTA), lambda _status: None)
@@ -244,7 +247,7 @@ def run(bench: Bench, target: float | None, rate: float, repeat: int, purpose: s
     """One row. Without ``target``: the model as it came. ``target`` is what the noise is for."""
     began = time.perf_counter(), time.process_time()
     row: dict[str, Any] = {
-        "arm": "–" if target is None else bench.name,
+        "arm": "–" if target is None and not bench.is_warm else bench.name,
         "purpose": purpose,
         "learning_rate": rate,
         "repeat": repeat,
@@ -274,7 +277,7 @@ def kept(out: Path, name: str, bench: Bench, *arguments: Any) -> dict[str, Any]:
 def do(arm: str, paths: dict[str, Path], options: argparse.Namespace) -> None:
     """Every run of one arm."""
     bench, out = Bench(arm, paths, options), options.out
-    kept(out, "before", bench, None, 0.0, 0, "before")
+    kept(out, f"{arm}-start" if bench.is_warm else "before", bench, None, 0.0, 0, "before")
     chosen: dict[float, float] = {}
     for target in options.epsilons:
         without_privacy = math.isinf(target)
@@ -327,6 +330,9 @@ def main() -> None:
         "--model", default="smollm2", help="or the folder of a model that public rows were trained into"
     )
     parser.add_argument("--arms", default=",".join(ARMS), help=f"one after the other; default {','.join(ARMS)}")
+    parser.add_argument(
+        "--warm-start-lr", type=float, help="public rate of the arms that begin on near rows; default: their own"
+    )
     parser.add_argument("--epsilons", type=numbers, default="8,3,1", help="inf is without privacy; default 8,3,1")
     parser.add_argument("--answers-at", type=numbers, default="8", help="epsilons with BLEU and ROUGE-L; default 8")
     parser.add_argument("--rows", type=int, default=2000)
