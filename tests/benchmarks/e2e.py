@@ -158,7 +158,6 @@ class Bench:
         self.inputs: Inputs = read_inputs(self.config, warm=False)
         self._planned: dict[float, Planned] = {}
         self._synthetic = self.inputs.synthetic()
-        self.is_warm = arm.warm is not None
         self.is_paid = arm.basis is not None and parse_basis(self.config.basis).kind in RELEASED
         if arm.basis is None:
             self.adapter, _ = begin(self.inputs, basis_setup(self.inputs, DELTA), lambda _status: None)
@@ -244,10 +243,10 @@ class Bench:
 
 
 def run(bench: Bench, target: float | None, rate: float, repeat: int, purpose: str) -> dict[str, Any]:
-    """One row. Without ``target``: the model as it came. ``target`` is what the noise is for."""
+    """One row. Without ``target``, what the noise is for: the model as it came, or as public rows left it."""
     began = time.perf_counter(), time.process_time()
     row: dict[str, Any] = {
-        "arm": "–" if target is None and not bench.is_warm else bench.name,
+        "arm": "–" if target is None and ARMS[bench.name].warm is None else bench.name,
         "purpose": purpose,
         "learning_rate": rate,
         "repeat": repeat,
@@ -277,7 +276,7 @@ def kept(out: Path, name: str, bench: Bench, *arguments: Any) -> dict[str, Any]:
 def do(arm: str, paths: dict[str, Path], options: argparse.Namespace) -> None:
     """Every run of one arm."""
     bench, out = Bench(arm, paths, options), options.out
-    kept(out, f"{arm}-start" if bench.is_warm else "before", bench, None, 0.0, 0, "before")
+    kept(out, "before" if ARMS[arm].warm is None else f"{arm}-start", bench, None, 0.0, 0, "before")
     chosen: dict[float, float] = {}
     for target in options.epsilons:
         without_privacy = math.isinf(target)
