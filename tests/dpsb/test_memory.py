@@ -1,12 +1,10 @@
 """The memory plan holds against what a real step allocates, and loads no weights."""
 
-import gc
 import json
 
 import pytest
 import torch
 import workbench
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -69,26 +67,6 @@ def batch_of(kind):
     return Collator(0)([{"input_ids": ids, "labels": ids if kind == "llama" else 1} for ids in tokens], LENGTH)
 
 
-def peak_bytes(work):
-    """The most that torch's allocator holds at any moment of ``work``, from every single allocation.
-
-    What earlier tests left in cycles must not be freed meanwhile: it would count against what ``work`` holds.
-    """
-    gc.collect()
-    gc.disable()
-    try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            work()
-    finally:
-        gc.enable()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def kept_bytes(adapter, forward):
     own = {t.untyped_storage().data_ptr() for t in (*adapter.model.parameters(), *adapter.model.buffers())}
     held = {}
@@ -132,7 +110,7 @@ def test_the_plan_is_what_a_step_takes(folders, kind, dtype, checkpointing):
             clip_and_sum(rows.get(), 1.0)
 
     step()
-    measured = {"activations": kept_bytes(adapter, forward), "peak": peak_bytes(step)}
+    measured = {"activations": kept_bytes(adapter, forward), "peak": workbench.peak_bytes(step)}
     plan = memory_plan(
         folders[kind],
         TASKS[kind],

@@ -1,5 +1,6 @@
 """What the tests of training, runs and the command line share: models as folders on disk, data files, plans."""
 
+import gc
 import json
 import random
 import signal
@@ -8,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
 from dpsb.adapter import attach
@@ -266,3 +268,26 @@ def bucket(example):
 def ignore_file_size_signal():
     """A write beyond RLIMIT_FSIZE then fails like one on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+
+# --- memory
+
+
+def peak_bytes(work):
+    """The most that torch's allocator holds at any moment of ``work``, from every single allocation.
+
+    What earlier tests left in cycles must not be freed meanwhile: it would count against what ``work`` holds.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            work()
+    finally:
+        gc.enable()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
