@@ -189,6 +189,18 @@ def _version(values: torch.Tensor) -> int:
 
 
 @contextmanager
+def watching(modules: Mapping[str, nn.Module], num_examples: int, backwards: int = 1) -> Iterator[_Watch]:
+    """Watches what these linear modules receive and the gradients of what they return; no hook stays behind."""
+    watch = _Watch(num_examples, backwards)
+    handles = [module.register_forward_hook(watch.hook(name)) for name, module in modules.items()]
+    try:
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def watched(
     layers: Mapping[str, LoraLayer], model: nn.Module, num_examples: int, backwards: int = 1
 ) -> Iterator[_Watch]:
@@ -196,20 +208,17 @@ def watched(
 
     Products of fp32 matrices are exact meanwhile, to fp32 rounding: see :func:`exact_products`.
     """
-    watch = _Watch(num_examples, backwards)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handles = [layer.get_base_layer().register_forward_hook(watch.hook(name)) for name, layer in layers.items()]
     disabled = {name: layer.disable_adapters for name, layer in layers.items()}
+    weights = {name: layer.get_base_layer() for name, layer in layers.items()}
     try:
         for layer in layers.values():
             layer._disable_adapters = True
         for parameter in trainable:
             parameter.requires_grad_(False)
-        with exact_products():
+        with watching(weights, num_examples, backwards) as watch, exact_products():
             yield watch
     finally:
-        for handle in handles:
-            handle.remove()
         for name, layer in layers.items():
             layer._disable_adapters = disabled[name]
         for parameter in trainable:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -13,7 +11,7 @@ from torch import nn
 
 from dpsb.adapter import Factors, trained_directly
 from dpsb.basis.choose import sketches_of
-from dpsb.basis.per_example import WHOLE, Batch, Sketch, example_norms, squared_norms
+from dpsb.basis.per_example import WHOLE, Batch, Sketch, example_norms, squared_norms, watching
 from dpsb.heads import HEAD_NAMES
 from dpsb.losses import LossFn
 
@@ -65,58 +63,31 @@ def row_norms(
     device = next(model.parameters()).device
     looks: list[Mapping[str, Sketch]] = [dict.fromkeys(layers, WHOLE)]
     looks += [sketches_of(factors, device) for factors in bases]
-    head = [module for name, module in trained_directly(model, HEAD_NAMES) if "lora_" not in name]
-    lengths, squares, numbers = [], [], 0
+    head = {name: module for name, module in trained_directly(model, HEAD_NAMES) if "lora_" not in name}
+    linear = {name: module for name, module in head.items() if isinstance(module, nn.Linear)}
+    lengths, squares = [], []
+    numbers: dict[str, int] = {}
     for batch in batches:
-        with _pairs_of(head) as pairs:
+        size = len(next(iter(batch.values())))
+        of_head = torch.zeros(size, dtype=torch.float64)
+
+        def on_pair(name: str, x: torch.Tensor, g: torch.Tensor, of_head: torch.Tensor = of_head) -> None:
+            of_head += _squares(linear[name], x.float(), g.float())
+            numbers[name] = g.shape[-1] * (x.shape[-1] + (linear[name].bias is not None))  # a hook may put another head
+
+        with watching(linear, size) as watch:
+            watch.on_pair = on_pair
             lengths.append(example_norms(model, loss_fn, batch, layers, looks).cpu())
-        used = [(module, kept) for module, kept in pairs if kept]
-        sides = [(module, *(torch.cat(side, dim=1) for side in zip(*kept, strict=True))) for module, kept in used]
-        squares.append(sum((_squares(*one) for one in sides), start=torch.zeros(len(lengths[-1]))))
-        numbers = sum(g.shape[-1] * (x.shape[-1] + (module.bias is not None)) for module, x, g in sides)
-    known = numbers > 0 and all(isinstance(module, nn.Linear) for module in head)
+            watch.finish()
+        squares.append(of_head)
+    known = bool(numbers) and len(linear) == len(head)
     rows = torch.cat(lengths)
     return RowNorms(
         whole=rows[:, 0],
         cores=rows[:, 1:],
         head=torch.cat(squares).sqrt() if known else None,
-        head_numbers=numbers if known else 0,
+        head_numbers=sum(numbers.values()) if known else 0,
     )
-
-
-_Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-@contextmanager
-def _pairs_of(head: Sequence[nn.Module]) -> Iterator[list[tuple[Any, list[_Pair]]]]:
-    """Keeps what each linear module of a head receives, and the gradient of what is returned in its name.
-
-    Each of shape ``(n, tokens, width)``. The output is the one that hooks put before may have changed: another head.
-    """
-    pairs: list[tuple[Any, list[_Pair]]] = [(module, []) for module in head if isinstance(module, nn.Linear)]
-
-    def keep(kept: list[_Pair], inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        x = inputs[0].detach()
-
-        def arrived(g: torch.Tensor) -> None:
-            kept.append((_by_token(x), _by_token(g.detach())))
-
-        if output.requires_grad:
-            output.register_hook(arrived)
-
-    handles = [
-        module.register_forward_hook(lambda _module, inputs, output, kept=kept: keep(kept, inputs, output))
-        for module, kept in pairs
-    ]
-    try:
-        yield pairs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _by_token(values: torch.Tensor) -> torch.Tensor:
-    return values.float().reshape(values.shape[0], -1, values.shape[-1])
 
 
 def _squares(module: nn.Linear, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
