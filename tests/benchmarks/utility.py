@@ -177,6 +177,8 @@ def sweep(
     if list(rates) != [HEAD] and task.has_head:
         command += ["--head-share", options.head_share] if options.head_share else []
         command += ["--head-lr", repr(options.head_lr or chosen_rate(options.out, task.name, HEAD))]
+    if options.basis_share:
+        command += ["--basis-share", options.basis_share]
     if list(rates) == [HEAD] or options.targets != "all":
         command.append("--remember-frozen-blocks")
     with (out.parent / f"{out.name}.log").open("wb") as log:
@@ -283,6 +285,7 @@ def main() -> None:
         "--tuned-at", choices=EPSILONS, default="3", help="epsilon at which rates are chosen; default 3"
     )
     parser.add_argument("--head-share", help="clip head and adapter apart; by default a row is clipped as a whole")
+    parser.add_argument("--basis-share", help="of the budget, for bases that are paid for; by default that of dpsb")
     parser.add_argument("--head-lr", type=float, help="of every arm; default: the rate that the head alone chose")
     parser.add_argument("--rate-factor", type=float, default=1.0, help="of all grids of learning rates; default 1")
     parser.add_argument("--warm-start-epochs", type=int, default=0, help="passes over the near rows before; default 0")
