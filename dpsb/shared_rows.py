@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dpsb.basis.sources import columns_here
-from dpsb.data import Columns, DataError, Table, chosen_columns
+from dpsb.data import Columns, DataError, Table, chosen_columns, prompts_and_completions
 
 _TELLING = 20
 """Characters that a text must have to tell that two rows are the same row."""
+
+_MOST_DIGESTS = 3
+"""Of a row: its whole text, and each of two columns."""
 
 
 class PublicRows(NamedTuple):
@@ -19,8 +22,8 @@ class PublicRows(NamedTuple):
     Args:
       source: The file.
       rows: How many it holds.
-      digests: For each row, SHA-256 of its text, its label left out, and of each column of the text by itself; of those
-        that are long enough to tell.
+      digests: For each row, SHA-256 of its text, its label left out, and then of each column of the text by itself; an
+        empty string where that is too short to tell.
     """
 
     source: str
@@ -34,8 +37,27 @@ class SharedRowsError(DataError):
 
 def public_rows(table: Table, columns: Columns, task: str) -> PublicRows:
     """The digests of a public file."""
-    rows = ({" ".join(texts), *texts} for texts in _texts(table, columns, task))
-    return PublicRows(table.source, len(table), [sorted(map(_digest, filter(_tells, row))) for row in rows])
+    return PublicRows(table.source, len(table), [_digests(cells) for cells in _texts(table, columns, task)])
+
+
+def stated_rows(stated: Any) -> PublicRows:
+    """What a party that has the file says of it.
+
+    Raises:
+      ValueError: If it is not of the shape of :class:`PublicRows`: a row is told by few digests, so that their number
+        says how many texts are asked for.
+    """
+    if not isinstance(stated, dict) or set(stated) != set(PublicRows._fields):
+        raise ValueError(f"expected {', '.join(PublicRows._fields)}")
+    rows = PublicRows(**stated)
+    if not isinstance(rows.source, str):
+        raise ValueError(f"its source is {rows.source!r}")
+    if not isinstance(rows.digests, list) or len(rows.digests) != rows.rows:
+        raise ValueError(f"it states {rows.rows!r} rows and has digests of another number")
+    for index, row in enumerate(rows.digests):
+        if not isinstance(row, list) or not 1 <= len(row) <= _MOST_DIGESTS or not all(isinstance(d, str) for d in row):
+            raise ValueError(f"row {index} is not a list of 1 to {_MOST_DIGESTS} digests")
+    return rows
 
 
 def check_not_shared(
@@ -43,37 +65,50 @@ def check_not_shared(
 ) -> None:
     """Refuses public files that hold rows of the private one.
 
-    Texts are compared as they stand, but for white space: the whole text of a private row with that of a public one and
-    with each of its columns, as a public file may have more of them than the private one. Short ones (below 20
-    characters), such as "ok" or "thanks", are not: they are alike in many files and nobody's own.
+    Texts are compared as they stand, but for white space: the whole text of a row on either side with that of a row on
+    the other and with each of its columns, as either file may have a column more. Short ones (below 20 characters),
+    such as "ok" or "thanks", are not: they are alike in many files and nobody's own. Nor is what every public row says
+    in a column, such as an instruction, if a private row says it and leaves its other column empty.
 
     Raises:
       SharedRowsError: With the number of such rows, for the operator's screen. No row is shown.
     """
-    whole = map(" ".join, _texts(private, columns, task)) if public else ()
-    own = set(map(_digest, filter(_tells, whole)))
+    texts = _texts(private, columns, task) if public else []
+    rows = [(all(cells), _digests(cells)) for cells in texts]
+    complete = {row[0] for is_complete, row in rows if is_complete} - {""}
+    partial = {row[0] for is_complete, row in rows if not is_complete} - {""}
+    anywhere = {digest for _, row in rows for digest in row} - {""}
     for file in public:
-        count = sum(not own.isdisjoint(row) for row in file.digests)
+        constant = set.intersection(*(set(row[1:]) for row in file.digests)) if file.rows else set()
+        whole = complete | (partial - constant)
+        found = [whole.intersection(row) | anywhere.intersection(row[:1]) for row in file.digests]
+        count = sum(map(bool, found))
         if count:
             raise SharedRowsError(
-                f"{count} of the {file.rows} rows of {file.source}, named as public, are in {owner} too; a row is one "
-                "or the other: leave them out there, or name another public file."
+                f"{count} of the {file.rows} rows of {file.source}, named as public, are in {owner} too, as a whole or "
+                f"in a column (distinct texts: {len(set().union(*found))}); a row is one or the other: leave them out "
+                f"of {owner}, or name another public file."
             )
 
 
-def _texts(table: Table, columns: Columns, task: str) -> Iterator[list[str]]:
-    """What stands in each row's columns of text, white space made one blank, empty ones left out."""
-    found = chosen_columns(table, columns_here(table, columns), task)
-    parts = [table.column(name) for part, name in found.items() if name is not None and part != "label"]
-    for row in zip(*parts, strict=True):
-        cells = (" ".join(str(value).split()) for value in row if value is not None)
-        yield [cell for cell in cells if cell]
+def columns_read(table: Table, columns: Columns, task: str) -> list[str]:
+    """The columns whose text a model is given, of a private or a public table: what tokenization takes."""
+    plain, said = (chosen_columns(table, columns, kind) for kind in ("classification", "causal-lm"))
+    read = [said["prompt"], said["completion"]]
+    if task == "classification" and plain["text"] is not None:
+        read = [plain["text"], plain["text_pair"]]
+    elif task != "classification" and prompts_and_completions(table, columns) is None:
+        read = [said["text"]]
+    return [name for name in read if name is not None]
 
 
-def _tells(text: str) -> bool:
-    return len(text) >= _TELLING
+def _texts(table: Table, columns: Columns, task: str) -> list[list[str]]:
+    """What stands in each row's columns of text, white space made one blank. Sensitive."""
+    parts = [table.column(name) for name in columns_read(table, columns_here(table, columns), task)]
+    return [["" if v is None else " ".join(str(v).split()) for v in row] for row in zip(*parts, strict=True)]
 
 
-def _digest(text: str) -> str:
-    """Of a private text as sensitive as the text."""
-    return sha256(text.encode(errors="surrogatepass")).hexdigest()
+def _digests(cells: Sequence[str]) -> list[str]:
+    """Of a row's whole text and of each of its columns; empty where one is too short to tell. As sensitive as they."""
+    texts = [" ".join(filter(None, cells)), *cells]
+    return [sha256(t.encode(errors="surrogatepass")).hexdigest() if len(t) >= _TELLING else "" for t in texts]

@@ -56,8 +56,8 @@ def run_job(
         _run(job, on_step, frozen_outputs)
     except SharedRowsError:  # a file has changed since the sweep began
         return (
-            "private rows are in a file that it takes for public. How many is not written here, where others may read "
-            "it: start the sweep again to see it on the screen."
+            "a file that it takes for public was refused. Why is not written here, where others may read it: start the "
+            "sweep again to see it on the screen."
         )
     except Exception as error:  # noqa: BLE001 - the other cells go on
         return reason(error)

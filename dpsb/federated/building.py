@@ -33,7 +33,7 @@ from dpsb.federated.trainer import Trainer
 from dpsb.models import HEAD_NAMES, add_lora, load_base
 from dpsb.prepare import Prepared, columns_of, labels_of, loss_of, prepare, synthetic_of, targets_of
 from dpsb.run import run_details
-from dpsb.shared_rows import PublicRows, check_not_shared, public_rows
+from dpsb.shared_rows import PublicRows, check_not_shared, public_rows, stated_rows
 from dpsb.start import START_NAME, attach_saved, start_of
 from dpsb_accounting.files import write_whole
 
@@ -166,13 +166,18 @@ def _paid(federation: Federation) -> list[PaidBasis]:
 
 def _public_rows(run: RunConfig, begun: Mapping[str, Any], out: Path) -> list[PublicRows]:
     """The rows that the basis takes for public, as the settings of a federation that was begun name them."""
-    named = begun.get(PUBLIC_TEXTS, [])
-    if {rows["source"] for rows in named} != set(run.public_sources):
+    try:
+        named = [stated_rows(stated) for stated in begun.get(PUBLIC_TEXTS, [])]
+    except (TypeError, ValueError) as error:
         raise FederatedError(
-            f"{out / SETTINGS_NAME} does not say which rows the basis takes for public, so no silo can tell whether "
-            "they are its own; begin the federation anew."
+            f"{out / SETTINGS_NAME}: {PUBLIC_TEXTS} is not what a coordinator writes: {error}."
+        ) from None
+    if sorted(rows.source for rows in named) != sorted(run.public_sources):
+        raise FederatedError(
+            f"{out / SETTINGS_NAME} does not say which rows the basis takes for public ({PUBLIC_TEXTS}; older versions "
+            "of dpsb said less), so no silo can tell whether they are its own; begin the federation anew."
         )
-    return [PublicRows(**rows) for rows in named]
+    return named
 
 
 def _wide(run: RunConfig, model: torch.nn.Module, prepared: Prepared, collate: Collator) -> Wide:

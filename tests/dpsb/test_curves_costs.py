@@ -212,7 +212,8 @@ def test_a_public_file_that_changes_during_a_sweep_tells_no_number_either(tmp_pa
     public.write_bytes(workbench.data_file().read_bytes().splitlines(keepends=True)[0])
     monkeypatch.setattr("dpsb.curves.sweep.check_public_files", lambda _settings: None)
     (failed,) = run_sweep(settings_of(methods=f"sb:public:{public}", epsilons="8"), tmp_path, Silent()).failures
-    assert failed.failure.startswith("private rows are in a file that it takes for public.")
+    assert failed.failure.startswith("a file that it takes for public was refused.")
+    assert "private" not in failed.failure
     assert "1 of" not in failed.failure
 
 

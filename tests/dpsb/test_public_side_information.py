@@ -9,13 +9,12 @@ import workbench
 
 from dpsb import run
 from dpsb.config import ConfigError
-from dpsb.data import Collator, Columns, DataError, Table
+from dpsb.data import Collator, DataError
 from dpsb.losses import IGNORED, classification_loss
 from dpsb.mechanism import Mechanism
 from dpsb.models import head_of, load_base
 from dpsb.precondition import public_row_scale
 from dpsb.randomness import SeededRandomness
-from dpsb.shared_rows import check_not_shared, public_rows
 from dpsb.train import fit
 from dpsb.warm_start import warm_start
 from dpsb_accounting import Ledger, verify
@@ -167,55 +166,6 @@ def test_bad_input_is_one_sentence(tmp_path):
     with pytest.raises(DataError, match="no row has a usable label"):
         run.fine_tune(workbench.run_config(tmp_path / "run", precondition=str(other)))
     assert not (tmp_path / "run" / "ledger.jsonl").exists()
-
-
-def shared_with_private(tmp_path, kind, name):
-    private = workbench.rows(task=kind)
-    strange = [{key: f"{value} of somebody else" for key, value in row.items() if key != "label"} for row in private]
-    longest = sorted(private, key=lambda row: -min(len(text) for key, text in row.items() if key != "label"))
-    path = tmp_path / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*strange, *longest[:3], {"text": ""}]))
-    return path
-
-
-@pytest.mark.parametrize("kind", ["classification", "causal-lm", "pairs"])
-@pytest.mark.parametrize("how", ["basis=public", "basis=hybrid", "warm_start", "precondition"])
-def test_a_public_file_with_private_rows_is_refused(tmp_path, kind, how):
-    path = shared_with_private(tmp_path, kind, "secret.jsonl")
-    name, _, basis = how.partition("=")
-    task = "classification" if kind == "classification" else "causal-lm"
-    changes = {name: f"{basis}:{path}" if basis else str(path), "data": str(workbench.data_file(kind))}
-    changes |= {"warm_start_epochs": 1} if how == "warm_start" else {}
-    with pytest.raises(DataError) as caught:
-        run.fine_tune(workbench.run_config(tmp_path / "run", task, **changes))
-    assert "3 of the 64 rows" in str(caught.value)
-    assert not any(word in str(caught.value) for word in workbench.CANARIES)
-    assert not (tmp_path / "run").exists()
-
-
-def test_short_texts_are_nobodys_own():
-    private = Table("p", {"text": ["ok", "thanks", "a  text of\nsome length"], "label": ["x", "y", "x"]})
-    short = public_rows(Table("q", {"text": ["ok", "thanks"]}), Columns(), "classification")
-    check_not_shared(private, [short], Columns(), "classification")
-    copy = Table("q", {"text": ["a text of some length ", "ok"], "label": ["y", "y"]})
-    copied = public_rows(copy, Columns(), "classification")
-    with pytest.raises(DataError, match="1 of the 2 rows of q, named as public, are in the private data"):
-        check_not_shared(private, [copied], Columns(), "classification")
-
-
-@pytest.mark.parametrize("more", ["text_b", "answer"])
-def test_a_public_file_with_further_columns_hides_no_private_row(more):
-    private = Table("p", {"text": ["a text of some length", "another one of some length"]})
-    texts = ["a text of some length", "nobody's own text at all", "thanks"]
-    public = public_rows(Table("q", {"text": texts, more: ["thanks", "", None]}), Columns(), "classification")
-    with pytest.raises(DataError, match="1 of the 3 rows of q, named as public, are in the private data"):
-        check_not_shared(private, [public], Columns(), "classification")
-
-
-def test_pairs_that_have_one_sentence_in_common_are_other_rows():
-    private = Table("p", {"text_a": ["a premise of some length"], "text_b": ["a hypothesis of some length"]})
-    table = Table("q", {"text_a": ["a premise of some length"], "text_b": ["some other hypothesis of it"]})
-    check_not_shared(private, [public_rows(table, Columns(), "classification")], Columns(), "classification")
 
 
 def test_second_moments_are_not_those_of_the_first_rows(tiny, monkeypatch):
