@@ -159,6 +159,7 @@ def sweep(
         *("--learning-rates", ",".join(f"{arm}={given}" for arm, given in rates.items())),
         *("--repeats", str(options.repeats), "--delta", "1e-5"),
         *("--steps", str(options.steps), "--expected-batch-size", str(options.batch), "--auto-clip"),
+        *("--schedule", options.schedule),
         *("--max-length", str(task.max_length), "--targets", TARGETS[options.targets], "--rank", str(options.rank)),
         *("--token-budget", str(options.token_budget), "--dtype", options.dtype),
         *("--processes", str(options.processes), "--allow-non-private-basis", "--json"),
@@ -285,6 +286,7 @@ def main() -> None:
         "--tuned-at", choices=EPSILONS, default="3", help="epsilon at which rates are chosen; default 3"
     )
     parser.add_argument("--head-share", help="clip head and adapter apart; by default a row is clipped as a whole")
+    parser.add_argument("--schedule", default="linear", help="of all learning rates: linear, cosine or constant")
     parser.add_argument("--basis-share", help="of the budget, for bases that are paid for; by default that of dpsb")
     parser.add_argument("--head-lr", type=float, help="of every arm; default: the rate that the head alone chose")
     parser.add_argument("--rate-factor", type=float, default=1.0, help="of all grids of learning rates; default 1")
