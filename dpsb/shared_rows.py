@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -11,6 +12,9 @@ from dpsb.data import Columns, DataError, Table, chosen_columns, prompts_and_com
 
 _TELLING = 20
 """Characters that a text must have to tell that two rows are the same row."""
+
+_TEMPLATE = 20
+"""Different public rows that must say something in a column for it to be an instruction, say, and nobody's own text."""
 
 _MOST_DIGESTS = 3
 """Of a row: its whole text, and each of two columns."""
@@ -67,8 +71,9 @@ def check_not_shared(
 
     Texts are compared as they stand, but for white space: the whole text of a row on either side with that of a row on
     the other and with each of its columns, as either file may have a column more. Short ones (below 20 characters),
-    such as "ok" or "thanks", are not: they are alike in many files and nobody's own. Nor is what every public row says
-    in a column, such as an instruction, if a private row says it and leaves its other column empty.
+    such as "ok" or "thanks", are not: they are alike in many files and nobody's own. Nor is a text that 20 or more
+    different public rows have in a column, such as an instruction, where a row has no more to it: where a private row
+    with an empty column says it, or a public row as a whole.
 
     Raises:
       SharedRowsError: With the number of such rows, for the operator's screen. No row is shown.
@@ -79,9 +84,9 @@ def check_not_shared(
     partial = {row[0] for is_complete, row in rows if not is_complete} - {""}
     anywhere = {digest for _, row in rows for digest in row} - {""}
     for file in public:
-        constant = set.intersection(*(set(row[1:]) for row in file.digests)) if file.rows else set()
-        whole = complete | (partial - constant)
-        found = [whole.intersection(row) | anywhere.intersection(row[:1]) for row in file.digests]
+        template = _templates(file)
+        whole, own = complete | (partial - template), anywhere - template
+        found = [whole.intersection(row) | own.intersection(row[:1]) for row in file.digests]
         count = sum(map(bool, found))
         if count:
             raise SharedRowsError(
@@ -91,14 +96,24 @@ def check_not_shared(
             )
 
 
+def _templates(file: PublicRows) -> set[str]:
+    """The digests that stand in a column of many different rows."""
+    different = {row[0]: set(row[1:]) for row in file.digests}
+    count = Counter(digest for cells in different.values() for digest in cells)
+    return {digest for digest, rows in count.items() if rows >= _TEMPLATE}
+
+
 def columns_read(table: Table, columns: Columns, task: str) -> list[str]:
     """The columns whose text a model is given, of a private or a public table: what tokenization takes."""
     plain, said = (chosen_columns(table, columns, kind) for kind in ("classification", "causal-lm"))
-    read = [said["prompt"], said["completion"]]
-    if task == "classification" and plain["text"] is not None:
+    if task != "classification":
+        pairs = prompts_and_completions(table, columns) is not None
+        read = [said["prompt"], said["completion"]] if pairs else [said["text"]]
+    elif plain["text"] is not None:
         read = [plain["text"], plain["text_pair"]]
-    elif task != "classification" and prompts_and_completions(table, columns) is None:
-        read = [said["text"]]
+    else:  # as :func:`~dpsb.basis.sources.read_public` falls back
+        read = [said["prompt"], said["completion"] or plain["text_pair"]]
+        read = read if said["prompt"] or said["completion"] else []
     return [name for name in read if name is not None]
 
 

@@ -92,7 +92,8 @@ def read_public(
         return PublicSet(name, tokenize_causal(_sampled(table), here, tokenizer, max_length), 0, note)
     if found["text"] is None:  # perhaps prompts and completions
         parts = chosen_columns(table, here, "causal-lm")
-        here = replace(here, text=parts["prompt"] or parts["completion"], text_pair=parts["completion"])
+        pair = parts["completion"] or found["text_pair"]
+        here = replace(here, text=parts["prompt"] or parts["completion"], text_pair=pair)
     column = found["label"]
     own = _label_set(table, column) if column else ()
     occur, of_the_run = _labels_of_the_run(table, column, labels) if own else (0, False)

@@ -169,9 +169,7 @@ def _public_rows(run: RunConfig, begun: Mapping[str, Any], out: Path) -> list[Pu
     try:
         named = [stated_rows(stated) for stated in begun.get(PUBLIC_TEXTS, [])]
     except (TypeError, ValueError) as error:
-        raise FederatedError(
-            f"{out / SETTINGS_NAME}: {PUBLIC_TEXTS} is not what a coordinator writes: {error}."
-        ) from None
+        raise FederatedError(f"{out / SETTINGS_NAME}: {PUBLIC_TEXTS} is not what a server writes: {error}.") from None
     if sorted(rows.source for rows in named) != sorted(run.public_sources):
         raise FederatedError(
             f"{out / SETTINGS_NAME} does not say which rows the basis takes for public ({PUBLIC_TEXTS}; older versions "

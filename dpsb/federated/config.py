@@ -280,12 +280,20 @@ def settings_in(folder: Path) -> FederateConfig:
       FederatedError: If there are none.
     """
     try:
-        content = json.loads((folder / SETTINGS_NAME).read_text())["settings"]
+        begun = json.loads((folder / SETTINGS_NAME).read_text())
+        content, basis = begun["settings"], begun["basis"]
     except (OSError, ValueError, KeyError, TypeError):
         raise FederatedError(
             f"{folder} holds no federation ({SETTINGS_NAME}); make it with `dpsb federate init`."
         ) from None
-    return config_from_json(content)
+    try:
+        config, _ = config_from_json(content), (basis["kind"], basis["access"])
+    except (KeyError, AttributeError, TypeError) as error:
+        raise FederatedError(
+            f"{folder / SETTINGS_NAME} is not what `dpsb federate init` wrote ({type(error).__name__}: {error}); take "
+            "it from the server again."
+        ) from None
+    return config
 
 
 def silo_config(config: FederateConfig, name: str) -> RunConfig:

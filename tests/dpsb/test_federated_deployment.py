@@ -153,10 +153,19 @@ def test_a_silo_whose_rows_the_basis_takes_for_public_does_not_open(tmp_path):
     assert "5 of the 45 rows of" in said
     assert "named as public, are in the data of silo 'south' too" in said
     settings = tmp_path / "north" / "federation.json"
-    without = {name: part for name, part in json.loads(settings.read_text()).items() if name != "public_texts"}
-    settings.write_text(json.dumps(without))
-    with pytest.raises(FederatedError, match="does not say which rows the basis takes for public"):
-        open_silo(tmp_path / "north", on_status=lambda _message: None)
+    begun = json.loads(settings.read_text())
+    guesses = [{**begun["public_texts"][0], "rows": 1}]
+    for changes, match in (
+        ({"public_texts": []}, "does not say which rows the basis takes for public"),
+        ({"public_texts": begun["public_texts"] * 2}, "does not say which rows the basis takes for public"),
+        ({"public_texts": guesses}, "public_texts is not what a server writes: it states 1 rows"),
+        ({"public_texts": None}, "public_texts is not what a server writes"),
+        ({"settings": {}}, "is not what `dpsb federate init` wrote"),
+        ({"basis": None}, "is not what `dpsb federate init` wrote"),
+    ):
+        settings.write_text(json.dumps({**begun, **changes}))
+        with pytest.raises(FederatedError, match=match):
+            open_silo(tmp_path / "north", on_status=lambda _message: None)
 
 
 def start_silos(tmp_path, silos, in_two_parts=()):

@@ -93,13 +93,51 @@ def test_a_column_that_a_language_model_is_not_given_hides_nothing(column):
     refused({"text": ["x", "y"], **pairs}, public, "causal-lm")
 
 
-def test_an_instruction_that_every_public_row_has_is_no_private_row():
-    """A private row without an answer is that instruction and no more."""
-    private = {"prompt": ["Summarise the following text."] * 2, "completion": ["a summary", None]}
-    public = {"prompt": ["Summarise the following text."] * 2, "completion": LONG}
-    passes(private, public, "causal-lm")
-    refused({**private, "completion": ["a summary", LONG[0]]}, public, "causal-lm")
-    refused({"text": ["Summarise the following text."]}, public, "causal-lm", match="2 of the 2 rows")
+SAID = "Summarise the following text."
+
+
+def summaries(count, of=SAID):
+    return {"prompt": [of] * count, "completion": [f"{LONG[0]}, number {i}" for i in range(count)]}
+
+
+def test_an_instruction_is_nobodys_own_where_a_row_has_no_more_to_it():
+    """A private row without an answer is that instruction and no more, and so is such a public row."""
+    private = {"prompt": [SAID] * 2, "completion": ["a summary", None]}
+    passes(private, summaries(20), "causal-lm")
+    refused(private, summaries(19), "causal-lm", match="19 of the 19 rows")
+    refused({"text": [SAID]}, summaries(20), "causal-lm", match="20 of the 20 rows")
+    without = {"prompt": [SAID] * 21, "completion": [*summaries(20)["completion"], None]}
+    passes({"prompt": [SAID], "completion": ["a summary"]}, without, "causal-lm")
+    refused({**private, "completion": ["a summary", f"{LONG[0]}, number 7"]}, summaries(20), "causal-lm", "1 of the 20")
+    several = {
+        name: cells + summaries(20, "Say it in other words, please.")[name] for name, cells in summaries(20).items()
+    }
+    passes(private, several, "causal-lm")
+
+
+def test_equal_rows_are_no_instruction():
+    private = {"prompt": [SAID], "completion": [None]}
+    refused(private, {"prompt": [SAID] * 30, "completion": ["a summary"] * 30}, "causal-lm", match="30 of the 30 rows")
+    refused(
+        {"text": LONG, "text_b": [None, "yes"]}, {"text": [LONG[0]] * 2, "text_b": ["one", "two"]}, match="2 of the 2"
+    )
+
+
+def test_columns_that_are_given_by_name_are_compared():
+    columns = Columns(text="said", label="kind")
+    public = public_rows(Table("q", {"said": [LONG[0]], "text": ["x"], "kind": ["a"]}), columns, "classification")
+    usual = public_rows(Table("q", {"sentence": [LONG[0]]}), columns, "classification")
+    private = Table("p", {"said": LONG, "text": ["x", "y"], "kind": ["a", "b"]})
+    fine = public_rows(Table("r", {"text": ["nobody's own text at all"]}), columns, "classification")
+    for stated in (public, usual):
+        with pytest.raises(DataError, match="1 of the 1 rows of q"):
+            check_not_shared(private, [fine, stated], columns, "classification")
+
+
+def test_lone_surrogates_and_exactly_twenty_characters_are_compared():
+    refused({"text": ["x" * 20]}, {"text": ["x" * 20, "y"]})
+    passes({"text": ["x" * 19]}, {"text": ["x" * 19, "y"]})
+    refused({"text": ["x" * 20 + "\ud800"]}, {"text": ["x" * 20 + "\ud800", "y"]})
 
 
 def test_the_message_says_how_many_texts_are_in_question():
@@ -118,6 +156,10 @@ LAYOUTS = [
     ("completion",),
     ("text", "prompt", "completion"),
     ("instruction", "output", "label"),
+    ("prompt", "answer"),
+    ("instruction", "context", "label"),
+    ("context", "label"),
+    ("completion", "text_b"),
 ]
 
 
@@ -133,6 +175,7 @@ def test_what_is_compared_is_what_a_public_file_gives_the_model(task, names):
         found = read_public(table, task, Columns(), tokenizer, ("x", "y"), workbench.PADDED)
     except DataError:
         assert not columns_read(table, Columns(), task)
+        passes({"text": LONG}, table.columns, task)  # the sentence that says so comes later
         return
     seen = tokenizer.decode(found.examples[0]["input_ids"]).split()
     assert {name for name, word in words.items() if word in seen} == set(columns_read(table, Columns(), task))
