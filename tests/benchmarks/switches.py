@@ -43,8 +43,6 @@ SWITCHES: dict[str, dict[str, str | None]] = {
     "constant rate": {"--schedule": "constant"},
     "cosine decay": {"--schedule": "cosine"},
     "head rate 0.2": {"--head-lr": "0.2"},
-    "head alone": {"method": "head-only", "--head-lr": None},
-    "head alone, constant rate": {"method": "head-only", "--head-lr": None, "--schedule": "constant"},
     **{f"rank {rank}": {"--rank": str(rank)} for rank in (2, 4, 8, 32, 64, 128)},
     "128 x 80": {"--expected-batch-size": "128", "--steps": "80"},
     "512 x 20": {"--expected-batch-size": "512", "--steps": "20"},
