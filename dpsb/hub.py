@@ -30,6 +30,8 @@ _KEPT = {
 }
 _PATH = re.compile(r"(?:/|~/|\.{1,2}/|[A-Za-z]:[\\/]|\\\\)\S")
 """How a name of a local file begins; a Hub id is ``name`` or ``owner/name``."""
+_FILES = re.compile(r",\s*|^(?:public|hybrid|lora-sb|peft:\w+):")
+"""What stands before each file in a list of them, as a basis names its public files."""
 
 
 @dataclass(frozen=True)
@@ -160,12 +162,13 @@ def _with_base_model(files: dict[str, bytes], record: LedgerRecord, given: str |
 
 
 def _check_paths(files: Mapping[str, bytes], local_paths: bool) -> None:
+    fixed = (LEDGER_NAME, CHOICE_NAME)
     for name, content in files.items():
-        if name not in (CONFIG, REPORT, LEDGER_NAME, "tokenizer_config.json") or (local_paths and name == LEDGER_NAME):
+        if name not in (CONFIG, REPORT, "tokenizer_config.json", *fixed) or (local_paths and name in fixed):
             continue
         for line in content.decode().splitlines() if name == LEDGER_NAME else [content.decode()]:
             if (key := next(_local(json.loads(line)), None)) is not None:
-                more = "; --local-paths publishes it, as a ledger cannot be changed" if name == LEDGER_NAME else ""
+                more = "; --local-paths publishes it, as what a ledger binds cannot be changed" if name in fixed else ""
                 raise RunError(f"{name} would give away a local path ({key}){more}.")
 
 
@@ -177,7 +180,7 @@ def _local(value: Any, key: str = "") -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from _local(inner, key)
-    elif isinstance(value, str) and _PATH.match(value):
+    elif isinstance(value, str) and any(_PATH.match(part) for part in _FILES.split(value)):
         yield key
 
 

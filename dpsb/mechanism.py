@@ -106,7 +106,8 @@ class AdaptiveClip:
     r"""How C follows a quantile of the rows' norms, at the price of a noisy count in every release.
 
     Each row i contributes, besides its clipped self, :math:`b_i = +\frac12` if :math:`\|g_i\| \le C` and
-    :math:`-\frac12` if not; the sum of the b gets noise of standard deviation :math:`\sigma_b`. One row then moves sum
+    :math:`-\frac12` if not, and 0 if the row is zero, which is what ``zero_out`` puts in its place, or not finite; the
+    sum of the b gets noise of standard deviation :math:`\sigma_b`. One row then moves sum
     and count, measured in their own noise, by :math:`z^{-2} + (2\sigma_b)^{-2} = z_{\mathrm{eff}}^{-2}` squared, so
     both together are one Gaussian release with the noise multiplier :math:`z_{\mathrm{eff}}`, and that is the plan's
     event; the gradient's own z follows from it. Afterwards :math:`C \leftarrow C e^{-\eta(\tilde b/M + 1/2 - q)}`.
@@ -155,11 +156,12 @@ class AdaptiveClip:
 
 
 def centred_count(rows: torch.Tensor, l2_clip_norm: float) -> torch.Tensor:
-    """The sum of :class:`AdaptiveClip`'s b over the rows, shape ``(1,)``, float64; 0 for a row that is not finite."""
+    """The sum of :class:`AdaptiveClip`'s b over the rows, shape ``(1,)``, float64; 0 for a row that does not count."""
     total = torch.zeros(1, dtype=torch.float64, device=rows.device)
     for chunk in rows.split(max(1, _CHUNK_NUMBERS // max(1, rows.shape[1]))):
         norms = chunk.to(torch.float64).norm(dim=1)
-        total += torch.where(torch.isfinite(norms), torch.where(norms <= l2_clip_norm, 0.5, -0.5), 0.0).sum()
+        counts = torch.isfinite(norms) & (norms > 0)
+        total += torch.where(counts, torch.where(norms <= l2_clip_norm, 0.5, -0.5), 0.0).sum()
     return total
 
 

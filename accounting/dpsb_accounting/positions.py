@@ -72,9 +72,9 @@ def safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def check_files(record: LedgerRecord) -> list[Check]:
-    """Checks that the ledger is not behind any tensor file or checkpoint beside it, nor of another run."""
+    """Checks that the ledger is not behind any tensor file or checkpoint beside it, nor of another run or its files."""
     folder = record.path.parent
-    return [*_tensor_files(record, folder), *_checkpoints(record, folder), *_start(record, folder)]
+    return [*_tensor_files(record, folder), *_checkpoints(record, folder), *_bound(record, folder)]
 
 
 def check_position(record: LedgerRecord, name: str, stated: Mapping[str, object]) -> Check:
@@ -122,18 +122,17 @@ def _checkpoints(record: LedgerRecord, folder: Path) -> Iterator[Check]:
         yield check_position(record, name, stated)
 
 
-def _start(record: LedgerRecord, folder: Path) -> Iterator[Check]:
-    """The start of an unfinished run is bound to the plan by its hash."""
-    planned, path = record.plan.details.get("start_sha256"), folder / _START
-    if not isinstance(planned, str) or not path.is_file():
-        return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    same = found == planned
-    yield Check(
-        name=_START,
-        ok=same,
-        detail="is the one that the plan names"
-        if same
-        else f"has the hash {found[:16]}, the plan names {planned[:16]}",
-    )
+def _bound(record: LedgerRecord, folder: Path) -> Iterator[Check]:
+    """Files that are bound by their hash: the start to the plan, what charged releases produced to the ledger."""
+    planned = record.plan.details.get("start_sha256")
+    start = [(_START, planned, "plan")] if isinstance(planned, str) else []
+    for name, stated, by in [*start, *((name, digest, "ledger") for name, digest in record.files.items())]:
+        path = folder / name
+        if path.parent != folder or not path.is_file():  # a finished run keeps none that it can do without
+            continue
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        same = found == stated
+        detail = f"is the one that the {by} names"
+        other = f"has the hash {found[:16]}, the {by} names {stated[:16]}"
+        yield Check(name=name, ok=same, detail=detail if same else other)

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from hashlib import sha256
 
 import pytest
 from plans import make_plan
@@ -153,6 +154,18 @@ def test_the_start_is_the_one_that_the_plan_names(tmp_path):
         pass
     write_tensors(tmp_path / "start.safetensors", {})
     assert failures(tmp_path) == ["start.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["basis.safetensors", "basis_choice.json"])
+def test_what_a_charged_release_produced_is_what_the_ledger_binds(tmp_path, name):
+    with Ledger.create(tmp_path / "ledger.jsonl", make_plan()) as ledger:
+        write_tensors(tmp_path / name, {})
+        ledger.bind_file(name, sha256((tmp_path / name).read_bytes()).hexdigest())
+    assert failures(tmp_path) == []
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b" ")
+    assert name in failures(tmp_path)
+    (tmp_path / name).unlink()  # a finished run does without it
+    assert failures(tmp_path) == []
 
 
 def test_a_run_that_is_still_going_is_not_confirmed(run):

@@ -52,6 +52,17 @@ def test_the_count_of_rows_within_c():
     assert centred_count(rows, 2.0).dtype == torch.float64
 
 
+@pytest.mark.parametrize("index", range(4))
+def test_a_row_that_is_zeroed_out_moves_sum_and_count_as_one_that_is_removed(index):
+    """zero_out and add_or_remove_one are charged alike; with a half for a row of zeros the count would move by one."""
+    mechanism, rows = adaptive(), torch.tensor([[9.0, 0.0], [0.0, 1e-3], [3.0, -4.0], [0.0, 0.0]])
+    zeroed, removed = rows.clone(), torch.cat([rows[:index], rows[index + 1 :]])
+    zeroed[index] = 0.0
+    torch.testing.assert_close(mechanism.clip_and_sum(zeroed), mechanism.clip_and_sum(removed), rtol=0, atol=0)
+    moved = mechanism.clip_and_sum(rows) - mechanism.clip_and_sum(zeroed)
+    assert float(moved.norm()) <= mechanism.noise_std * math.hypot(1 / 3.0, 1 / (2 * 4.0)) * (1 + 1e-6)
+
+
 def test_the_count_does_not_depend_on_how_rows_are_cut(monkeypatch):
     rows = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
     whole = centred_count(rows, 1.5)

@@ -80,8 +80,8 @@ def test_the_claim_is_the_same_as_without_adapting():
 
 def test_the_count_is_centred_and_leaves_out_what_is_not_finite():
     rows = torch.tensor([[3.0, 4.0], [0.3, 0.4], [float("nan"), 1.0], [0.0, 0.0], [math.inf, 0.0]])
-    assert centred_count(rows, 1.0).tolist() == [0.5]
-    assert centred_count(rows, 10.0).tolist() == [1.5]
+    assert centred_count(rows, 1.0).tolist() == [0.0], "a row of zeros is what zero_out leaves of one"
+    assert centred_count(rows, 10.0).tolist() == [1.0]
     assert centred_count(rows[:0], 1.0).tolist() == [0.0]
 
 

@@ -72,7 +72,7 @@ def test_norms_and_sums_are_autograds(tiny, kind, what):
     in_double = {name: Sketch(*(None if s is None else s.double() for s in sk)) for name, sk in sketches.items()}
     norms = [joint_norm(gradients, in_double) for gradients in exact]
     got = example_norms(model, tiny.loss[kind], batch, layers, [sketches])[:, 0]
-    assert tiny.distance(got, torch.tensor(norms)) <= 1e-5
+    assert tiny.distance(got, torch.tensor(norms)) <= 1e-4  # never below, see squared_norms
     bound = 0.7 * max(norms)  # some are clipped
     totals = clipped_sums(model, tiny.loss[kind], batch, layers, sketches, bound=bound)
     for name, total in totals.items():
@@ -80,7 +80,7 @@ def test_norms_and_sums_are_autograds(tiny, kind, what):
             in_double[name].of(g[name]) * (min(1.0, bound / norm) if norm else 0.0)
             for g, norm in zip(exact, norms, strict=True)
         )
-        assert tiny.distance(total, expected) <= 1e-5
+        assert tiny.distance(total, expected) <= 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,7 +120,33 @@ def test_the_gram_norm_never_falls_below_the_exact_one():
     exact = (g.double().mT @ x.double()).square().sum(dim=(1, 2))
     assert 12 * 500 <= 300 * 200, "this is the Gram form"
     assert bool((got >= exact).all())
-    assert float((got / exact).max()) < 1.2
+    assert float((got / exact).max()) < 1.5
+
+
+@pytest.mark.parametrize("width", [384, 1024, 2048])
+@pytest.mark.parametrize("tokens", [2, 16])
+def test_no_pattern_of_rounding_brings_the_norm_below_the_exact_one(width, tokens):
+    """Many products that fp32 drops, each too small beside the first, and gradients under which the first cancels."""
+    small = (2.0**-24 * 0.98) ** 0.5
+    x = torch.full((2, width), small)
+    x[1] = -small
+    x[:, 0] = 1.0001
+    g = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
+    x, g = (torch.cat([pair] * (tokens // 2))[None] for pair in (x, torch.cat([g, -g])))
+    got, exact = squared_norms(x, g), (g.double().mT @ x.double()).square().sum(dim=(1, 2))
+    assert tokens * 2 * width <= width * width, "this is the Gram form"
+    assert bool((got >= exact).all())
+
+
+@pytest.mark.parametrize("common", [1e3, 1e5, 1e7])
+def test_the_norm_of_products_never_falls_below_the_exact_one(common):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 1, 12, generator=generator) * common + torch.randn(8, 40, 12, generator=generator)
+    g = torch.randn(8, 40, 10, generator=generator)
+    g = g - g.mean(dim=1, keepdim=True)
+    got, exact = squared_norms(x, g), (g.double().mT @ x.double()).square().sum(dim=(1, 2))
+    assert 40 * 22 > 120, "this is the form that multiplies out"
+    assert bool((got >= exact).all())
 
 
 def test_both_forms_of_the_norm_agree(monkeypatch):

@@ -118,6 +118,21 @@ def test_a_base_model_in_a_folder_needs_its_name_and_a_ledger_that_names_it_cons
     assert str(workbench.bert_folder()) not in str(error.value)
 
 
+@pytest.mark.parametrize("chosen", ["/home/alice/near.parquet", "near.jsonl, /home/alice/far.jsonl", "public:~/a.csv"])
+def test_a_choice_of_files_gives_no_local_path_away(finished, tmp_path, chosen):
+    for path in finished.iterdir():
+        if path.is_file() and path.name in hub.ALLOWED:
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "basis_choice.json").write_text(json.dumps({"chosen": chosen}))
+    with pytest.raises(RunError, match=r"basis_choice.json would give away a local path \(chosen\)") as error:
+        planned(tmp_path, local_paths=False)
+    assert "alice" not in str(error.value)
+    report = json.loads((tmp_path / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps({**report, "basis": {**report["basis"], "candidates": chosen}}))
+    with pytest.raises(RunError, match=r"report.json would give away a local path \(basis.candidates\)"):
+        planned(tmp_path)
+
+
 def test_a_signature_goes_only_with_the_files_that_it_is_for(finished, tmp_path):
     for path in finished.iterdir():
         if path.is_file() and path.name in hub.ALLOWED:

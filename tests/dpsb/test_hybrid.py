@@ -18,7 +18,7 @@ from dpsb.basis.release import PrivateExamples
 from dpsb.basis.sources import EXAMPLES, own_head, read_public
 from dpsb.data import Columns, DataError
 from dpsb.models import ModelError
-from dpsb_accounting import Gaussian, Ledger, LedgerError, PoissonGaussian, epsilon
+from dpsb_accounting import Gaussian, Ledger, LedgerError, PoissonGaussian, epsilon, verify
 
 
 @pytest.fixture(autouse=True)
@@ -288,7 +288,9 @@ def test_the_file_that_private_examples_chose_is_on_record(tmp_path, monkeypatch
     assert f"chose `{PUBLIC[1]}` for its basis" in (out / "README.md").read_text()
     assert f"basis: the private examples chose {PUBLIC[1]}" in statuses
     assert "basis_choice.json" in finished.files
+    assert verify(out / "ledger.jsonl").ok
     (out / "basis_choice.json").write_bytes(content.replace(b"2", b"3"))
+    assert [check.name for check in verify(out / "ledger.jsonl").failures] == ["basis_choice.json"]
     with pytest.raises(LedgerError, match="not the one that the ledger binds"):
         stage.chosen_file(out, ledger)
 
