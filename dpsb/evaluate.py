@@ -14,6 +14,7 @@ from dpsb.losses import IGNORED, causal_lm_loss
 from dpsb.modes import evaluation_mode
 from dpsb.probe import Collate
 from dpsb.sampling import length_buckets, microbatches, padded_lengths
+from dpsb.withheld import messages_withheld
 
 
 @torch.no_grad()
@@ -23,10 +24,13 @@ def evaluate(
     """Accuracy and mean cross-entropy (classification), or loss per token and perplexity (causal LM).
 
     Rows with an undeclared label or without labelled tokens are left out.
+
+    Raises:
+      StepError, StepMemoryError: In the place of any error, which may quote a row.
     """
     padded = padded_lengths(examples, length_buckets(max_length))
     right, nll, count = 0, 0.0, 0
-    with evaluation_mode(model):
+    with evaluation_mode(model), messages_withheld("The evaluation on held-out rows", "Training is not affected."):
         for indices, length in microbatches(np.arange(len(examples)), padded, token_budget):
             batch = collate([examples[int(i)] for i in indices], length)
             if task == "classification":

@@ -18,7 +18,7 @@ from typing import Any
 SIDES = ("train", "validation", "test")
 _SPEC = re.compile(
     r"(?P<source>.+)#(?P<side>train|validation|test)"
-    r"\(test=(?P<test>[\d.e-]+),validation=(?P<validation>[\d.e-]+),seed=(?P<seed>\d+)(?:,by=(?P<by>[^()]+))?\)"
+    r"\(test=(?P<test>[\d.e-]+),validation=(?P<validation>[\d.e-]+),seed=(?P<seed>\d+)(?:,by=(?P<by>.+))?\)"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,22 +22,25 @@ class StepMemoryError(MemoryError):
 
 
 @contextmanager
-def messages_withheld(what: str) -> Iterator[None]:
-    """Lets no message of an error out that may quote an example, a label or the size of the draw."""
+def messages_withheld(what: str, so: str = "It is charged.") -> Iterator[None]:
+    """Lets no message of an error out that may quote an example, a label or the size of the draw.
+
+    With DPSB_TRACEBACK in the environment it goes to standard error, and nowhere else: a sweep writes down why a run
+    failed.
+    """
     try:
         yield
     except (CaptureError, StepMemoryError):
         raise
     except MemoryError:
         raise StepMemoryError(
-            f"{what} ran out of memory. It is charged. Lower token_budget or max_length, or resume on a machine with "
-            "more memory."
+            f"{what} ran out of memory. {so} Lower token_budget or max_length, or resume on a machine with more memory."
         ) from None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - another one is raised
         if os.environ.get("DPSB_TRACEBACK"):
-            raise
+            traceback.print_exc()
         raise StepError(
-            f"{what} failed ({kind_and_place(error)}). It is charged. The message is withheld, because it may quote "
+            f"{what} failed ({kind_and_place(error)}). {so} The message is withheld, because it may quote "
             "data; DPSB_TRACEBACK=1 shows it. The data set, collate or loss_fn breaks its contract for some example."
         ) from None
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dpsb.cli._shared import Json, app, fail, guarded
@@ -154,6 +156,7 @@ def curve(
 def _print(found: Any, out: Path, as_json: bool) -> None:
     from dpsb.curves.summary import summary
     from dpsb.curves.words import OUTSIDE, findings, price, with_sd
+    from dpsb_accounting.report.words import up
 
     if as_json:
         typer.echo(json.dumps(summary(found, out), indent=1))
@@ -163,7 +166,7 @@ def _print(found: Any, out: Path, as_json: bool) -> None:
     for heading in ("method", "epsilon", "epsilon at most", found.metric, "runs", "learning rate", "tuning runs"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for point in found.points:
-        upper = "-" if point.upper is None else f"{point.upper:.4f}"
+        upper = "-" if point.upper is None else up(point.upper, 5) if math.isfinite(point.upper) else "∞"
         rate = "-" if point.learning_rate is None else f"{point.learning_rate:g}"
         numbers = (
             f"{point.epsilon:g}",
@@ -173,7 +176,7 @@ def _print(found: Any, out: Path, as_json: bool) -> None:
             rate,
             f"{point.tuning_runs}",
         )
-        table.add_row(point.label, *numbers)
+        table.add_row(escape(point.label), *numbers)
     console.print(table)
     for sentence in findings(found):
         console.print(sentence, highlight=False, markup=False)

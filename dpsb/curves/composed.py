@@ -72,9 +72,9 @@ def composed(out: Path) -> Composed:
     """
     records: list[tuple[LedgerRecord, str]] = []
     unreadable = [
-        f"{folder.relative_to(out)}/{LEDGER_NAME}"  # a finished run whose price is not known
-        for folder in sorted(out.glob(f"{CELLS}/*"))
-        if is_finished(folder) and not (folder / LEDGER_NAME).exists()
+        f"{folder.relative_to(out)}/{LEDGER_NAME}"  # a run that has charged, and whose price is not known
+        for folder in sorted([*out.glob(f"{CELLS}/*"), *out.glob(f"{ABANDONED}/*")])
+        if (is_finished(folder) or any(folder.glob("checkpoint*"))) and not (folder / LEDGER_NAME).exists()
     ]
     for path in sorted(out.glob(f"{CELLS}/*/{LEDGER_NAME}")) + sorted(out.glob(f"{ABANDONED}/*/{LEDGER_NAME}")):
         try:

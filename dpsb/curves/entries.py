@@ -112,6 +112,8 @@ def parse_epsilons(text: str) -> tuple[float, ...]:
     for value in values:
         if not value > 0:
             raise CurveError(f"Expected epsilons={text!r} to be positive, got {value:g}.")
+    if len({f"{value:.12g}" for value in values}) < len(values):  # as a cell's folder is named
+        raise CurveError(f"epsilons={text!r} holds two numbers that are equal in 12 digits.")
     return tuple(sorted(values))
 
 

@@ -17,6 +17,7 @@ from dpsb.curves.entries import CurveError, Entry
 from dpsb.curves.settings import CurveSettings
 from dpsb.data import read_table
 from dpsb.models import QuantizedConfigError, add_lora, empty_base
+from dpsb.parts import part_of
 from dpsb.prepare import check_public_rows, public_files, targets_of
 
 _SOME_LABELS = 2
@@ -50,7 +51,8 @@ def check_methods(settings: CurveSettings) -> None:
 def check_public_files(settings: CurveSettings) -> None:
     """Refuses a sweep whose methods take rows for public that are private too, or judge on rows of a warm start.
 
-    Whether there are such rows, and how many, is private. A cell that failed for it would be in the sweep's page and
+    The private ones are all of the data file, the parts that are held out of it too. Whether there are such rows, and
+    how many, is private. A cell that failed for it would be in the sweep's page and
     tables, which are made to be shown; so no sweep begins, and only the operator's screen says why.
 
     Raises:
@@ -66,7 +68,9 @@ def check_public_files(settings: CurveSettings) -> None:
     if sources:
         judged_on = dict.fromkeys(config.eval_data for config in configs if config.warm_start and config.eval_data)
         public = {source: read_table(source) for source in sources}
-        check_public_rows(configs[0], read_table(configs[0].data), [read_table(file) for file in judged_on], public)
+        part = part_of(configs[0].data)
+        private = read_table(configs[0].data if part is None else part.source)
+        check_public_rows(configs[0], private, [read_table(file) for file in judged_on], public)
 
 
 def _check_settings_used(settings: CurveSettings) -> None:

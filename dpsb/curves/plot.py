@@ -165,6 +165,7 @@ def _labels(axes: Any, ends: Sequence[tuple[str, str, float, float]]) -> None:
     for (label, colour, x, y), height in zip(ends, heights, strict=True):
         axes.annotate(
             label,
+            parse_math=False,  # a file's name may hold a dollar sign
             xy=(x, y),
             xytext=(_LABEL, height),
             textcoords=axes.get_yaxis_transform(),

@@ -132,6 +132,7 @@ class CurveSettings:
                 "takes a share of epsilon. Give a finite epsilon, or a method without a paid basis."
             )
         self.split()
+        self._check_judged()
         if self.validation_data is not None and not self.tunes:
             raise CurveError(
                 f"validation_data={self.validation_data!r} is not used: no method has more than one of learning_rates."
@@ -152,6 +153,17 @@ class CurveSettings:
                 if entry.has_cell(epsilon):
                     self.run(entry, epsilon, self.rates[entry.text][0], Path("cell"), tuning=False)
                     self.run(entry, epsilon, self.rates[entry.text][0], Path("cell"), tuning=self.tunes)
+
+    def _check_judged(self) -> None:
+        """Every run is judged on rows: without any it would be charged for nothing."""
+        if self.shared["data"] == DEMO:
+            return
+        for name, file, needed in (
+            ("test_share", self.shared.get("eval_data"), True),
+            ("validation_share", self._validation_file(), self.tunes),
+        ):
+            if needed and file is None and not getattr(self, name):
+                raise CurveError(f"{name}=0 leaves no rows to judge runs on, and no file of such rows is given.")
 
     def left_out(self) -> str:
         """Which methods have no run without privacy although that is asked for; empty if all have."""

@@ -60,7 +60,7 @@ class Point:
       label: As a reader sees it.
       epsilon: Target.
       lower: The smallest lower bound on the repeats' epsilon.
-      upper: The largest upper bound; what each single run may claim.
+      upper: The largest upper bound, at the largest delta; what each single run may claim.
       learning_rate: Of all repeats; None if no cell was run.
       n: Repeats with a metric.
       mean: Of the metric; None without repeats.
@@ -132,7 +132,7 @@ def points_of(pairs: Sequence[tuple[Entry, float]], rows: Sequence[Row], metric:
                 method=entry.text,
                 label=labels[entry.text],
                 epsilon=epsilon,
-                delta=next((r.delta for r in curve), None),
+                delta=max((r.delta for r in curve if r.delta is not None), default=None),
                 lower=min(lower, default=None),
                 upper=max(upper, default=None),
                 learning_rate=next((r.learning_rate for r in curve), None),

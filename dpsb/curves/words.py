@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from decimal import ROUND_CEILING, Decimal
 
 from dpsb.curves.composed import Composed
 from dpsb.curves.entries import labels_of
@@ -111,7 +112,7 @@ def price(composed: Composed) -> tuple[str, str]:
         return "no claim", f"{runs}; void, because {'; '.join(composed.tainted)}."
     if composed.bound.is_finite:
         headline = f"ε ≤ {up(composed.bound.upper, 4)} at {delta}"
-        return headline, f"All {runs} together, {about}; at least {composed.bound.lower:.4g}."
+        return headline, f"All {runs} together, {about}; at least {down(composed.bound.lower, 4)}."
     private = composed.runs - composed.non_private
     rest = ""
     if private and composed.private is not None and composed.private.is_finite:
@@ -170,10 +171,12 @@ def tuning(curve: Curve) -> list[str]:
 
 
 def power(value: float) -> str:
-    """A small number as a reader writes it: ``"3.31·10⁻⁵"``."""
-    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    """A delta as a reader writes it, ``"3.31·10⁻⁵"``: three digits, rounded up, so that an epsilon holds at it."""
+    exact = Decimal(repr(value))
+    rounded = exact.quantize(Decimal((0, (1,), exact.adjusted() - 2)), ROUND_CEILING) if value else exact
+    mantissa, _, exponent = f"{rounded:.2e}".partition("e")
     if -4 < int(exponent) < 4:
-        return f"{value:.3g}"
+        return f"{float(rounded):.3g}"
     raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return f"{float(mantissa):g}·10{raised}"
 

@@ -10,9 +10,11 @@ from typer.testing import CliRunner
 
 from dpsb.cli import app
 from dpsb.curves.composed import composed
+from dpsb.curves.entries import CurveError
 from dpsb.curves.page import page
 from dpsb.curves.sweep import choose, run_sweep
 from dpsb.curves.table import METRICS, Row
+from dpsb.data import DataError, read_table
 from dpsb_accounting import Ledger, epsilon
 from dpsb_accounting.engines import ResourceLimit
 
@@ -85,6 +87,11 @@ def test_a_ledger_without_a_line_charged_nothing_and_a_damaged_one_bounds_nothin
     gone = composed(tmp_path)
     assert gone.bound is None
     assert gone.unreadable == ("cells/b/ledger.jsonl",)
+    (cut / "report.json").unlink()
+    (cut / "run.json").write_text("{}")
+    assert composed(tmp_path) == alone, "cut off before its ledger began"
+    (cut / "checkpoint").mkdir()  # there is none without a charge
+    assert composed(tmp_path).unreadable == ("cells/b/ledger.jsonl",)
 
 
 # --- tuning
@@ -205,6 +212,42 @@ def test_no_sweep_begins_that_judges_on_the_rows_of_its_warm_start(tmp_path, whi
     assert "1 of the 60 rows of" in result.stderr
     assert "are in the held-out data too" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_are_held_out_of_the_data_are_no_public_rows(tmp_path):
+    """A basis from them would be made of private rows, and of those that the curve is judged on."""
+    settings = settings_of(shared(eval_data=None), methods="sb", epsilons="8")
+    test = read_table(str(settings.split().other("test")))
+    public = tmp_path / "public.jsonl"
+    rows = zip(test.columns["text"], test.columns["label"], strict=True)
+    public.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    with pytest.raises(DataError, match=r"named as public, are in the private data too"):
+        run_sweep(settings_of(shared(eval_data=None), methods=f"sb:public:{public}", epsilons="8"), tmp_path, Silent())
+    assert not (tmp_path / "cells").exists()
+
+
+@pytest.mark.parametrize("how", ["step", "evaluation"])
+def test_no_row_is_quoted_in_a_table_even_when_the_screen_shows_a_traceback(tmp_path, monkeypatch, capfd, how):
+    def broken(*_args, **_more):
+        raise ValueError(f"cannot collate {workbench.CANARIES[0]}")
+
+    place = {"step": "dpsb.clipped_sums.clipped_sum", "evaluation": "dpsb.evaluate.microbatches"}[how]
+    monkeypatch.setattr(place, broken)
+    monkeypatch.setenv("DPSB_TRACEBACK", "1")
+    (failed,) = run_sweep(settings_of(methods="head-only", epsilons="8"), tmp_path, Silent()).failures
+    assert "message is withheld" in failed.failure
+    assert workbench.CANARIES[0] in capfd.readouterr().err
+    for file in tmp_path.rglob("*"):
+        assert file.is_dir() or workbench.CANARIES[0].encode() not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize("name", ["test_share", "validation_share"])
+def test_no_run_is_paid_for_that_nothing_judges(name):
+    tuned = {"learning_rates": "0.1,0.2", "methods": "sb"}
+    with pytest.raises(CurveError, match=f"{name}=0 leaves no rows to judge runs on"):
+        settings_of(shared(eval_data=None), **tuned, **{name: 0.0})
+    with pytest.raises(CurveError, match="equal in 12 digits"):
+        settings_of(epsilons="1,1.0000000000001")
 
 
 def test_a_public_file_that_changes_during_a_sweep_tells_no_number_either(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import workbench
@@ -201,3 +202,9 @@ def test_chance_on_few_rows_is_told_and_nothing_to_draw_draws():
         assert draw(nothing.points, "accuracy", kind)
     assert draw(curve.points[:1], "accuracy", "inline").startswith(b"<svg")
     assert words.power(3.31e-5) == "3.31·10⁻⁵"
+    assert words.power(1e-5) == "1·10⁻⁵"
+    assert words.power(1.001e-5) == "1.01·10⁻⁵", "an epsilon at 1.001e-5 need not hold at 1e-5"
+    assert words.power(9.999e-5) == "1·10⁻⁴"
+    assert words.power(0.01234) == "0.0124"
+    dollars = [replace(point, label="sb (public: $x$_^.csv)") for point in curve.points]
+    assert b"$x$_^" in draw(dollars, "accuracy", "svg")
