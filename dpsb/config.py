@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from dpsb.baselines.methods import MethodError, method_named
 from dpsb.basis_spec import BASIS_SETTINGS, BasisSpecError, check_share, parse_basis, settings_for
-from dpsb.parts import same_data
+from dpsb.parts import part_of, same_data
 from dpsb.public_rows import warm_start_fault
 
 _SCHEDULES = ("constant", "linear", "cosine")
@@ -188,6 +188,11 @@ class RunConfig:
         if self.eval_data and same_data(self.eval_data, self.data):
             raise ConfigError(
                 f"eval_data={self.eval_data!r} is the training data: metrics on it would leak it unnoised."
+            )
+        if self.neighboring == "replace_one" and self.num_examples is None and part_of(self.data) is not None:
+            raise ConfigError(
+                f"data={self.data!r} with neighboring='replace_one' needs num_examples: which part a row is of, and "
+                "so how many rows this one has, depends on what it says."
             )
         self._check_method()
         self._check_basis()

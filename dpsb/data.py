@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,16 @@ class Columns:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of equal length, and the names of a label column's classes where the file itself declares them."""
+    """Columns of equal length, and the names of a label column's classes where the file itself has them.
+
+    The names are public (``names_are_public``) in a data set on the Hub, whose card declares them. In a folder that was
+    saved here they may have been read off the rows, as `class_encode_column` does.
+    """
 
     source: str
     columns: dict[str, list[Any]]
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    names_are_public: bool = False
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
@@ -108,7 +113,7 @@ def read_table(source: str | Path) -> Table:
         if part.by:
             whole.column(part.by)
         rows = part.rows(whole.columns)
-        return Table(name, {key: [values[i] for i in rows] for key, values in whole.columns.items()}, whole.class_names)
+        return replace(whole, source=name, columns={key: [v[i] for i in rows] for key, v in whole.columns.items()})
     if not path.exists():
         if path.suffix or name.count("/") > 1 or name.startswith((".", "/", "~")):
             raise DataError(f"{name} does not exist.")
@@ -175,11 +180,12 @@ def _from_hub(name: str) -> Table:
 
     repository, _, split = name.partition(":")
     try:
-        return _from_dataset(name, datasets.load_dataset(repository, split=split or "train"))
+        loaded = _from_dataset(name, datasets.load_dataset(repository, split=split or "train"))
     except Exception as error:  # noqa: BLE001
         raise DataError(
             f"{name} is no file here and could not be loaded as a data set from the Hub ({type(error).__name__})."
         ) from None
+    return replace(loaded, names_are_public=True)
 
 
 def _from_dataset(source: str, dataset: Any) -> Table:
@@ -194,7 +200,7 @@ def declared_labels(
 
     Args:
       spec: ``"ham,spam"``; ``"from-data"``, by which the user states that the set of labels in the file is public; or
-        ``None`` for the classes that the file's schema or the model's config declares.
+        ``None`` for the classes that the schema of a data set on the Hub or the model's config declares.
 
     Raises:
       DataError: If nothing declares the labels, or fewer than two are.
@@ -213,7 +219,7 @@ def declared_labels(
             )
     elif spec is not None:
         labels, origin = tuple(part.strip() for part in spec.split(",") if part.strip()), "declared"
-    elif column in table.class_names:
+    elif column in table.class_names and table.names_are_public:
         labels, origin = table.class_names[column], "data set schema"
     elif model_labels:
         labels, origin = tuple(model_labels), "model config"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import nn
 from dpsb.adapter_files import adapter_settings, with_adapter
 from dpsb.data import Columns, DataError, Table, prompt_ids, prompts_and_completions, read_table
 from dpsb.modes import evaluation_mode
-from dpsb.run import RunError
+from dpsb.parts import same_data
+from dpsb.run import SETTINGS_NAME, RunError
 from dpsb_accounting import Ledger
 from dpsb_accounting.ledger import LEDGER_NAME
 
@@ -58,7 +60,7 @@ def generate_for_file(
       on_batch: Told how many are done, and of how many.
 
     Raises:
-      RunError: If ``folder`` is no finished run of a causal model.
+      RunError: If ``folder`` is no finished run of a causal model, or was trained on this very file.
       DataError: If the file cannot be used.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -68,6 +70,10 @@ def generate_for_file(
     details: Mapping[str, Any] = Ledger.read(folder / LEDGER_NAME).plan.details
     if details.get("task") != "causal-lm":
         raise RunError(f"The run in {folder} is of the task {details.get('task')!r}; only causal-lm generates text.")
+    settings_file = folder / SETTINGS_NAME
+    trained_on = json.loads(settings_file.read_text())["data"] if settings_file.exists() else None
+    if trained_on is not None and same_data(data, trained_on):
+        raise RunError(f"data={data!r} is what {folder} was trained on: figures on it would leak it unnoised.")
     found = references_by_prompt(read_table(data), _columns(details), prompts)
     settings = adapter_settings(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)

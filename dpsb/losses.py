@@ -22,7 +22,15 @@ IGNORED = -100
 
 LossFn = Callable[[nn.Module, Mapping[str, torch.Tensor]], torch.Tensor]
 
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+_LOGIT_TRANSFORMS = (
+    "final_logit_softcapping",
+    "output_logit_soft_cap",
+    "logits_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+)
+"""Settings of a model by which its logits are more than what its head returns."""
 _CHUNK_LOGITS = 1 << 22
 
 
@@ -107,7 +115,8 @@ def _token_losses(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor
     head = causal_lm.get_output_embeddings()
     backbone = getattr(causal_lm, causal_lm.base_model_prefix, None)
     transformed = any(getattr(causal_lm.config, name, None) for name in _LOGIT_TRANSFORMS)
-    if head is None or backbone is None or transformed:
+    inside = all(child is not head for child in causal_lm.children())  # of another module, which may do more (BERT)
+    if head is None or backbone is None or transformed or inside:
         return _scored(nn.Identity(), model(**inputs).logits, labels)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     if hidden.shape[:2] != labels.shape:  # otherwise a token would be scored by another example's state

@@ -143,7 +143,7 @@ def _sampled(table: Table) -> Table:
     """Twice as many rows as a basis uses: a ranking and a diagnosis need another half."""
     rows = public_sample(range(len(table)), 2 * EXAMPLES)
     columns = {name: [column[i] for i in rows] for name, column in table.columns.items()}
-    return Table(table.source, columns, table.class_names)
+    return replace(table, columns=columns)
 
 
 def _label_set(table: Table, column: str) -> tuple[str, ...]:

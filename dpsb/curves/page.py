@@ -14,7 +14,7 @@ from dpsb.curves.plot import draw
 from dpsb.curves.settings import DEMO, MACHINE
 from dpsb.curves.style import POLICY, STYLE
 from dpsb.curves.sweep import Curve
-from dpsb.curves.table import Point
+from dpsb.curves.table import FAILED, Point
 from dpsb_accounting.files import write_whole
 from dpsb_accounting.report.words import up
 
@@ -178,7 +178,7 @@ def _setting(curve: Curve) -> dict[str, Any]:
 def _failures(curve: Curve) -> list[str]:
     if not curve.failures:
         return []
-    lines = [f"{row.folder}: {row.failure}" for row in curve.failures]
+    lines = [f"{row.folder}: {FAILED}" for row in curve.failures]
     return ["<h2>What failed</h2>", _list(lines)]
 
 

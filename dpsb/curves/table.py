@@ -23,6 +23,8 @@ METRICS = {
 }
 """What is measured on held-out data, by task; the curve shows the first."""
 _RISING = ("accuracy",)
+FAILED = "failed; why is on the screen of whoever runs the sweep, as it may depend on private rows"
+"""What tables and page say of a failure. A failed cell is tried again when the sweep is, and says it again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,9 @@ class Row:
     folder: str
 
     def flat(self, names: Sequence[str]) -> dict[str, Any]:
-        """One value a column, the metrics among them."""
+        """One value a column, the metrics among them; not why it failed, since tables are made to be shown."""
         found = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "metrics"}
+        found["failure"] = None if self.failure is None else FAILED
         return {**found, **{name: self.metrics.get(name) for name in names}}
 
 

@@ -40,7 +40,7 @@ class Job:
 def run_job(
     job: Job, on_step: OnStep = lambda _step, _of: None, frozen_outputs: FrozenOutputs | None = None
 ) -> str | None:
-    """Runs a cell to its end. Returns None, or in one sentence why it failed.
+    """Runs a cell to its end. Returns None, or in one sentence why it failed: for a screen, not for a file.
 
     A failed cell is tried again when the sweep is started again; what it charged stays charged.
 
@@ -50,15 +50,9 @@ def run_job(
       frozen_outputs: What the cells of a process share of a model's frozen blocks, where the run remembers them.
     """
     from dpsb.reasons import reason
-    from dpsb.shared_rows import SharedRowsError
 
     try:
         _run(job, on_step, frozen_outputs)
-    except SharedRowsError:  # a file has changed since the sweep began
-        return (
-            "a file that it takes for public was refused. Why is not written here, where others may read it: start the "
-            "sweep again to see it on the screen."
-        )
     except Exception as error:  # noqa: BLE001 - the other cells go on
         return reason(error)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -40,4 +41,4 @@ def split_table(table: Table, silos: Sequence[str], column: str | None, seed: in
 
 def _take(table: Table, silo: str, rows: Sequence[int]) -> Table:
     columns: dict[str, list[Any]] = {name: [values[i] for i in rows] for name, values in table.columns.items()}
-    return Table(f"{table.source} ({silo})", columns, table.class_names)
+    return replace(table, source=f"{table.source} ({silo})", columns=columns)

@@ -77,7 +77,7 @@ def example_of(row: Mapping[str, Any], form: Form) -> dict[str, Any]:
     """One row as an example; see :class:`TokenExamples`. Sensitive."""
     try:
         example = _as_it_stands(row, form)
-    except (TypeError, ValueError, RuntimeError):  # a number where a list should be, for one
+    except (KeyError, TypeError, ValueError, RuntimeError):  # no tokens, or a number where a list should be, for one
         return _empty(form)
     return example if _usable(example, form) else _empty(form)
 

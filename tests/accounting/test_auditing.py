@@ -288,6 +288,7 @@ def run(*arguments):
 def test_command(tmp_path):
     scores, path = gaussian_scores(2.0, 2000), tmp_path / "scores.npz"
     auditing.write_scores(scores, path)
+    assert path.stat().st_mode & 0o777 == 0o600, "they may be losses of examples"
     table = tmp_path / "scores.csv"
     rows = [f"{v!r},{int(i)}" for v, i in zip(scores.values.tolist(), scores.included.tolist(), strict=True)]
     table.write_text("score,included\n" + "\n".join(rows) + "\n")

@@ -239,6 +239,7 @@ def test_no_row_is_quoted_in_a_table_even_when_the_screen_shows_a_traceback(tmp_
     assert workbench.CANARIES[0] in capfd.readouterr().err
     for file in tmp_path.rglob("*"):
         assert file.is_dir() or workbench.CANARIES[0].encode() not in file.read_bytes(), file
+    assert b"failed; why is on the screen" in (tmp_path / "curve.csv").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["test_share", "validation_share"])
@@ -255,9 +256,10 @@ def test_a_public_file_that_changes_during_a_sweep_tells_no_number_either(tmp_pa
     public.write_bytes(workbench.data_file().read_bytes().splitlines(keepends=True)[0])
     monkeypatch.setattr("dpsb.curves.sweep.check_public_files", lambda _settings: None)
     (failed,) = run_sweep(settings_of(methods=f"sb:public:{public}", epsilons="8"), tmp_path, Silent()).failures
-    assert failed.failure.startswith("a file that it takes for public was refused.")
-    assert "private" not in failed.failure
-    assert "1 of" not in failed.failure
+    assert "1 of the 1 rows" in failed.failure, "for the screen"
+    for file in ("curve.csv", "curve.parquet", "summary.csv"):
+        assert b"private data" not in (tmp_path / file).read_bytes()
+        assert b"1 of the 1" not in (tmp_path / file).read_bytes()
 
 
 def test_the_page_says_whom_its_epsilon_covers(tmp_path):

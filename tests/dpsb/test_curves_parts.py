@@ -192,6 +192,13 @@ def test_bounds_are_rounded_outward():
     assert words.down(0.0) == "0"
 
 
+def test_a_part_whose_size_depends_on_a_replaced_row_needs_a_declared_size(tmp_path):
+    data = f"{workbench.data_file()}#train(test=0.2,validation=0,seed=0)"
+    with pytest.raises(ConfigError, match="neighboring='replace_one' needs num_examples"):
+        workbench.run_config(tmp_path, data=data, neighboring="replace_one")
+    assert workbench.run_config(tmp_path, data=data, neighboring="replace_one", num_examples=40).num_examples == 40
+
+
 def test_chance_on_few_rows_is_told_and_nothing_to_draw_draws():
     from dpsb.curves.plot import draw
 

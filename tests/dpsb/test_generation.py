@@ -102,6 +102,9 @@ def test_a_run_generates_with_and_without_its_adapter(tmp_path, monkeypatch):
     pairs = str(workbench.data_file("pairs"))
     out = tmp_path / "run"
     run.fine_tune(workbench.run_config(out, "causal-lm", data=pairs, learning_rate=5.0))
+    with pytest.raises(run.RunError, match="was trained on"):
+        generate_for_file(out, pairs, prompts=8, max_new_tokens=4)
+    pairs = str(workbench.data_file("pairs", seed=9))
     with_it = generate_for_file(out, pairs, prompts=8, max_new_tokens=4)
     without = generate_for_file(out, pairs, prompts=8, max_new_tokens=4, base_only=True)
     assert len(with_it.answers) == 8

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpsb import losses as module
 from dpsb.losses import IGNORED, causal_lm_loss, check_losses, classification_loss
@@ -29,6 +30,24 @@ def test_classification_is_cross_entropy(tiny):
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     expected = -F.log_softmax(model(**inputs).logits, dim=1)[torch.arange(5), batch["labels"]]
     torch.testing.assert_close(classification_loss(model, batch), expected)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "recurrent_gemma"])
+def test_a_head_that_is_more_than_a_linear_layer_is_the_models_own(kind):
+    """BERT has a transform before its decoder, RecurrentGemma a cap on its logits."""
+    size = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "use_cache": False}
+    more = {"bert": {"is_decoder": True}, "roberta": {"is_decoder": True}, "recurrent_gemma": {"logits_soft_cap": 2.0}}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **size, intermediate_size=32, pad_token_id=0, **more[kind])
+    ).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(8)
+    ids = torch.randint(3, 50, (3, 7))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    logits = model(input_ids=ids).logits[:, :-1].float()
+    expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(3, 6).mean(dim=1)
+    torch.testing.assert_close(causal_lm_loss(model, batch), expected)
 
 
 def by_hand(model, batch, i):

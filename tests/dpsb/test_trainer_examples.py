@@ -50,6 +50,7 @@ def test_long_rows_are_cut_and_texts_without_labels_count_whole():
     [
         {"input_ids": []},
         {"input_ids": None},
+        {"attention_mask": [1, 1]},
         {"input_ids": [3, 4], "attention_mask": [0, 0]},
         {"input_ids": [3, 50]},
         {"input_ids": [-1, 3]},

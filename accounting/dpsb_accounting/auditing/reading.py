@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import zipfile
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dpsb_accounting.auditing.bounds import UNSTATED
 from dpsb_accounting.auditing.scores import CanaryScores
+from dpsb_accounting.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,11 +45,12 @@ def read_scores(path: str | os.PathLike[str], threat_model: str = UNSTATED) -> C
 
 
 def write_scores(scores: CanaryScores, path: str | os.PathLike[str]) -> None:
-    """Writes scores as `.npz`, as `read_scores` reads them."""
+    """Writes scores as `.npz`, as `read_scores` reads them, for its owner alone: they may be losses of examples."""
     import numpy
 
-    with open(path, "wb") as file:
-        numpy.savez(file, scores=scores.values, included=scores.included)
+    content = io.BytesIO()
+    numpy.savez(content, scores=scores.values, included=scores.included)
+    write_whole(Path(path), content.getvalue(), mode=0o600)
 
 
 def _read_npz(path: Path, threat_model: str) -> CanaryScores:
