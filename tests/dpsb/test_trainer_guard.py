@@ -1,5 +1,7 @@
 """Training that silently does nothing, or more than it should, stops and says which."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import trainers
@@ -12,6 +14,7 @@ from dpsb.basis import weight_svd
 from dpsb.capture import CaptureError
 from dpsb.fingerprint import bits_of, fingerprint
 from dpsb.probe import ProbeError
+from dpsb.trainer.building import with_own_arithmetic
 from dpsb.trainer.guard import check_no_listeners, check_reload, check_unchanged
 from dpsb.trainer.refusals import TrainerArgumentError
 from dpsb_accounting import Ledger
@@ -244,3 +247,10 @@ def test_the_fingerprint_of_a_quantized_weight_is_that_of_its_parts():
     quantized = Quantized()
     vars(quantized).update(parts)
     assert bits_of(quantized) == sum(bits_of(part) for part in parts.values())
+
+
+def test_no_process_of_its_own_tokenizes_texts():
+    """One that is spawned has none of this process's filters, and TRL quotes a prompt in a warning."""
+    given = SimpleNamespace(bf16=True, average_tokens_across_devices=True, dataset_num_proc=4)
+    assert with_own_arithmetic(given).dataset_num_proc is None
+    assert given.dataset_num_proc == 4, "the user's own arguments stay as they are"
