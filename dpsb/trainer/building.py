@@ -59,8 +59,8 @@ def with_own_arithmetic(args: Any) -> Any:
     """A copy of the arguments without autocast, which evaluation would otherwise switch on in the middle of a run.
 
     Nor is the loss of an evaluation by several processes multiplied by their number, as the Trainer does for models
-    that seem to know how many tokens all of them have. Nor does TRL tokenize in processes of its own: what they log of a
-    row gets past the guard of this one's loggers.
+    that seem to know how many tokens all of them have. Nor does TRL tokenize in processes of its own: what they log of
+    a row gets past the guard of this one's loggers.
     """
     args = copy.copy(args)
     args.bf16 = False
