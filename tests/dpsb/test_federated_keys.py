@@ -42,7 +42,7 @@ def folders(tmp_path):
     """What init would give each silo, as far as keys are concerned."""
     content = {
         "settings": read_federation(settings(tmp_path), str(tmp_path / "fed"), needs_data=False).to_json(),
-        "basis": {},
+        "basis": {"kind": "weight_svd", "access": "data_free"},
     }
     found = {}
     for name in NAMES:
