@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 
-from dpsb.basis.sources import columns_here
-from dpsb.data import Columns, DataError, Table, chosen_columns, prompts_and_completions
+from dpsb.basis.sources import columns_here, columns_read
+from dpsb.data import Columns, DataError, Table
 
 _TELLING = 20
 """Characters that a text must have to tell that two rows are the same row."""
@@ -101,20 +101,6 @@ def _templates(file: PublicRows) -> set[str]:
     different = {row[0]: set(row[1:]) for row in file.digests}
     count = Counter(digest for cells in different.values() for digest in cells)
     return {digest for digest, rows in count.items() if rows >= _TEMPLATE}
-
-
-def columns_read(table: Table, columns: Columns, task: str) -> list[str]:
-    """The columns whose text a model is given, of a private or a public table: what tokenization takes."""
-    plain, said = (chosen_columns(table, columns, kind) for kind in ("classification", "causal-lm"))
-    if task != "classification":
-        pairs = prompts_and_completions(table, columns) is not None
-        read = [said["prompt"], said["completion"]] if pairs else [said["text"]]
-    elif plain["text"] is not None:
-        read = [plain["text"], plain["text_pair"]]
-    else:  # as :func:`~dpsb.basis.sources.read_public` falls back
-        read = [said["prompt"], said["completion"] or plain["text_pair"]]
-        read = read if said["prompt"] or said["completion"] else []
-    return [name for name in read if name is not None]
 
 
 def _texts(table: Table, columns: Columns, task: str) -> list[list[str]]:

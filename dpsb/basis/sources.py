@@ -21,6 +21,7 @@ from dpsb.data import (
     DataError,
     Table,
     chosen_columns,
+    prompts_and_completions,
     read_table,
     tokenize_causal,
     tokenize_classification,
@@ -90,10 +91,8 @@ def read_public(
         unused = found["label"]
         note = "language modelling on its text" + (f"; its column {unused!r} is not used" if unused else "")
         return PublicSet(name, tokenize_causal(_sampled(table), here, tokenizer, max_length), 0, note)
-    if found["text"] is None:  # perhaps prompts and completions
-        parts = chosen_columns(table, here, "causal-lm")
-        pair = parts["completion"] or found["text_pair"]
-        here = replace(here, text=parts["prompt"] or parts["completion"], text_pair=pair)
+    text, pair = _text_and_pair(table, here)
+    here = replace(here, text=text, text_pair=pair)
     column = found["label"]
     own = _label_set(table, column) if column else ()
     occur, of_the_run = _labels_of_the_run(table, column, labels) if own else (0, False)
@@ -137,6 +136,27 @@ def digests(sources: Iterable[str]) -> dict[str, str]:
 def columns_here(table: Table, columns: Columns) -> Columns:
     """The named columns, as far as this table has them."""
     return Columns(**{part: given if given in table.columns else None for part, given in vars(columns).items()})
+
+
+def columns_read(table: Table, columns: Columns, task: str) -> list[str]:
+    """The columns whose text a model is given, of a private or a public table: what tokenization takes."""
+    if task == "classification":
+        text, pair = _text_and_pair(table, columns)
+        read = [] if text is None else [text, pair]
+    else:
+        said = chosen_columns(table, columns, task)
+        pairs = prompts_and_completions(table, columns) is not None
+        read = [said["prompt"], said["completion"]] if pairs else [said["text"]]
+    return [name for name in dict.fromkeys(read) if name is not None]
+
+
+def _text_and_pair(table: Table, columns: Columns) -> tuple[str | None, str | None]:
+    """The columns that a classifier is given: a public file without one of text may have prompts and completions."""
+    found = chosen_columns(table, columns, "classification")
+    if found["text"] is not None:
+        return found["text"], found["text_pair"]
+    said = chosen_columns(table, columns, "causal-lm")
+    return said["prompt"] or said["completion"], said["completion"] or found["text_pair"]
 
 
 def _sampled(table: Table) -> Table:

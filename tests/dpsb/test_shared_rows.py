@@ -7,9 +7,9 @@ import workbench
 from transformers import AutoTokenizer
 
 from dpsb import run
-from dpsb.basis.sources import read_public
+from dpsb.basis.sources import columns_read, read_public
 from dpsb.data import Columns, DataError, Table
-from dpsb.shared_rows import PublicRows, check_not_shared, columns_read, public_rows, stated_rows
+from dpsb.shared_rows import PublicRows, check_not_shared, public_rows, stated_rows
 
 
 @pytest.fixture(autouse=True)
