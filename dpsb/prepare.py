@@ -89,7 +89,7 @@ def prepare(
     """Reads and tokenizes every file of a run.
 
     Raises:
-      DataError: If a file cannot be used.
+      DataError: If a file cannot be used, or texts of ``max_length`` tokens would hold nothing of the text.
     """
     longest = longest_input(base, tokenizer)
     max_length = min(config.max_length, longest or config.max_length)
@@ -103,6 +103,8 @@ def prepare(
         return tokenize_causal(table, columns, tokenizer, max_length, config.chat_template)
 
     columns = columns_of(config)
+    chosen = chosen_columns(table, columns, config.task)
+    _check_room(max_length, tokenizer, bool(chosen.get("text_pair")), config.task)
     examples = tokenized(table, columns) or []
     units: Sequence[Any] = by_unit(table, config.unit_column, examples) if config.unit_column else examples
     if not units and config.num_examples is None:  # with a declared N no number of rows is special
@@ -121,11 +123,22 @@ def prepare(
         ),
         warm_start=tokenized(public.get(config.warm_start or ""), columns) or (),
         precondition=_with_labels(config.precondition, tokenized(public.get(config.precondition or ""), columns) or ()),
-        columns=chosen_columns(table, columns, config.task),
+        columns=chosen,
         labels=labels,
         label_origin=origin,
         max_length=max_length,
     )
+
+
+def _check_room(max_length: int, tokenizer: Any, pair: bool, task: str) -> None:
+    """Refuses a length at which every example is the tokenizer's special tokens and nothing of a text to learn from."""
+    special = tokenizer.num_special_tokens_to_add(pair=pair)
+    least = special + 1 if task == "classification" else max(special + 1, 2)  # a next token needs one before it
+    if max_length < least:
+        raise DataError(
+            f"Expected max_length={max_length!r} of at least {least}: {special} tokens of every example are the "
+            "tokenizer's own."
+        )
 
 
 def check_public_rows(

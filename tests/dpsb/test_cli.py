@@ -239,6 +239,7 @@ REFUSED = {
     "no steps": ({"steps": 0}, "steps=0"),
     "steps and epochs": ({"epochs": 2}, "not both"),
     "N of 0": ({"num_examples": 0}, "num_examples=0"),
+    "no room for a text": ({"max_length": 2}, "max_length=2 of at least 3: 2 tokens of every example"),
     "unknown task": ({"task": "regression"}, "task='regression'"),
     "unwritable": ({"out": "/proc/nowhere/run"}, "cannot be written"),
     "markup": ({"data": "[/x][red]nowhere.csv"}, "[/x][red]nowhere.csv does not exist"),
