@@ -26,6 +26,7 @@ EPSILON, METHOD = "3", "sb:weight"
 ADAM, SGD, HEAD = "0.02|0.05|0.12", "0.3|1|3", "0.003|0.01|0.03"
 USUAL = {"--auto-clip": "", "--rank": "16", "--expected-batch-size": "256", "--steps": "40", "--head-lr": "0.1"}
 REMEMBER = "--remember-frozen-blocks"
+CONSTANT: dict[str, str | None] = {"--schedule": "constant"}
 SWITCHES: dict[str, dict[str, str | None]] = {
     "reference": {},
     "warm start, near": {"--warm-start": "near"},
@@ -40,12 +41,15 @@ SWITCHES: dict[str, dict[str, str | None]] = {
     "adam-corrected": {"--optimizer": "adam-corrected"},
     "adamw, decay 0.01": {"--optimizer": "adamw", "--weight-decay": "0.01"},
     "sgd, momentum 0.9": {"--optimizer": "sgd", "--head-lr": None},
-    "constant rate": {"--schedule": "constant"},
+    "constant rate": CONSTANT,
     "cosine decay": {"--schedule": "cosine"},
     "head rate 0.2": {"--head-lr": "0.2"},
     **{f"rank {rank}": {"--rank": str(rank)} for rank in (2, 4, 8, 32, 64, 128)},
     "128 x 80": {"--expected-batch-size": "128", "--steps": "80"},
     "512 x 20": {"--expected-batch-size": "512", "--steps": "20"},
+    **{f"rank {rank}, constant rate": {"--rank": str(rank), **CONSTANT} for rank in (2, 4, 8, 32, 64, 128)},
+    "128 x 80, constant rate": {"--expected-batch-size": "128", "--steps": "80", **CONSTANT},
+    "512 x 20, constant rate": {"--expected-batch-size": "512", "--steps": "20", **CONSTANT},
 }
 """What differs from the usual options; None leaves one out, "near" stands for the file of public rows, the basis
 "public" is that file's, and "method" is another method."""
