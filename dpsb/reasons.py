@@ -5,6 +5,10 @@ from __future__ import annotations
 import traceback
 from pathlib import Path
 
+STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+"""What ends a program on purpose. Whatever else is raised may quote data, even if it is no ``Exception``: a panic of a
+tokenizer written in Rust is none."""
+
 
 def foreseen(error: BaseException) -> bool:
     """Whether an error is of a kind whose messages this package writes, or that quote no data."""

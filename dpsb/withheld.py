@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from dpsb.capture import CaptureError
-from dpsb.reasons import kind_and_place
+from dpsb.reasons import STOPS, kind_and_place
 
 
 class StepError(RuntimeError):
@@ -30,13 +30,13 @@ def messages_withheld(what: str, so: str = "It is charged.") -> Iterator[None]:
     """
     try:
         yield
-    except (CaptureError, StepMemoryError):
+    except (CaptureError, StepMemoryError, *STOPS):
         raise
     except MemoryError:
         raise StepMemoryError(
             f"{what} ran out of memory. {so} Lower token_budget or max_length, or resume on a machine with more memory."
         ) from None
-    except Exception as error:  # noqa: BLE001 - another one is raised
+    except BaseException as error:  # noqa: BLE001 - another one is raised
         if os.environ.get("DPSB_TRACEBACK"):
             traceback.print_exc()
         raise StepError(

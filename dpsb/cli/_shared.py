@@ -61,7 +61,7 @@ def guarded(run: Callable[[], None]) -> None:
 
     Of an error that nobody foresaw only the kind and the place are shown: its message may quote a row.
     """
-    from dpsb.reasons import foreseen, reason
+    from dpsb.reasons import STOPS, foreseen, reason
 
     try:
         run()
@@ -69,8 +69,8 @@ def guarded(run: Callable[[], None]) -> None:
         raise
     except KeyboardInterrupt:
         fail("interrupted; charged steps are spent, --resume continues with the rest.")
-    except Exception as error:
-        if not foreseen(error) and os.environ.get("DPSB_TRACEBACK"):
+    except BaseException as error:
+        if isinstance(error, STOPS) or (not foreseen(error) and os.environ.get("DPSB_TRACEBACK")):
             raise
         fail(reason(error))
 

@@ -49,11 +49,13 @@ def run_job(
       on_step: Called with its steps done and their number.
       frozen_outputs: What the cells of a process share of a model's frozen blocks, where the run remembers them.
     """
-    from dpsb.reasons import reason
+    from dpsb.reasons import STOPS, reason
 
     try:
         _run(job, on_step, frozen_outputs)
-    except Exception as error:  # noqa: BLE001 - the other cells go on
+    except STOPS:
+        raise
+    except BaseException as error:  # noqa: BLE001 - the other cells go on
         return reason(error)
     finally:
         gc.collect()

@@ -26,7 +26,7 @@ WHOLE = Gaussian(noise_multiplier=NOISE)
 """What a charge is for: a silo's private step, or in client_level its whole update in a sum that the server noises."""
 
 
-class Killed(BaseException):
+class Killed(KeyboardInterrupt):
     """Stands for a process that dies: nothing may catch it."""
 
 

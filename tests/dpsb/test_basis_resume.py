@@ -17,7 +17,7 @@ from dpsb.train import fit
 from dpsb_accounting import Gaussian, Ledger, LedgerError, Phase, epsilon, verify
 
 
-class CutOff(BaseException):
+class CutOff(KeyboardInterrupt):
     """Stands for a machine that went down."""
 
 

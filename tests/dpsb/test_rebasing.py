@@ -135,7 +135,7 @@ def trained(out, **changes):
         return run.fine_tune(workbench.run_config(out, **settings)), kept["logits"]
 
 
-class CutOff(BaseException):
+class CutOff(KeyboardInterrupt):
     """Stands for a machine that went down."""
 
 

@@ -192,15 +192,20 @@ def test_an_error_of_memory_does_not_tell_how_much_memory_was_wanted(training, t
     assert charged(tmp_path) == 1
 
 
-def test_another_error_is_not_taken_for_one_of_memory(training, tmp_path):
+class Panic(BaseException):
+    """As code in Rust ends under Python: no ``Exception``."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, Panic])
+def test_another_error_is_not_taken_for_one_of_memory(training, tmp_path, error):
     data = Watched(workbench.examples())
 
     def loss(model, batch):
         if data.was_read:
-            raise RuntimeError("something else")
+            raise error("something else")
         return classification_loss(model, batch)
 
-    with pytest.raises(StepError, match=r"Step 0 failed \(RuntimeError at .*message is withheld") as caught:
+    with pytest.raises(StepError, match=rf"Step 0 failed \({error.__name__} at .*message is withheld") as caught:
         training(data=data, loss_fn=loss, plan={"num_examples": 24, "expected_batch_size": 24})
     assert "something else" not in str(caught.value)
     assert charged(tmp_path) == 1
