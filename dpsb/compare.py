@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +202,7 @@ def _model_and_batches(
 ) -> tuple[torch.nn.Module, Any, tuple[str, ...], list[dict[str, torch.Tensor]]]:
     """A fresh base model, its tokenizer, labels, and public examples in batches of 8; the head starts as in a run."""
     names: tuple[str, ...] = ("a", "b") if labels is None else tuple(labels.split(","))
-    table = None if public is None else read_table(public)
+    table = None if public is None else replace(read_table(public), names_are_public=True)
     if table is not None and task == "classification":
         names, _ = declared_labels(labels, table, Columns(), config_labels(model))
     base, tokenizer = load_base(model, task, names if task == "classification" else ())

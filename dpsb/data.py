@@ -221,7 +221,7 @@ def declared_labels(
         labels, origin = tuple(part.strip() for part in spec.split(",") if part.strip()), "declared"
     elif column in table.class_names and table.names_are_public:
         labels, origin = table.class_names[column], "data set schema"
-    elif model_labels:
+    elif model_labels and column not in table.class_names:
         labels, origin = tuple(model_labels), "model config"
     else:
         raise DataError(

@@ -30,6 +30,8 @@ _KEPT = {
 }
 _PATH = re.compile(r"(?:/|~/|\.{1,2}/|[A-Za-z]:[\\/]|\\\\)\S")
 """How a name of a local file begins; a Hub id is ``name`` or ``owner/name``."""
+_WHOLE = r"(?<![\w/\\.-]){}(?![\w/\\-]|\.\w)"
+"""A path in a text that is no part of a longer one."""
 _FILES = re.compile(r",\s*|^(?:public|hybrid|lora-sb|peft:\w+):")
 """What stands before each file in a list of them, as a basis names its public files."""
 
@@ -151,10 +153,11 @@ def _with_base_model(files: dict[str, bytes], record: LedgerRecord, given: str |
         raise RunError("The adapter names its base model by a local folder; give its name on the Hub: --base-model ID.")
     changed = {}
     for file in files:
-        if _is_text(file) and file not in (LEDGER_NAME, SIGNATURE):
+        if _is_text(file) and file not in (LEDGER_NAME, SIGNATURE, CHOICE_NAME):
             text = new = files[file].decode()
             for path in local:
-                new = new.replace(json.dumps(path)[1:-1], name).replace(path, name)
+                for spelling in (json.dumps(path)[1:-1], path):
+                    new = re.sub(_WHOLE.format(re.escape(spelling)), lambda _found: name, new)
             if new != text:
                 files[file] = new.encode()
                 changed[file] = f"base model named {name}"

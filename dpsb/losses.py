@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dpsb.layers import is_plain
+from dpsb.modes import evaluation_mode
 
 IGNORED = -100
 """Label of what is not part of the loss: a padding or prompt token, or a whole example with an undeclared label."""
@@ -32,6 +35,8 @@ _LOGIT_TRANSFORMS = (
 )
 """Settings of a model by which its logits are more than what its head returns."""
 _CHUNK_LOGITS = 1 << 22
+_FEW = 16
+_MEASURED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def classification_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -114,9 +119,7 @@ def _token_losses(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor
     causal_lm = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
     head = causal_lm.get_output_embeddings()
     backbone = getattr(causal_lm, causal_lm.base_model_prefix, None)
-    transformed = any(getattr(causal_lm.config, name, None) for name in _LOGIT_TRANSFORMS)
-    inside = all(child is not head for child in causal_lm.children())  # of another module, which may do more (BERT)
-    if head is None or backbone is None or transformed or inside:
+    if head is None or backbone is None or not _head_is_all(causal_lm, backbone, head, inputs):
         return _scored(nn.Identity(), model(**inputs).logits, labels)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     if hidden.shape[:2] != labels.shape:  # otherwise a token would be scored by another example's state
@@ -131,6 +134,27 @@ def _token_losses(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor
     score, each = partial(_scored, head), max(1, tokens // hidden.shape[0])
     chunks = zip(hidden.split(each, dim=1), labels.split(each, dim=1), strict=True)  # a row stays a row for its hooks
     return torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in chunks], dim=1)
+
+
+def _head_is_all(causal_lm: Any, backbone: nn.Module, head: nn.Module, inputs: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a model's logits are what its head makes of its backbone's states, and nothing else is done to them.
+
+    A cap or a scale of the logits is a setting; whether anything else stands before the head (in BERT, ModernBERT,
+    Electra) or behind it is measured, on a few tokens of the first batch that a model gets: a probe's, in a run.
+    """
+    settings = causal_lm.config.get_text_config()  # of a model with images too (Gemma 4) the part that speaks
+    children = {id(child) for child in causal_lm.children()}
+    if any(getattr(settings, name, None) for name in _LOGIT_TRANSFORMS) or children != {id(backbone), id(head)}:
+        return False
+    if any(isinstance(value, FakeTensor) for value in inputs.values()):
+        return True  # shapes only, for an estimate of memory
+    few = {name: value[:1, :_FEW] for name, value in inputs.items()}
+    if causal_lm not in _MEASURED and all(value.numel() for value in few.values()):
+        with torch.no_grad(), evaluation_mode(causal_lm):
+            own = causal_lm(**few).logits.float()
+            made = head(backbone(**few, use_cache=False).last_hidden_state).float()
+        _MEASURED[causal_lm] = own.shape == made.shape and torch.allclose(own, made, rtol=1e-3, atol=1e-3)
+    return _MEASURED.get(causal_lm, False)
 
 
 def _scored(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -128,6 +128,17 @@ def same_data(one: str, other: str) -> bool:
     return name == again and ("all" in splits | others or bool(splits & others))
 
 
+def absolute(name: str) -> str:
+    """The same rows by a name that holds in every folder; a data set on the Hub, or a file that is not there, as it is.
+
+    Example:
+      >>> absolute("/data/mail.csv#test(test=0.2,validation=0,seed=7)")
+      '/data/mail.csv#test(test=0.2,validation=0,seed=7)'
+    """
+    source, _ = _parts_of(name)
+    return str(Path(source).absolute()) + name[len(source) :] if Path(source).exists() else name
+
+
 def _parts_of(name: str) -> tuple[str, list[Part]]:
     """The file that a name means in the end, and the parts that are taken of it, one after the other."""
     parts: list[Part] = []

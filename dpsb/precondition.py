@@ -11,8 +11,8 @@ from dpsb.basis.sources import EXAMPLES, batches_of, public_sample
 from dpsb.capture import adapter_train_mode, per_example_gradients
 from dpsb.data import DataError
 from dpsb.losses import LossFn, check_losses
+from dpsb.modes import training_mode
 from dpsb.probe import Collate, Example, without_dropout
-from dpsb.train import training_mode
 
 _FLOOR = 0.1
 

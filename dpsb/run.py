@@ -27,6 +27,7 @@ from dpsb.head_share import clip_parts
 from dpsb.inputs import read_inputs
 from dpsb.models import MeanPooledClassifier, target_shapes
 from dpsb.optimizers import make_optimizer
+from dpsb.parts import absolute
 from dpsb.plan import differing, make_plan
 from dpsb.prepare import Prepared, input_shape, losses_by_example
 from dpsb.randomness import Randomness, SeededRandomness, SystemRandomness
@@ -222,8 +223,15 @@ def _check_folder(out: Path, resume: bool) -> None:
             )
     elif ledger.exists():
         raise RunError(f"{out} already holds a run; continue it with --resume, or choose another --out.")
-    elif (out / "report.json").exists() or (out / "checkpoint").exists():
+    elif has_remains(out):
         raise RunError(f"{out} holds remains of a run whose {LEDGER_NAME} is gone; choose another --out.")
+
+
+def has_remains(folder: Path) -> bool:
+    """Whether a folder holds something of a run but not its ledger, which is the first file that a run writes."""
+    names = (SETTINGS_NAME, START_NAME, BASIS_NAME, "report.json")
+    known = any((folder / name).exists() for name in names) or any(folder.glob("checkpoint*"))
+    return known and not (folder / LEDGER_NAME).exists()
 
 
 def _num_examples(config: RunConfig, prepared: Prepared) -> int:
@@ -340,7 +348,8 @@ def _open_ledger(config: RunConfig, resume: bool, out: Path, plan: Plan, start: 
     except OSError as error:
         raise RunError(f"{out} cannot be written: {error.strerror}.") from None
     try:
-        write_whole(out / SETTINGS_NAME, (json.dumps(config.to_json(), indent=1) + "\n").encode())
+        settings = {**config.to_json(), "data": absolute(config.data)}  # to know it again from any other folder
+        write_whole(out / SETTINGS_NAME, (json.dumps(settings, indent=1) + "\n").encode())
         write_whole(out / START_NAME, start)
     except OSError as error:
         ledger.close()

@@ -112,4 +112,4 @@ def _texts(table: Table, columns: Columns, task: str) -> list[list[str]]:
 def _digests(cells: Sequence[str]) -> list[str]:
     """Of a row's whole text and of each of its columns; empty where one is too short to tell. As sensitive as they."""
     texts = [" ".join(filter(None, cells)), *cells]
-    return [sha256(t.encode(errors="surrogatepass")).hexdigest() if len(t) >= _TELLING else "" for t in texts]
+    return [sha256(t.encode(errors="replace")).hexdigest() if len(t) >= _TELLING else "" for t in texts]

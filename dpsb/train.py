@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 from dpsb.adapter import Adapter, set_gradient
 from dpsb.capture import adapter_train_mode
@@ -19,6 +18,7 @@ from dpsb.clipped_sums import Sharing, charged_sum, examples_per_unit
 from dpsb.frozen_prefix import whole_model
 from dpsb.losses import LossFn
 from dpsb.mechanism import Mechanism
+from dpsb.modes import modes_of, put_back, training_mode
 from dpsb.probe import (
     Batch,
     Collate,
@@ -367,32 +367,3 @@ def _step(
     set_gradient(adapter, gradient)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-@contextmanager
-def training_mode(model: nn.Module) -> Iterator[None]:
-    """Train mode for the model, which activation checkpointing needs; undone afterwards."""
-    modes = modes_of(model)
-    model.train()
-    try:
-        yield
-    finally:
-        _set_modes(modes)
-
-
-def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """Every module of a model, and whether it is in train mode."""
-    return [(module, module.training) for module in model.modules()]
-
-
-def put_back(model: nn.Module, modes: Sequence[tuple[nn.Module, bool]]) -> None:
-    """Train mode as it was, if anything has left it since; to look first is much faster than to set it again."""
-    if all(module.training is training for module, training in modes):
-        return
-    model.train()  # modules may do more in it than set a flag
-    _set_modes(modes)
-
-
-def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training

@@ -28,6 +28,7 @@ SCHEMA = "dpsb-ledger/1"
 NO_HASH = "0" * 64
 LONGEST_LINE = 1 << 24  # bytes; only a plan is longer than a few hundred
 _PLAN_BEGINS = b'{"created_utc":'
+_LONGEST_FILE_NAME = 255
 _COMMON = {"index", "kind", "prev", "hash"}
 _FIELDS = {
     "plan": {"schema", "run_id", "created_utc", "software", "plan"},
@@ -213,14 +214,21 @@ class Chain:
         self.taints.append(Taint(name=name, reason=_checks.text(reason=content["reason"])))
 
     def _take_file(self, content: Mapping[str, object]) -> None:
-        name, digest = _checks.text(name=content["name"]), _checks.text(sha256=content["sha256"])
+        name, digest = self.checked_file(content["name"], content["sha256"])
+        self.files[name] = digest
+
+    def checked_file(self, given: object, sha256: object) -> tuple[str, str]:
+        """The name and the hash of a file that may be bound next; ValueError if it may not."""
+        name, digest = _checks.text(name=given), _checks.text(sha256=sha256)
         if not name.isprintable() or name in (".", "..") or set(name) & set("/\\:"):
             raise ValueError(f"name must be that of a file beside the ledger, without a folder, not {name!r}")
+        if len(name.encode()) > _LONGEST_FILE_NAME:
+            raise ValueError(f"name must have at most {_LONGEST_FILE_NAME} bytes, as file systems allow")
         if name in self.files:
             raise ValueError(f"the file {name!r} is bound already")
         if len(digest) != len(NO_HASH) or set(digest) - set("0123456789abcdef"):
             raise ValueError(f"sha256 must be 64 hexadecimal digits, not {digest!r}")
-        self.files[name] = digest
+        return name, digest
 
     def _take_repair(self, content: Mapping[str, object]) -> None:
         _checks.whole(at_least=0, dropped_bytes=content["dropped_bytes"])

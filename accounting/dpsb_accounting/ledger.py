@@ -183,12 +183,14 @@ class Ledger(LedgerRecord):
         """Records the hash of a file that charged releases produced, so that no other can take its place.
 
         Raises:
-            LedgerError: If the name is bound already, or the line could not be made durable.
+            LedgerError: If the name is bound already, name or hash are none, or the line could not be made durable.
         """
         with self._lock:
             self._require_writable()
-            if name in self._chain.files:
-                raise LedgerError(f"{self._path} has bound the file {name!r} already")
+            try:
+                self._chain.checked_file(name, sha256)
+            except ValueError as error:
+                raise LedgerError(f"{self._path} cannot bind a file: {error}") from None
             self._write(self._chain.next_line("file", {"name": name, "sha256": sha256}))
 
     def close(self) -> None:

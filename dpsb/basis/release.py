@@ -21,10 +21,11 @@ from dpsb.capture import adapter_train_mode
 from dpsb.losses import LossFn
 from dpsb.mechanism import Mechanism
 from dpsb.models import HEAD_NAMES
+from dpsb.modes import training_mode
 from dpsb.probe import Collate, Example, without_dropout
 from dpsb.randomness import Randomness
 from dpsb.sampling import bucket_of, length_buckets, microbatches, padded_lengths, poisson_draw
-from dpsb.train import probe_every_bucket, training_mode
+from dpsb.train import probe_every_bucket
 from dpsb.withheld import StepMemoryError, is_out_of_memory, messages_withheld
 from dpsb_accounting import Gaussian, Ledger, PoissonGaussian
 

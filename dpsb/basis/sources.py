@@ -180,7 +180,9 @@ def _labels_of_the_run(table: Table, column: str | None, labels: Sequence[str]) 
     the run's labels occur (of those that so few rows could show).
     """
     names = table.class_names.get(str(column))
-    values = [names[v] if names and isinstance(v, int) else str(v) for v in table.column(str(column))]
+    values = [
+        names[v] if names and isinstance(v, int) and 0 <= v < len(names) else str(v) for v in table.column(str(column))
+    ]
     known = [value for value in values if value in labels]
     occur = len(set(known))
     enough = 2 * occur > min(len(labels), len(values)) and len(known) >= _ROWS_OF_THE_RUN * len(values)

@@ -70,11 +70,13 @@ def composed(out: Path) -> Composed:
     A run counts with its plan's whole schedule, whatever it charged: that is what it may claim, and a stop may have had
     its reason in the data. Delta is the largest of the runs' deltas, which are equal unless the data changed.
     """
+    from dpsb.run import has_remains
+
     records: list[tuple[LedgerRecord, str]] = []
     unreadable = [
         f"{folder.relative_to(out)}/{LEDGER_NAME}"  # a run that has charged, and whose price is not known
         for folder in sorted([*out.glob(f"{CELLS}/*"), *out.glob(f"{ABANDONED}/*")])
-        if (is_finished(folder) or any(folder.glob("checkpoint*"))) and not (folder / LEDGER_NAME).exists()
+        if has_remains(folder)
     ]
     for path in sorted(out.glob(f"{CELLS}/*/{LEDGER_NAME}")) + sorted(out.glob(f"{ABANDONED}/*/{LEDGER_NAME}")):
         try:

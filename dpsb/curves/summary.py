@@ -8,6 +8,7 @@ from typing import Any
 
 from dpsb.curves import words
 from dpsb.curves.sweep import Curve
+from dpsb.curves.table import FAILED
 
 FILES = ("curve.html", "curve.png", "curve.svg", "curve.csv", "curve.parquet", "summary.csv", "curve.json")
 
@@ -30,6 +31,6 @@ def summary(curve: Curve, out: Path) -> dict[str, Any]:
         "composed": curve.price.to_json(),
         "held_out": words.OUTSIDE,
         "cells": len(curve.rows),
-        "failed": [{"folder": row.folder, "reason": row.failure} for row in curve.failures],
+        "failed": [{"folder": row.folder, "reason": FAILED} for row in curve.failures],
         "files": list(FILES),
     }

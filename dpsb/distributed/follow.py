@@ -13,9 +13,10 @@ from dpsb.distributed.lead import Order, say_theta
 from dpsb.distributed.team import Team
 from dpsb.distributed.work import Work, part_of_sum
 from dpsb.mechanism import Mechanism
+from dpsb.modes import modes_of, put_back, training_mode
 from dpsb.probe import Example, without_dropout, without_gradients
 from dpsb.randomness import SystemRandomness
-from dpsb.train import modes_of, probe_every_bucket, put_back, secret_dropout, training_mode
+from dpsb.train import probe_every_bucket, secret_dropout
 from dpsb.withheld import messages_withheld
 
 

@@ -88,7 +88,8 @@ def build(
     begun = json.loads((out / SETTINGS_NAME).read_text()) if (out / SETTINGS_NAME).exists() else None
     public: list[PublicRows] = []
     if begun is None:
-        public = [public_rows(read_table(source), columns_of(run), run.task) for source in run.public_sources]
+        given = {source: public_rows(read_table(source), columns_of(run), run.task) for source in run.public_sources}
+        public = [rows._replace(source=source) for source, rows in given.items()]  # as the settings name it
     elif any(map(len, tables.values())):  # a server, when its rounds are over, has no rows
         public = _public_rows(run, begun, out)
     for name, table in tables.items():

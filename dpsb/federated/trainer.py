@@ -28,11 +28,12 @@ from dpsb.federated.spec import PaidBasis, PrivacyModel, RoundSpec
 from dpsb.losses import LossFn
 from dpsb.mechanism import Mechanism, clip_and_sum
 from dpsb.models import HEAD_NAMES, in_head
+from dpsb.modes import training_mode
 from dpsb.probe import Collate, Example, without_dropout
 from dpsb.randomness import Randomness
 from dpsb.sampling import length_buckets, poisson_draw
 from dpsb.selftest.start import check_before_run
-from dpsb.train import probe_every_bucket, release_with, training_mode
+from dpsb.train import probe_every_bucket, release_with
 from dpsb.withheld import messages_withheld
 from dpsb_accounting import Ledger
 

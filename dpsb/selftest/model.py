@@ -14,6 +14,7 @@ from torch import nn
 from dpsb.adapter import Adapter
 from dpsb.losses import LossFn
 from dpsb.models import peft_part
+from dpsb.modes import training_mode
 from dpsb.plan import make_plan
 from dpsb.probe import Collate, without_dropout
 from dpsb.randomness import Randomness
@@ -23,7 +24,7 @@ from dpsb.selftest.replay import Loop, check_replay
 from dpsb.selftest.result import Check, SelfTest, at_most, not_tested
 from dpsb.selftest.run import run_selftest
 from dpsb.selftest.start import tolerance_for
-from dpsb.train import Knobs, fit, probe_every_bucket, training_mode
+from dpsb.train import Knobs, fit, probe_every_bucket
 from dpsb_accounting import Ledger, Plan
 from dpsb_accounting.ledger import LEDGER_NAME
 

@@ -15,11 +15,11 @@ from dpsb.capture import adapter_train_mode, per_example_gradients
 from dpsb.clipped_sums import clipped_sum
 from dpsb.losses import LossFn
 from dpsb.mechanism import Mechanism
+from dpsb.modes import training_mode
 from dpsb.probe import Collate, without_dropout
 from dpsb.randomness import SystemRandomness
 from dpsb.sampling import bucket_of, length_buckets, own_length, poisson_draw
 from dpsb.selftest.step import Step
-from dpsb.train import training_mode
 
 POISON = "dpsb_selftest_poison"
 _SCATTER = 0.05

@@ -29,12 +29,13 @@ from dpsb.distributed.work import Work
 from dpsb.fingerprint import fingerprint
 from dpsb.losses import causal_lm_loss, classification_loss
 from dpsb.models import HEAD_NAMES
+from dpsb.modes import training_mode
 from dpsb.probe import Batch, Example, without_dropout
 from dpsb.randomness import Randomness, SystemRandomness
 from dpsb.sampling import bucket_of, length_buckets
 from dpsb.selftest.start import check_before_run
 from dpsb.start import attach_again, digest, read_start, start_of
-from dpsb.train import private_steps, training_mode
+from dpsb.train import private_steps
 from dpsb.trainer import files, refusals, together
 from dpsb.trainer.arguments import PrivacyArguments
 from dpsb.trainer.building import basis_of, by_name, check_evaluation, give_adapter, is_trained, with_own_arithmetic

@@ -23,6 +23,15 @@ def test_bound_once_and_read_back(tmp_path):
     assert record.charged("train") == 2
 
 
+@pytest.mark.parametrize("name", ["a" * 256, "ü" * 128, "a/b", "..", ""])
+def test_a_name_that_no_file_beside_the_ledger_has(tmp_path, name):
+    with Ledger.create(tmp_path / "ledger.jsonl", plans.make_plan()) as ledger:
+        with pytest.raises(LedgerError, match="name must"):
+            ledger.bind_file(name, SHA)
+        ledger.bind_file("a" * 255, SHA)
+    assert set(Ledger.read(tmp_path / "ledger.jsonl").files) == {"a" * 255}
+
+
 def test_another_hash_breaks_the_chain(tmp_path):
     path = tmp_path / "ledger.jsonl"
     with Ledger.create(path, plans.make_plan()) as ledger:

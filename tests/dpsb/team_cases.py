@@ -18,8 +18,9 @@ from dpsb.distributed.team import team
 from dpsb.distributed.work import Work
 from dpsb.losses import causal_lm_loss
 from dpsb.mechanism import Mechanism
+from dpsb.modes import training_mode
 from dpsb.sampling import length_buckets
-from dpsb.train import probe_every_bucket, training_mode
+from dpsb.train import probe_every_bucket
 
 CLIP = Mechanism(l2_clip_norm=0.5, noise_multiplier=1.0, clipping="flat")
 DRAWS = ([], [3], [0, 5], [1, 2, 4, 7, 8, 11, 12])

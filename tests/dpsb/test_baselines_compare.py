@@ -62,6 +62,17 @@ def test_a_public_basis_is_measured_on_the_other_half(public):
     assert "sb (public)" in result.stdout
 
 
+def test_class_names_of_a_saved_public_data_set_are_public(tmp_path):
+    import datasets
+
+    names = datasets.ClassLabel(names=["ham", "spam"])
+    rows = {"text": [f"a mail about {i} things" for i in range(16)], "label": [0, 1] * 8}
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    (row,) = compare_methods(model=str(workbench.bert_folder()), public=str(tmp_path / "saved"), methods=["sb"], rank=4)
+    assert row.snr is not None
+
+
 def test_without_data_only_the_noise_is_compared():
     (row,) = compare_methods(model=str(workbench.llama_folder()), task="causal-lm", methods=["sb"], rank=4)
     assert row.signal is None

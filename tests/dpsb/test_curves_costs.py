@@ -88,9 +88,11 @@ def test_a_ledger_without_a_line_charged_nothing_and_a_damaged_one_bounds_nothin
     assert gone.bound is None
     assert gone.unreadable == ("cells/b/ledger.jsonl",)
     (cut / "report.json").unlink()
+    assert composed(tmp_path) == alone, "cut off before its ledger began, which is the first file of a run"
     (cut / "run.json").write_text("{}")
-    assert composed(tmp_path) == alone, "cut off before its ledger began"
-    (cut / "checkpoint").mkdir()  # there is none without a charge
+    assert composed(tmp_path).unreadable == ("cells/b/ledger.jsonl",)
+    (cut / "run.json").unlink()
+    (cut / "checkpoint").mkdir()
     assert composed(tmp_path).unreadable == ("cells/b/ledger.jsonl",)
 
 
@@ -281,11 +283,12 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(tmp_path):
     facts = json.loads(result.stdout)
     (failed,) = facts["failed"]
     assert failed["folder"].startswith("cells/sb-public-")
-    assert "useless.csv" in failed["reason"]
+    assert failed["reason"].startswith("failed; why is on the screen")
     assert [point["n"] for point in facts["points"]] == [0, 1]
     assert facts["composed"]["runs"]["all"] == 1
     assert result.stderr.count("error:") == 1
     assert "1 of 2 cells failed, the first with:" in result.stderr
+    assert "useless.csv" in result.stderr
     for name in facts["files"]:
         assert (tmp_path / "out" / name).exists()
     assert "What failed" in (tmp_path / "out" / "curve.html").read_text()

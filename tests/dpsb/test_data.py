@@ -230,6 +230,8 @@ def test_class_names_of_a_saved_data_set(tmp_path):
     table = read_table(tmp_path / "named")
     with pytest.raises(DataError, match="The set of labels must be public"):
         declared_labels(None, table, Columns(), None)  # `class_encode_column` may have read them off the rows
+    with pytest.raises(DataError, match="The set of labels must be public"):
+        declared_labels(None, table, Columns(), ("no", "yes"))  # no row would have a label of the model's
     published = replace(table, names_are_public=True)
     assert declared_labels(None, published, Columns(), None) == (("ham", "spam"), "data set schema")
     assert declared_labels("from-data", table, Columns(), None)[0] == ("ham", "spam")

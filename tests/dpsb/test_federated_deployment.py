@@ -140,7 +140,11 @@ def test_a_silo_whose_rows_the_basis_takes_for_public_does_not_open(tmp_path):
         pa.concat_tables([pq.read_table(mail_file("validation")).slice(0, 40), private.slice(1000, 5)]), near
     )
     made = invoke(
-        "init", "--config", config(tmp_path, f'basis = "public:{near}"\n{SETTINGS}'), "--out", tmp_path / "fed"
+        "init",
+        "--config",
+        config(tmp_path, f'basis = "public:{tmp_path}/./near.parquet"\n{SETTINGS}'),
+        "--out",
+        tmp_path / "fed",
     )
     assert made.exit_code == 0, made.output
     near.unlink()

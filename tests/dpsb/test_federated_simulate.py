@@ -168,6 +168,7 @@ def test_a_killed_simulation_goes_on(tmp_path):
         ('basis = "lora-sb"\nallow_non_private_basis = true', SPLIT, "lora-sb"),
         ("basis_share = 0.1", SPLIT, "basis_share=0.1 is for a basis that is paid for"),
         ('basis = "leak"\nallow_non_private_basis = true', SPLIT, "is computed from private data"),
+        ('neighboring = "replace_one"', SPLIT, "neighboring='replace_one' needs num_examples of every silo"),
         ("epsilon_ = 3", SPLIT, "unknown key 'epsilon_'"),
         ("", "silos = 1", "Say who takes part"),
         ("", SPLIT + "\nround = 2", "unknown key 'round'"),

@@ -21,10 +21,11 @@ from dpsb.data import Collator, synthetic_examples
 from dpsb.frozen_prefix import FrozenOutputs, PrefixError, remember_frozen_prefix
 from dpsb.losses import classification_loss
 from dpsb.models import HEAD_NAMES, add_lora
+from dpsb.modes import training_mode
 from dpsb.probe import ProbeError, _perturb
 from dpsb.run import fine_tune
 from dpsb.sampling import length_buckets
-from dpsb.train import probe_every_bucket, training_mode
+from dpsb.train import probe_every_bucket
 
 UPPER = {"bert": r".*layer\.1\..*(query|key|value|dense)", "llama": r".*layers\.1\..*_proj", "gpt2": r".*h\.1\..*c_.*"}
 UPPER["gemma2"] = UPPER["llama"]

@@ -99,11 +99,15 @@ def test_scores_of_the_best_reference():
 
 
 def test_a_run_generates_with_and_without_its_adapter(tmp_path, monkeypatch):
-    pairs = str(workbench.data_file("pairs"))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "pairs.jsonl").write_text(workbench.data_file("pairs").read_text())
     out = tmp_path / "run"
-    run.fine_tune(workbench.run_config(out, "causal-lm", data=pairs, learning_rate=5.0))
-    with pytest.raises(run.RunError, match="was trained on"):
-        generate_for_file(out, pairs, prompts=8, max_new_tokens=4)
+    monkeypatch.chdir(tmp_path / "here")
+    run.fine_tune(workbench.run_config(out, "causal-lm", data="pairs.jsonl", learning_rate=5.0))
+    monkeypatch.chdir(tmp_path)
+    for again in (str(tmp_path / "here" / "pairs.jsonl"), "here/pairs.jsonl"):
+        with pytest.raises(run.RunError, match="was trained on"):
+            generate_for_file(out, again, prompts=8, max_new_tokens=4)
     pairs = str(workbench.data_file("pairs", seed=9))
     with_it = generate_for_file(out, pairs, prompts=8, max_new_tokens=4)
     without = generate_for_file(out, pairs, prompts=8, max_new_tokens=4, base_only=True)

@@ -133,6 +133,21 @@ def test_a_choice_of_files_gives_no_local_path_away(finished, tmp_path, chosen):
         planned(tmp_path)
 
 
+def test_only_a_whole_path_is_the_base_models(finished, tmp_path):
+    """A public file may lie beside the model under a name that begins with the model's; a choice of files is bound."""
+    copied = [path for path in finished.iterdir() if path.is_file() and path.name in hub.ALLOWED]
+    for path in copied:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    model = str(workbench.bert_folder())
+    near = f"{model}-near.jsonl"
+    (tmp_path / "basis_choice.json").write_text(json.dumps({"chosen": near, "model": model}))
+    card = tmp_path / "README.md"
+    card.write_text(f"{card.read_text()}\nFrom {near}, /x{model}, {model}/x and {model}.\n")
+    sent = planned(tmp_path).files
+    assert sent["basis_choice.json"] == (tmp_path / "basis_choice.json").read_bytes()
+    assert sent["README.md"].decode().endswith(f"\nFrom {near}, /x{model}, {model}/x and {BASE}.\n")
+
+
 def test_a_signature_goes_only_with_the_files_that_it_is_for(finished, tmp_path):
     for path in finished.iterdir():
         if path.is_file() and path.name in hub.ALLOWED:

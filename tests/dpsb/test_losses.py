@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from dpsb import losses as module
 from dpsb.losses import IGNORED, causal_lm_loss, check_losses, classification_loss
@@ -32,14 +32,21 @@ def test_classification_is_cross_entropy(tiny):
     torch.testing.assert_close(classification_loss(model, batch), expected)
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "recurrent_gemma"])
+BEYOND_A_HEAD = {
+    "bert": {"is_decoder": True},  # a transform in the head
+    "roberta": {"is_decoder": True},
+    "recurrent_gemma": {"logits_soft_cap": 2.0},
+    "modernbert-decoder": {},  # a transform beside the head
+    "electra": {"is_decoder": True, "embedding_size": 16},
+}
+
+
+@pytest.mark.parametrize("kind", BEYOND_A_HEAD)
 def test_a_head_that_is_more_than_a_linear_layer_is_the_models_own(kind):
-    """BERT has a transform before its decoder, RecurrentGemma a cap on its logits."""
     size = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "use_cache": False}
-    more = {"bert": {"is_decoder": True}, "roberta": {"is_decoder": True}, "recurrent_gemma": {"logits_soft_cap": 2.0}}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(kind, **size, intermediate_size=32, pad_token_id=0, **more[kind])
+        AutoConfig.for_model(kind, **size, intermediate_size=32, pad_token_id=0, **BEYOND_A_HEAD[kind])
     ).eval()
     for parameter in model.parameters():
         parameter.data.mul_(8)
@@ -48,6 +55,33 @@ def test_a_head_that_is_more_than_a_linear_layer_is_the_models_own(kind):
     logits = model(input_ids=ids).logits[:, :-1].float()
     expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(3, 6).mean(dim=1)
     torch.testing.assert_close(causal_lm_loss(model, batch), expected)
+
+
+class Doubled(LlamaForCausalLM):
+    """Does something to its logits that no setting tells."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = 2 * out.logits
+        return out
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_done_to_logits_behind_the_head_is_measured(tiny, training):
+    plain = tiny.base("llama")
+    config = plain.config
+    config.attention_dropout = 0.5
+    model = Doubled(config)
+    model.load_state_dict(plain.state_dict())
+    batch = tiny.batch("llama")
+    model.train(training).model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    causal_lm_loss(model, batch)
+    assert [module.training for module in model.modules()] == modes
+    model.eval()
+    with torch.no_grad():
+        expected = torch.stack([by_hand(model, batch, i) for i in range(5)])
+    torch.testing.assert_close(causal_lm_loss(model, batch), expected, rtol=1e-5, atol=1e-5)
 
 
 def by_hand(model, batch, i):
@@ -132,6 +166,7 @@ def test_logits_of_the_batch_never_exist_at_once(tiny, kind):
     adapter = tiny.adapter(tiny.base(kind, vocab_size=vocab))
     batch = tiny.batch(kind, lengths=(64, 40, 9, 3), padded=t, vocab=vocab)
     base = adapter.model.get_base_model()
+    causal_lm_loss(adapter.model, tiny.batch(kind, lengths=(3,), padded=8, vocab=vocab))  # the first is measured
     shapes = logit_shapes(base, lambda: causal_lm_loss(adapter.model, batch).sum().backward())
     assert max(tokens * width for tokens, width in shapes) <= module._CHUNK_LOGITS < n * t * vocab
     labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
@@ -144,6 +179,7 @@ def test_chunked_equals_unchunked(tiny, kind, monkeypatch):
     adapter, batch = tiny.adapter(tiny.base(kind)), tiny.batch(kind)
     base = adapter.model.get_base_model()
     results = []
+    causal_lm_loss(adapter.model, batch)  # the first is measured
     labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
     for numbers, chunks in ((1 << 22, 1), (tiny.vocab * 10, -(-labelled // 10)), (1, labelled)):
         monkeypatch.setattr(module, "_CHUNK_LOGITS", numbers)
