@@ -22,6 +22,7 @@ from dpsb.modes import evaluation_mode
 from dpsb.randomness import Randomness, SystemRandomness
 from dpsb.sampling import length_buckets, microbatches, padded_lengths
 from dpsb.secret_canaries import SecretCanaries
+from dpsb.withheld import messages_withheld
 from dpsb_accounting import Plan
 from dpsb_accounting.auditing import CanaryScores
 
@@ -258,10 +259,14 @@ def example_losses(
     max_length: int,
     token_budget: int,
 ) -> np.ndarray:
-    """Loss of every example in evaluation mode, shape ``(n,)``, float64. Sensitive where the examples are."""
+    """Loss of every example in evaluation mode, shape ``(n,)``, float64. Sensitive where the examples are.
+
+    Raises:
+      StepError, StepMemoryError: In the place of any error, which may quote a row.
+    """
     padded = padded_lengths(examples, length_buckets(max_length))
     found = np.zeros(len(examples))
-    with evaluation_mode(model):
+    with evaluation_mode(model), messages_withheld("Scoring examples for an audit", "Training is not affected."):
         for indices, length in microbatches(np.arange(len(examples)), padded, token_budget):
             batch = collate([examples[int(i)] for i in indices], length)
             found[indices] = loss_fn(model, batch).double().cpu().numpy()

@@ -9,7 +9,7 @@ from dpsb.canaries import GradientCanaries, InputCanaries, example_losses, expec
 from dpsb.losses import classification_loss
 from dpsb.mechanism import Mechanism
 from dpsb.randomness import SeededRandomness
-from dpsb.train import fit
+from dpsb.train import StepError, fit
 from dpsb_accounting import Ledger, make_report
 from dpsb_accounting.auditing import audit
 
@@ -116,6 +116,15 @@ def test_fit_with_canaries_is_audited_and_claims_nothing(tiny, tmp_path):
     assert [t["name"] for t in report.to_json()["taints"]] == ["gradient_canaries"]
     bound = audit(canaries.scores(), "gdp", delta=made.delta)
     assert 0.3 * report.epsilon.upper < bound.epsilon < report.epsilon.upper
+
+
+def test_an_error_while_members_are_scored_quotes_none_of_them(tiny):
+    def loss(_model, _batch):
+        raise ValueError(workbench.CANARIES[0])
+
+    with pytest.raises(StepError, match=r"audit failed \(ValueError at .*Training is not affected") as caught:
+        example_losses(tiny.base("bert"), workbench.examples(), loss, workbench.Collator(0), 16, 512)
+    assert workbench.CANARIES[0] not in str(caught.value)
 
 
 @pytest.mark.parametrize("task", ["classification", "causal-lm"])

@@ -19,6 +19,7 @@ from forked import Forked, wait_until
 from typer.testing import CliRunner
 
 from dpsb.cli import app
+from dpsb.config import ConfigError
 from dpsb.demo import mail_file
 from dpsb.federated.budget import FolderBusy, alone
 from dpsb.federated.checks import FederatedError
@@ -156,6 +157,17 @@ def test_a_silo_whose_rows_the_basis_takes_for_public_does_not_open(tmp_path):
     said = " ".join(refused.stderr.split())
     assert "5 of the 45 rows of" in said
     assert "named as public, are in the data of silo 'south' too" in said
+    policy, own = tmp_path / "north" / "policy.toml", tmp_path / "north" / "silo.toml"
+    before = policy.read_text(), own.read_text()
+    undeclared = "".join(
+        line for line in before[0].splitlines(True) if not line.startswith(("num_examples", "neighboring"))
+    )
+    policy.write_text(f'neighboring = "replace_one"\n{undeclared}')
+    own.write_text(before[1].replace('"\n', '#train(test=0.2,validation=0,seed=7)"\n'))
+    with pytest.raises(ConfigError, match="with neighboring='replace_one' needs num_examples"):
+        open_silo(tmp_path / "north", on_status=lambda _message: None)
+    policy.write_text(before[0])
+    own.write_text(before[1])
     settings = tmp_path / "north" / "federation.json"
     begun = json.loads(settings.read_text())
     guesses = [{**begun["public_texts"][0], "rows": 1}]

@@ -142,7 +142,7 @@ def open_silo(
         for name, key in sorted(check_peers(policy, public, config.silos).items()):
             on_status(f"it masks for silo {name!r}, whose public key by {POLICY_NAME} is {key}")
     run = config.run.with_basis("weight")
-    run = replace(run, data=own.data, eval_data=None, num_examples=policy.num_examples)
+    run = replace(run, data=own.data, eval_data=None, num_examples=policy.num_examples, neighboring=policy.neighboring)
     built = build(config, {policy.silo: read_table(own.data)}, {policy.silo: run}, folder, on_status)
     examples = built.prepared[policy.silo].examples
     return Silo(folder, policy, built.trainer, examples, on_problem=on_problem), built.trainer
