@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -35,8 +34,8 @@ _LOGIT_TRANSFORMS = (
 )
 """Settings of a model by which its logits are more than what its head returns."""
 _CHUNK_LOGITS = 1 << 22
-_FEW = 16
-_MEASURED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_HEAD_IS_ALL: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""What was measured of a model."""
 
 
 def classification_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -115,11 +114,8 @@ def seq2seq_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.T
 
 def _token_losses(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of every position, zero where ignored, shape ``(n, t)``."""
-    wrapped: Any = model
-    causal_lm = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
-    head = causal_lm.get_output_embeddings()
-    backbone = getattr(causal_lm, causal_lm.base_model_prefix, None)
-    if head is None or backbone is None or not _head_is_all(causal_lm, backbone, head, inputs):
+    causal_lm, head, backbone = _parts(model)
+    if head is None or backbone is None or _transforms_logits(causal_lm) or not _HEAD_IS_ALL.get(causal_lm, True):
         return _scored(nn.Identity(), model(**inputs).logits, labels)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     if hidden.shape[:2] != labels.shape:  # otherwise a token would be scored by another example's state
@@ -136,25 +132,41 @@ def _token_losses(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor
     return torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in chunks], dim=1)
 
 
-def _head_is_all(causal_lm: Any, backbone: nn.Module, head: nn.Module, inputs: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a model's logits are what its head makes of its backbone's states, and nothing else is done to them.
-
-    A cap or a scale of the logits is a setting; whether anything else stands before the head (in BERT, ModernBERT,
-    Electra) or behind it is measured, on a few tokens of the first batch that a model gets: a probe's, in a run.
-    """
+def _transforms_logits(causal_lm: Any) -> bool:
     settings = causal_lm.config.get_text_config()  # of a model with images too (Gemma 4) the part that speaks
-    children = {id(child) for child in causal_lm.children()}
-    if any(getattr(settings, name, None) for name in _LOGIT_TRANSFORMS) or children != {id(backbone), id(head)}:
-        return False
-    if any(isinstance(value, FakeTensor) for value in inputs.values()):
-        return True  # shapes only, for an estimate of memory
-    few = {name: value[:1, :_FEW] for name, value in inputs.items()}
-    if causal_lm not in _MEASURED and all(value.numel() for value in few.values()):
-        with torch.no_grad(), evaluation_mode(causal_lm):
+    return any(getattr(settings, name, None) for name in _LOGIT_TRANSFORMS)
+
+
+def measure_head(model: nn.Module) -> None:
+    """Finds out, on a few tokens that mean nothing, whether a causal model's logits are what its head alone makes.
+
+    What stands behind a head (a cap, a scale) or before it is not always a setting with a known name. Called where a
+    model is loaded and where it is probed, and never by the loss: hooks that watch a pass would see another one.
+    """
+    causal_lm, head, backbone = _parts(model)
+    if head is None or backbone is None or causal_lm in _HEAD_IS_ALL:
+        return
+    ids = torch.arange(1, 17, device=head.weight.device)[None] % causal_lm.get_input_embeddings().weight.shape[0]
+    few = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad(), evaluation_mode(causal_lm):
+        try:
             own = causal_lm(**few).logits.float()
             made = head(backbone(**few, use_cache=False).last_hidden_state).float()
-        _MEASURED[causal_lm] = own.shape == made.shape and torch.allclose(own, made, rtol=1e-3, atol=1e-3)
-    return _MEASURED.get(causal_lm, False)
+        except Exception:  # noqa: BLE001 - a model that is called in another way; then its own logits are taken
+            _HEAD_IS_ALL[causal_lm] = False
+        else:
+            _HEAD_IS_ALL[causal_lm] = own.shape == made.shape and torch.allclose(own, made, rtol=1e-3, atol=1e-3)
+
+
+def _parts(model: nn.Module) -> tuple[Any, Any, Any]:
+    """A causal model without PEFT's wrapper, its head and its backbone; None for those that cannot be told apart."""
+    wrapped: Any = model
+    causal_lm = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
+    head = causal_lm.get_output_embeddings() if hasattr(causal_lm, "get_output_embeddings") else None
+    backbone = getattr(causal_lm, getattr(causal_lm, "base_model_prefix", ""), None)
+    # a third part, or a head inside of another module (BERT), may do something before the head (ModernBERT, Electra)
+    plain = {id(child) for child in causal_lm.children()} == {id(backbone), id(head)}
+    return (causal_lm, head, backbone) if plain else (causal_lm, None, None)
 
 
 def _scored(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

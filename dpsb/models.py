@@ -17,6 +17,7 @@ from torch import nn
 
 from dpsb.heads import HEAD_NAMES as HEAD_NAMES
 from dpsb.heads import in_head as in_head
+from dpsb.losses import measure_head
 from dpsb.packaged import PackagedModelError, packaged_folder
 
 HEAD_INIT_STD = 0.3
@@ -121,6 +122,7 @@ def load_base(
             )
         else:
             base = _load(AutoModelForCausalLM, path, dtype=dtype)
+            measure_head(base)
     if task == "classification":
         _start_head(base, head_init_std)
     embedded = _embedding_rows(base)

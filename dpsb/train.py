@@ -16,7 +16,7 @@ from dpsb.capture import adapter_train_mode
 from dpsb.checkpoint import load_checkpoint, save_checkpoint, saved_clip_norm
 from dpsb.clipped_sums import Sharing, charged_sum, examples_per_unit
 from dpsb.frozen_prefix import whole_model
-from dpsb.losses import LossFn
+from dpsb.losses import LossFn, measure_head
 from dpsb.mechanism import Mechanism
 from dpsb.modes import modes_of, put_back, training_mode
 from dpsb.probe import (
@@ -317,6 +317,7 @@ def probe_every_bucket(
 ) -> Batch:
     """Probes in small batches first, then in full microbatches of the longest; returns a small batch."""
     check_quantization(adapter.model)  # again: somebody may have quantized the model after attach()
+    measure_head(adapter.model)
     by_length: dict[int, list[Example]] = {}
     for example in synthetic:
         by_length.setdefault(bucket_of(own_length(example), buckets), []).append(example)

@@ -7,7 +7,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from dpsb import losses as module
-from dpsb.losses import IGNORED, causal_lm_loss, check_losses, classification_loss
+from dpsb.data import Collator
+from dpsb.losses import IGNORED, causal_lm_loss, check_losses, classification_loss, measure_head
+from dpsb.train import probe_every_bucket
 
 CAUSAL = ("llama", "gpt2", "gemma2")
 
@@ -76,12 +78,25 @@ def test_what_is_done_to_logits_behind_the_head_is_measured(tiny, training):
     batch = tiny.batch("llama")
     model.train(training).model.layers[0].eval()
     modes = [module.training for module in model.modules()]
-    causal_lm_loss(model, batch)
+    measure_head(model)
     assert [module.training for module in model.modules()] == modes
     model.eval()
     with torch.no_grad():
         expected = torch.stack([by_hand(model, batch, i) for i in range(5)])
     torch.testing.assert_close(causal_lm_loss(model, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_measures_before_it_trains(tiny):
+    plain = tiny.base("llama")
+    model = Doubled(plain.config)
+    model.load_state_dict(plain.state_dict())
+    adapter, batch = tiny.adapter(model, scatter=0.0), tiny.batch("llama")
+    examples = [{"input_ids": list(range(3, 5 + n)), "labels": list(range(3, 5 + n))} for n in range(5)]
+    probe_every_bucket(adapter, causal_lm_loss, Collator(0), examples, (16,), 256)
+    model.eval()
+    with torch.no_grad():
+        expected = torch.stack([by_hand(model, batch, i) for i in range(5)])
+    torch.testing.assert_close(causal_lm_loss(adapter.model, batch), expected, rtol=1e-5, atol=1e-5)
 
 
 def by_hand(model, batch, i):
@@ -166,7 +181,6 @@ def test_logits_of_the_batch_never_exist_at_once(tiny, kind):
     adapter = tiny.adapter(tiny.base(kind, vocab_size=vocab))
     batch = tiny.batch(kind, lengths=(64, 40, 9, 3), padded=t, vocab=vocab)
     base = adapter.model.get_base_model()
-    causal_lm_loss(adapter.model, tiny.batch(kind, lengths=(3,), padded=8, vocab=vocab))  # the first is measured
     shapes = logit_shapes(base, lambda: causal_lm_loss(adapter.model, batch).sum().backward())
     assert max(tokens * width for tokens, width in shapes) <= module._CHUNK_LOGITS < n * t * vocab
     labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
@@ -179,7 +193,6 @@ def test_chunked_equals_unchunked(tiny, kind, monkeypatch):
     adapter, batch = tiny.adapter(tiny.base(kind)), tiny.batch(kind)
     base = adapter.model.get_base_model()
     results = []
-    causal_lm_loss(adapter.model, batch)  # the first is measured
     labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
     for numbers, chunks in ((1 << 22, 1), (tiny.vocab * 10, -(-labelled // 10)), (1, labelled)):
         monkeypatch.setattr(module, "_CHUNK_LOGITS", numbers)
