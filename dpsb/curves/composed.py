@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsb.curves.cells import TUNING
-from dpsb.curves.folder import ABANDONED, CELLS, is_finished
+from dpsb.curves.folder import ABANDONED, CELLS, begun, is_finished
 from dpsb_accounting import Bound, Ledger, LedgerError, LedgerRecord, Plan, epsilon
 from dpsb_accounting.engines import ResourceLimit
 from dpsb_accounting.ledger import LEDGER_NAME
@@ -30,7 +30,7 @@ class Composed:
       non_private: Runs among them without a guarantee.
       num_examples: N of the runs, in words; None if there is none.
       tainted: Reasons that void a run's claim.
-      unreadable: Ledgers that are damaged.
+      unreadable: Ledgers that are damaged or gone.
     """
 
     bound: Bound | None
@@ -86,6 +86,10 @@ def composed(out: Path) -> Composed:
                 unreadable.append(str(path.relative_to(out)))
             continue
         records.append((record, _kind(path)))
+    here = {record.run_id for record, _ in records}
+    if not unreadable:
+        gone = [(run_id, name) for run_id, name in begun(out) if run_id not in here]
+        unreadable = [f"{CELLS}/{name}/{LEDGER_NAME} of run {run_id}" for run_id, name in gone]
     kinds = [kind for _, kind in records]
     plans = [record.plan for record, _ in records]
     bound = private = None

@@ -18,6 +18,8 @@ from dpsb_accounting.ledger import LEDGER_NAME
 SETTINGS_NAME, LOCK_NAME = "curve.json", ".curve.lock"
 CELLS, ABANDONED = "cells", "abandoned"
 INTERRUPTIONS = "interruptions.json"
+BEGUN = "begun.txt"
+"""Run id and cell of every run that has charged: what it spent stays spent, even if its folder is deleted."""
 _SCHEMA = "dpsb-curve/1"
 
 
@@ -98,6 +100,23 @@ def prepare_cell(out: Path, cell: Cell) -> bool:
     remove_checkpoint(folder)
     folder.rename(out / ABANDONED / f"{cell.name}-{number}")
     return False
+
+
+def note_begun(out: Path, cell: Cell) -> None:
+    """Notes that a cell's run has charged its first step; a run that was resumed is there already."""
+    run_id = Ledger.read(out / CELLS / cell.name / LEDGER_NAME).run_id
+    if run_id in dict(begun(out)):
+        return
+    with (out / BEGUN).open("a") as file:  # one short write, so lines of several processes do not mix
+        file.write(f"{run_id} {cell.name}\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def begun(out: Path) -> list[tuple[str, str]]:
+    """Run id and cell's name of every run that has charged, as far as that was noted."""
+    lines = (out / BEGUN).read_text().splitlines() if (out / BEGUN).exists() else []
+    return [(run_id, name) for run_id, _, name in (line.partition(" ") for line in lines) if name]
 
 
 def resumable(folder: Path) -> bool:

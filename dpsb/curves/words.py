@@ -104,7 +104,8 @@ def price(composed: Composed) -> tuple[str, str]:
     runs = f"{composed.runs} run{'s' * (composed.runs != 1)} ({', '.join(made)})"
     if composed.bound is None:
         if composed.unreadable:
-            return "unknown", f"{', '.join(composed.unreadable)} cannot be read, so nothing bounds what was spent."
+            lost = ", ".join(composed.unreadable)
+            return "unknown", f"{lost} cannot be read or is gone, so nothing bounds what was spent."
         return "0", "Nothing was run."
     delta = f"δ = {power(composed.bound.delta or 0.0)}"
     about = f"per {composed.bound.unit}, {composed.bound.neighboring}"

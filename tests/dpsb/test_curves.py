@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 
 import pyarrow.parquet
@@ -353,6 +354,24 @@ def test_killed_in_a_step_the_cell_goes_on(tmp_path, monkeypatch):
     assert Ledger.read(second / "ledger.jsonl").charged("train") == STEPS
     assert [row.lost_steps for row in curve.rows] == [0, 1] == [lost_steps(first), lost_steps(second)]
     assert curve.price.runs == 2
+
+
+def test_a_finished_cell_whose_folder_was_deleted_still_counts(tmp_path):
+    """Somebody has seen its accuracy. Run again, the cell has another ledger, and nothing bounds the two together."""
+    settings = settings_of(methods="sb,head-only", epsilons="8")
+    whole = run_sweep(settings, tmp_path, Silent())
+    assert whole.price.unreadable == ()
+    noted = (tmp_path / "begun.txt").read_text()
+    cell = next(tmp_path.glob("cells/head-only*"))
+    run_id = Ledger.read(cell / "ledger.jsonl").run_id
+    assert noted.count(run_id) == 1
+    assert len(noted.splitlines()) == 2
+    shutil.rmtree(cell)
+    again = run_sweep(settings, tmp_path, Silent())
+    assert not again.failures
+    assert again.price.bound is None
+    assert again.price.unreadable == (f"cells/{cell.name}/ledger.jsonl of run {run_id}",)
+    assert f"of run {run_id} cannot be read or is gone, so nothing bounds what was spent" in page(again)
 
 
 def test_a_cell_says_that_it_is_one_of_several(swept):
