@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _SCHEMA = "dpsb-checkpoint/1"
 _CURRENT, _OLD = "checkpoint", "checkpoint.old"
+CHECKPOINT_NAMES = (_CURRENT, _OLD, f"{_CURRENT}.new")
 THETA_NAME, STATE_NAME = "theta.safetensors", "checkpoint.json"
 
 
@@ -166,7 +167,7 @@ def saved_clip_norm(run_dir: Path) -> float | None:
 
 def remove_checkpoint(run_dir: Path) -> None:
     """Deletes what only a resume needs, once the run's results are on disk."""
-    for name in (_CURRENT, _OLD, f"{_CURRENT}.new"):
+    for name in CHECKPOINT_NAMES:
         shutil.rmtree(run_dir / name, ignore_errors=True)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from dpsb.adapter_files import adapter_settings, with_adapter
 from dpsb.data import Columns, DataError, Table, prompt_ids, prompts_and_completions, read_table
 from dpsb.modes import evaluation_mode
-from dpsb.parts import same_data
+from dpsb.parts import file_of, same_data, seen_from
 from dpsb.run import SETTINGS_NAME, RunError
 from dpsb_accounting import Ledger
 from dpsb_accounting.ledger import LEDGER_NAME
@@ -71,9 +71,8 @@ def generate_for_file(
     if details.get("task") != "causal-lm":
         raise RunError(f"The run in {folder} is of the task {details.get('task')!r}; only causal-lm generates text.")
     settings_file = folder / SETTINGS_NAME
-    trained_on = json.loads(settings_file.read_text())["data"] if settings_file.exists() else None
-    if trained_on is not None and same_data(data, trained_on):
-        raise RunError(f"data={data!r} is what {folder} was trained on: figures on it would leak it unnoised.")
+    if settings_file.exists():
+        _check_not_trained_on(data, folder, json.loads(settings_file.read_text()))
     found = references_by_prompt(read_table(data), _columns(details), prompts)
     settings = adapter_settings(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -92,6 +91,24 @@ def generate_for_file(
     )
     references = tuple(tuple(each) for each in found.values())
     return Generated(tuple(found), tuple(answers), references, scores(answers, references))
+
+
+def _check_not_trained_on(data: str, folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuses the rows that a run was trained on, by whatever path they are named, from whatever folder.
+
+    The settings name them as they were typed, from where training was started: here, or where ``out`` was seen from.
+    """
+    stated, out, here = str(settings["data"]), Path(str(settings.get("out", ""))), folder.resolve()
+    names = [stated]
+    if out.parts and not out.is_absolute() and here.parts[-len(out.parts) :] == out.parts:
+        names.append(seen_from(Path(*here.parts[: -len(out.parts)]), stated))
+    if any(same_data(data, name) for name in names):
+        raise RunError(f"data={data!r} is what {folder} was trained on: figures on it would leak it unnoised.")
+    if not any(file_of(name).exists() for name in names) and file_of(data).name == file_of(stated).name:
+        raise RunError(
+            f"data={data!r} has the name of the file that {folder} was trained on, which is not at {stated!r} any "
+            "more: it may be the same. Start this where training was started, or give the other file another name."
+        )
 
 
 def _columns(details: Mapping[str, Any]) -> Columns:

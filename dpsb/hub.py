@@ -85,7 +85,7 @@ def plan_upload(
             files[path.name] = path.read_bytes()
         else:
             kept[path.name] = _KEPT.get(path.name, "not on the list of what is published")
-    changed = _without_metrics(files) | _with_base_model(files, record, base_model)
+    changed = _without_metrics(files) | _with_base_model(files, record, base_model, local_paths)
     if changed and files.pop(SIGNATURE, None) is not None:
         kept[SIGNATURE] = f"it is for the run's own files, and {', '.join(changed)} would differ"
     _check_paths(files, local_paths)
@@ -141,7 +141,9 @@ def _without_metrics(files: dict[str, bytes]) -> dict[str, str]:
     return {REPORT: "held-out metrics taken out"}
 
 
-def _with_base_model(files: dict[str, bytes], record: LedgerRecord, given: str | None) -> dict[str, str]:
+def _with_base_model(
+    files: dict[str, bytes], record: LedgerRecord, given: str | None, local_paths: bool
+) -> dict[str, str]:
     """Puts the base model's name on the Hub in the place of a local folder."""
     stated = str(record.plan.details.get("model", ""))
     found = str(json.loads(files[CONFIG]).get("base_model_name_or_path") or "")
@@ -158,6 +160,11 @@ def _with_base_model(files: dict[str, bytes], record: LedgerRecord, given: str |
             for path in local:
                 for spelling in (json.dumps(path)[1:-1], path):
                     new = re.sub(_WHOLE.format(re.escape(spelling)), lambda _found: name, new)
+            if not local_paths and any(path in new or json.dumps(path)[1:-1] in new for path in local):
+                raise RunError(
+                    f"{file} names something in or beside the base model's local folder; write it in another way, or "
+                    "--local-paths publishes it."
+                )
             if new != text:
                 files[file] = new.encode()
                 changed[file] = f"base model named {name}"

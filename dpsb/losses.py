@@ -115,7 +115,7 @@ def seq2seq_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.T
 def _token_losses(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of every position, zero where ignored, shape ``(n, t)``."""
     causal_lm, head, backbone = _parts(model)
-    if head is None or backbone is None or _transforms_logits(causal_lm) or not _HEAD_IS_ALL.get(causal_lm, True):
+    if head is None or backbone is None or not _HEAD_IS_ALL.get(causal_lm, False):
         return _scored(nn.Identity(), model(**inputs).logits, labels)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     if hidden.shape[:2] != labels.shape:  # otherwise a token would be scored by another example's state
@@ -132,41 +132,50 @@ def _token_losses(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor
     return torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in chunks], dim=1)
 
 
-def _transforms_logits(causal_lm: Any) -> bool:
-    settings = causal_lm.config.get_text_config()  # of a model with images too (Gemma 4) the part that speaks
-    return any(getattr(settings, name, None) for name in _LOGIT_TRANSFORMS)
-
-
 def measure_head(model: nn.Module) -> None:
     """Finds out, on a few tokens that mean nothing, whether a causal model's logits are what its head alone makes.
 
     What stands behind a head (a cap, a scale) or before it is not always a setting with a known name. Called where a
-    model is loaded and where it is probed, and never by the loss: hooks that watch a pass would see another one.
+    model is loaded and where it is probed, and never by the loss: hooks that watch a pass would see another one. A
+    model that was never measured is taken at its own logits.
     """
     causal_lm, head, backbone = _parts(model)
-    if head is None or backbone is None or causal_lm in _HEAD_IS_ALL:
+    if head is None or backbone is None:
         return
-    ids = torch.arange(1, 17, device=head.weight.device)[None] % causal_lm.get_input_embeddings().weight.shape[0]
-    few = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad(), evaluation_mode(causal_lm):
         try:
+            rows, width = causal_lm.get_input_embeddings().weight.shape[0], 16
+            ids = torch.arange(1, width + 1, device=next(causal_lm.parameters()).device)[None] % rows
+            few = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             own = causal_lm(**few).logits.float()
             made = head(backbone(**few, use_cache=False).last_hidden_state).float()
-        except Exception:  # noqa: BLE001 - a model that is called in another way; then its own logits are taken
-            _HEAD_IS_ALL[causal_lm] = False
-        else:
-            _HEAD_IS_ALL[causal_lm] = own.shape == made.shape and torch.allclose(own, made, rtol=1e-3, atol=1e-3)
+            alike = own.shape == made.shape and torch.allclose(own, made, rtol=1e-5, atol=1e-6)
+            same = alike and hasattr(head, "weight")
+        except Exception:  # noqa: BLE001 - a model that is called in another way, or on another device
+            same = False
+    _HEAD_IS_ALL[causal_lm] = same
+
+
+def assume_head(model: nn.Module) -> None:
+    """For an estimate of memory from shapes alone, of a model that was not measured."""
+    _HEAD_IS_ALL.setdefault(_parts(model)[0], True)
 
 
 def _parts(model: nn.Module) -> tuple[Any, Any, Any]:
-    """A causal model without PEFT's wrapper, its head and its backbone; None for those that cannot be told apart."""
+    """A causal model without PEFT's wrapper, its head and its backbone.
+
+    None in their place where more than the head may stand between the backbone and the logits: a known setting of
+    theirs, a third part (ModernBERT, Electra), or a head inside of another module (BERT).
+    """
     wrapped: Any = model
     causal_lm = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
     head = causal_lm.get_output_embeddings() if hasattr(causal_lm, "get_output_embeddings") else None
     backbone = getattr(causal_lm, getattr(causal_lm, "base_model_prefix", ""), None)
-    # a third part, or a head inside of another module (BERT), may do something before the head (ModernBERT, Electra)
+    config = getattr(causal_lm, "config", None)
+    settings = (config, getattr(config, "text_config", None))  # the latter where images come in too (Gemma 4)
+    transformed = any(getattr(part, name, None) for part in settings for name in _LOGIT_TRANSFORMS)
     plain = {id(child) for child in causal_lm.children()} == {id(backbone), id(head)}
-    return (causal_lm, head, backbone) if plain else (causal_lm, None, None)
+    return (causal_lm, head, backbone) if plain and not transformed else (causal_lm, None, None)
 
 
 def _scored(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

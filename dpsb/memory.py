@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from dpsb.adapter import Adapter, Factors, Provenance, lora_layers, put_core, trained_directly
 from dpsb.capture import adapter_train_mode, per_example_gradients
-from dpsb.losses import causal_lm_loss, classification_loss
+from dpsb.losses import assume_head, causal_lm_loss, classification_loss
 from dpsb.mechanism import clip_and_sum
 from dpsb.models import HEAD_NAMES, ModelError, add_lora, block_lists, empty_base, peft_part
 from dpsb.probe import without_dropout
@@ -158,6 +158,7 @@ def _measured(adapter: Adapter, task: str, size: int, length: int) -> tuple[int,
     """Bytes that a forward pass over ``size`` examples keeps, and the most that the whole microbatch holds."""
     loss_fn = classification_loss if task == "classification" else causal_lm_loss
     model = adapter.model
+    assume_head(model)
     with FakeTensorMode(), _without_storage(model), without_dropout(model):
         model.train()
         adapter_train_mode(adapter)

@@ -128,15 +128,20 @@ def same_data(one: str, other: str) -> bool:
     return name == again and ("all" in splits | others or bool(splits & others))
 
 
-def absolute(name: str) -> str:
-    """The same rows by a name that holds in every folder; a data set on the Hub, or a file that is not there, as it is.
+def seen_from(folder: Path, name: str) -> str:
+    """The same rows, where the name of their file is relative to another folder.
 
     Example:
-      >>> absolute("/data/mail.csv#test(test=0.2,validation=0,seed=7)")
-      '/data/mail.csv#test(test=0.2,validation=0,seed=7)'
+      >>> seen_from(Path("/project"), "mail.csv#test(test=0.2,validation=0,seed=7)")
+      '/project/mail.csv#test(test=0.2,validation=0,seed=7)'
     """
     source, _ = _parts_of(name)
-    return str(Path(source).absolute()) + name[len(source) :] if Path(source).exists() else name
+    return str(folder / source) + name[len(source) :]
+
+
+def file_of(name: str) -> Path:
+    """The file or folder that a name's rows come from; where they come from the Hub there is none."""
+    return Path(_parts_of(name)[0])
 
 
 def _parts_of(name: str) -> tuple[str, list[Part]]:

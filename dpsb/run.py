@@ -18,7 +18,7 @@ from dpsb.basis.sources import sha256_of
 from dpsb.basis.stage import BASIS_NAME, Planned, charge_leak, chosen_file, release_basis
 from dpsb.beginning import basis_setup, begin
 from dpsb.canaries import CanaryAudit
-from dpsb.checkpoint import remove_checkpoint
+from dpsb.checkpoint import CHECKPOINT_NAMES, remove_checkpoint
 from dpsb.config import ConfigError, RunConfig
 from dpsb.distributed.assist import lead
 from dpsb.distributed.team import Team
@@ -27,7 +27,6 @@ from dpsb.head_share import clip_parts
 from dpsb.inputs import read_inputs
 from dpsb.models import MeanPooledClassifier, target_shapes
 from dpsb.optimizers import make_optimizer
-from dpsb.parts import absolute
 from dpsb.plan import differing, make_plan
 from dpsb.prepare import Prepared, input_shape, losses_by_example
 from dpsb.randomness import Randomness, SeededRandomness, SystemRandomness
@@ -229,9 +228,8 @@ def _check_folder(out: Path, resume: bool) -> None:
 
 def has_remains(folder: Path) -> bool:
     """Whether a folder holds something of a run but not its ledger, which is the first file that a run writes."""
-    names = (SETTINGS_NAME, START_NAME, BASIS_NAME, "report.json")
-    known = any((folder / name).exists() for name in names) or any(folder.glob("checkpoint*"))
-    return known and not (folder / LEDGER_NAME).exists()
+    names = (SETTINGS_NAME, START_NAME, BASIS_NAME, "report.json", *CHECKPOINT_NAMES)
+    return any((folder / name).exists() for name in names) and not (folder / LEDGER_NAME).exists()
 
 
 def _num_examples(config: RunConfig, prepared: Prepared) -> int:
@@ -348,8 +346,7 @@ def _open_ledger(config: RunConfig, resume: bool, out: Path, plan: Plan, start: 
     except OSError as error:
         raise RunError(f"{out} cannot be written: {error.strerror}.") from None
     try:
-        settings = {**config.to_json(), "data": absolute(config.data)}  # to know it again from any other folder
-        write_whole(out / SETTINGS_NAME, (json.dumps(settings, indent=1) + "\n").encode())
+        write_whole(out / SETTINGS_NAME, (json.dumps(config.to_json(), indent=1) + "\n").encode())
         write_whole(out / START_NAME, start)
     except OSError as error:
         ledger.close()

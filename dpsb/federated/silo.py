@@ -33,7 +33,7 @@ from dpsb.federated.secure.whole_numbers import share_mean
 from dpsb.federated.spec import PaidBasis, PrivacyModel, RoundSpec, SiloPolicy, SpecRefused
 from dpsb.federated.trainer import Trainer
 from dpsb.randomness import Randomness, SystemRandomness
-from dpsb.reasons import reason
+from dpsb.reasons import STOPS, reason
 from dpsb_accounting import Ledger, LedgerError, Plan
 from dpsb_accounting.files import write_whole
 
@@ -150,7 +150,9 @@ class Silo:
             return self._refusal(spec, error.kind, str(error))
         except LedgerError as error:
             return self._refusal(spec, "ledger", str(error).replace(f"{self.folder}/", ""))
-        except Exception as error:  # noqa: BLE001 - nothing of it may reach the server
+        except STOPS:
+            raise
+        except BaseException as error:  # noqa: BLE001 - nothing of it may reach the server
             self._on_problem(reason(error))
             return self._refusal(spec, "failed", "The silo failed in this round; its operator can see why.")
 

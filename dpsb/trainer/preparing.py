@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dpsb.data import DataError
-from dpsb.reasons import kind_and_place
+from dpsb.reasons import STOPS, kind_and_place
 
 _SPEAKERS = ("trl.trainer.sft_trainer", "trl.data_utils", "transformers.tokenization_utils_base")
 
@@ -56,7 +56,9 @@ def data_withheld() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except STOPS:
+        raise
+    except BaseException as error:
         if os.environ.get("DPSB_TRACEBACK"):
             raise
         raise DataError(

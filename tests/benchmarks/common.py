@@ -27,7 +27,7 @@ from dpsb.basis.stage import Planned, plan_basis
 from dpsb.beginning import basis_setup
 from dpsb.config import RunConfig
 from dpsb.inputs import Inputs
-from dpsb.losses import LossFn, causal_lm_loss, classification_loss
+from dpsb.losses import LossFn, causal_lm_loss, classification_loss, measure_head
 from dpsb.models import HEAD_NAMES, add_lora, load_base
 from dpsb.sampling import bucket_of, length_buckets, own_length
 
@@ -56,7 +56,9 @@ class Workload:
         """The model with a plain PEFT LoRA adapter of rank 16 on every linear layer, without dropout."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return add_lora(without_dropout(self.base(dtype)), self.task, RANK)
+            base = without_dropout(self.base(dtype))
+            measure_head(base)  # as where dpsb loads a model
+            return add_lora(base, self.task, RANK)
 
     def adapter(self, dtype: torch.dtype = torch.float32, scatter: float = 0.0) -> Adapter:
         """The same model with R-only adapters, in train mode; R = 0, or Gaussian of size ``scatter``."""

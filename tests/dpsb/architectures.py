@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from dpsb import basis as bases
 from dpsb.adapter import attach
 from dpsb.data import Collator
-from dpsb.losses import IGNORED, causal_lm_loss, classification_loss, seq2seq_loss
+from dpsb.losses import IGNORED, causal_lm_loss, classification_loss, measure_head, seq2seq_loss
 
 VOCAB, PADDED, RANK = 61, 8, 2
 LENGTHS = (8, 3, 6)
@@ -127,7 +127,10 @@ def build(kind, dtype=torch.float32, seed=0):
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.mul_(3)
-    return model.to(dtype)
+    model = model.to(dtype)
+    if made.task == "causal-lm":
+        measure_head(model)  # as where a model is loaded
+    return model
 
 
 def adapted(kind, base, basis=bases.random, scatter=0.3):

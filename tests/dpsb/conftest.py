@@ -13,7 +13,7 @@ from torch import nn
 from dpsb import basis as bases
 from dpsb.adapter import attach
 from dpsb.capture import adapter_train_mode, per_example_gradients
-from dpsb.losses import IGNORED, causal_lm_loss, classification_loss
+from dpsb.losses import IGNORED, causal_lm_loss, classification_loss, measure_head
 
 VOCAB = 61
 _DECODER = {
@@ -79,7 +79,9 @@ def build_base(kind, dtype=torch.float32, seed=0, **overrides):
     for parameter in model.parameters():  # larger than the usual 0.02, so that every layer matters
         if parameter.dim() > 1:
             parameter.data.mul_(3)
-    return model.to(dtype)
+    model = model.to(dtype)
+    measure_head(model)  # as where a model is loaded
+    return model
 
 
 def build_lora(base, rank=4, **options):

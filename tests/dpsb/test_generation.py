@@ -106,8 +106,11 @@ def test_a_run_generates_with_and_without_its_adapter(tmp_path, monkeypatch):
     run.fine_tune(workbench.run_config(out, "causal-lm", data="pairs.jsonl", learning_rate=5.0))
     monkeypatch.chdir(tmp_path)
     for again in (str(tmp_path / "here" / "pairs.jsonl"), "here/pairs.jsonl"):
-        with pytest.raises(run.RunError, match="was trained on"):
+        with pytest.raises(run.RunError, match=r"has the name of the file that .* was trained on"):
             generate_for_file(out, again, prompts=8, max_new_tokens=4)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(run.RunError, match=r"is what .* was trained on"):
+        generate_for_file(out, str(tmp_path / "here" / "pairs.jsonl"), prompts=8, max_new_tokens=4)
     pairs = str(workbench.data_file("pairs", seed=9))
     with_it = generate_for_file(out, pairs, prompts=8, max_new_tokens=4)
     without = generate_for_file(out, pairs, prompts=8, max_new_tokens=4, base_only=True)
@@ -122,6 +125,20 @@ def test_a_run_generates_with_and_without_its_adapter(tmp_path, monkeypatch):
     done = CliRunner().invoke(app, ["generate", str(out), "--data", pairs, "--prompts", "3", "--out", str(written)])
     assert "outside the guarantee" in done.stdout
     assert set(json.loads(written.read_text().splitlines()[0])) == {"prompt", "answer", "references"}
+
+
+def test_the_training_file_is_known_after_its_project_moved(tmp_path, monkeypatch):
+    """Training was started in the folder that ``out`` is relative to, wherever that is by now."""
+    (tmp_path / "old" / "data").mkdir(parents=True)
+    (tmp_path / "old" / "data" / "pairs.jsonl").write_text(workbench.data_file("pairs").read_text())
+    monkeypatch.chdir(tmp_path / "old")
+    run.fine_tune(workbench.run_config("runs/one", "causal-lm", data="data/pairs.jsonl"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old").rename(tmp_path / "new")
+    (tmp_path / "renamed.jsonl").symlink_to(tmp_path / "new" / "data" / "pairs.jsonl")
+    for again in ("new/data/pairs.jsonl", str(tmp_path / "new" / "data" / "pairs.jsonl"), "renamed.jsonl"):
+        with pytest.raises(run.RunError, match=r"is what .* was trained on"):
+            generate_for_file(tmp_path / "new" / "runs" / "one", again, prompts=8, max_new_tokens=4)
 
 
 def test_folders_that_generate_nothing_are_refused(tmp_path):

@@ -148,6 +148,20 @@ def test_only_a_whole_path_is_the_base_models(finished, tmp_path):
     assert sent["README.md"].decode().endswith(f"\nFrom {near}, /x{model}, {model}/x and {BASE}.\n")
 
 
+@pytest.mark.parametrize("written", ["file://{}", "{}/tokenizer.json", "_{}_"])
+def test_a_path_beside_the_base_models_is_not_given_away(finished, tmp_path, written):
+    for path in finished.iterdir():
+        if path.is_file() and path.name in hub.ALLOWED:
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    card = tmp_path / "README.md"
+    card.write_text(f"{card.read_text()}\n{written.format(workbench.bert_folder())}\n")
+    with pytest.raises(
+        RunError, match=r"README.md names something in or beside the base model's local folder"
+    ) as error:
+        planned(tmp_path, local_paths=False)
+    assert str(workbench.bert_folder()) not in str(error.value)
+
+
 def test_a_signature_goes_only_with_the_files_that_it_is_for(finished, tmp_path):
     for path in finished.iterdir():
         if path.is_file() and path.name in hub.ALLOWED:

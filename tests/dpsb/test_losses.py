@@ -1,5 +1,7 @@
 """Losses: one number per example, of that example alone."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -173,6 +175,31 @@ def logit_shapes(model, run):
     run()
     handle.remove()
     return shapes
+
+
+def test_what_was_not_measured_is_taken_at_its_own_logits(tiny):
+    """A copy, a model that was loaded otherwise, one that cannot run yet; a probe measures again."""
+    plain = tiny.base("llama")
+    model = Doubled(plain.config)
+    model.load_state_dict(plain.state_dict())
+    batch = tiny.batch("llama")
+    with torch.no_grad():
+        doubled = torch.stack([by_hand(model, batch, i) for i in range(5)])
+        for other in (model, copy.deepcopy(model)):
+            torch.testing.assert_close(causal_lm_loss(other, batch), doubled, rtol=1e-5, atol=1e-5)
+        measure_head(plain)
+        plain.register_forward_hook(lambda _m, _i, out: setattr(out, "logits", 2 * out.logits))
+        measure_head(plain)
+        torch.testing.assert_close(causal_lm_loss(plain, batch), doubled, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_is_no_layer_is_no_error(tiny):
+    model = tiny.base("llama")
+    model.lm_head = nn.Sequential(model.lm_head)
+    batch = tiny.batch("llama")
+    measure_head(model)
+    with torch.no_grad():
+        torch.testing.assert_close(causal_lm_loss(model, batch)[0], by_hand(model, batch, 0))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

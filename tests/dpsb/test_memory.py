@@ -14,7 +14,7 @@ from dpsb.basis import random
 from dpsb.capture import adapter_train_mode, per_example_gradients
 from dpsb.cli import app
 from dpsb.data import Collator
-from dpsb.losses import causal_lm_loss, classification_loss
+from dpsb.losses import causal_lm_loss, classification_loss, measure_head
 from dpsb.mechanism import clip_and_sum
 from dpsb.memory import memory_plan
 from dpsb.models import HEAD_NAMES, MeanPooledClassifier, ModelError, add_lora, peft_part
@@ -49,6 +49,7 @@ def real_adapter(folder, kind, dtype, checkpointing):
         base = MeanPooledClassifier(AutoModel.from_pretrained(folder, dtype=dtype), 2)
     else:
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        measure_head(base)
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
