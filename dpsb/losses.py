@@ -68,7 +68,8 @@ def causal_lm_loss(
     Guarantees:
       * Entry i depends on example i alone; an example without labelled tokens has loss and gradient zero.
       * The logits of the whole batch never exist at once: vocabulary scores are made and used for a few tokens at a
-        time.
+        time. Not so where they are more than what the model's head makes of its backbone's states (a cap, a scale, a
+        transform), which is measured where ``dpsb`` loads or probes a model, and for a model that it did neither with.
 
     Args:
       model: A causal language model of transformers, PEFT-wrapped or not.
