@@ -154,13 +154,13 @@ def _with_base_model(
     if name is None:
         raise RunError("The adapter names its base model by a local folder; give its name on the Hub: --base-model ID.")
     changed = {}
+    spellings = list(dict.fromkeys(form for path in local for form in (json.dumps(path)[1:-1], path)))
     for file in files:
         if _is_text(file) and file not in (LEDGER_NAME, SIGNATURE, CHOICE_NAME):
             text = new = files[file].decode()
-            for path in local:
-                for spelling in (json.dumps(path)[1:-1], path):
-                    new = re.sub(_WHOLE.format(re.escape(spelling)), lambda _found: name, new)
-            if not local_paths and any(path in new or json.dumps(path)[1:-1] in new for path in local):
+            for spelling in spellings:
+                new = re.sub(_WHOLE.format(re.escape(spelling)), lambda _found: name, new)
+            if not local_paths and any(spelling in new for spelling in spellings):
                 raise RunError(
                     f"{file} names something in or beside the base model's local folder; write it in another way, or "
                     "--local-paths publishes it."

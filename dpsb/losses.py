@@ -104,11 +104,9 @@ def seq2seq_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.T
     Returns:
       Losses, shape ``(n,)``, fp32. Sensitive.
     """
-    wrapped: Any = model
-    inner = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"]
-    shifted = inner.prepare_decoder_input_ids_from_labels(labels=labels)
+    shifted = _unwrapped(model).prepare_decoder_input_ids_from_labels(labels=labels)
     token_losses = _scored(nn.Identity(), model(**inputs, decoder_input_ids=shifted, use_cache=False).logits, labels)
     return token_losses.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)
 
@@ -162,14 +160,19 @@ def assume_head(model: nn.Module) -> None:
     _HEAD_IS_ALL.setdefault(_parts(model)[0], True)
 
 
+def _unwrapped(model: nn.Module) -> Any:
+    """The model without PEFT's wrapper."""
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
+
+
 def _parts(model: nn.Module) -> tuple[Any, Any, Any]:
     """A causal model without PEFT's wrapper, its head and its backbone.
 
     None in their place where more than the head may stand between the backbone and the logits: a known setting of
     theirs, a third part (ModernBERT, Electra), or a head inside of another module (BERT).
     """
-    wrapped: Any = model
-    causal_lm = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
+    causal_lm = _unwrapped(model)
     head = causal_lm.get_output_embeddings() if hasattr(causal_lm, "get_output_embeddings") else None
     backbone = getattr(causal_lm, getattr(causal_lm, "base_model_prefix", ""), None)
     config = getattr(causal_lm, "config", None)
