@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dpsb.federated.checks import FederatedError
@@ -11,7 +14,8 @@ SOCKET_NAME = "worker.sock"
 NAME, ROUND, LEDGER = b"name", b"rund", b"ledg"
 """What may be asked: the silo's name, a round, and the public ledger of a run."""
 
-_LONGEST_PATH = 100
+_LONGEST_ADDRESS = 100
+_OPEN_FOLDERS = Path("/proc/self/fd")
 _MOST = 1 << 40
 
 
@@ -29,30 +33,47 @@ def ask(folder: Path, kind: bytes, content: bytes = b"") -> bytes:
     Raises:
       WorkerError: If no worker answers.
     """
-    path = socket_path(folder)
     try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(path))
+        with socket.socket(socket.AF_UNIX) as connection, address_of(folder) as address:
+            connection.connect(address)
             send(connection, kind, content)
             return receive(connection, _MOST)[1]
     except OSError as error:
         raise WorkerError(
-            f"No worker answers at {path} ({error.strerror or error}); start it with `dpsb federate silo`."
+            f"No worker answers at {socket_path(folder)} ({error.strerror or error}); "
+            "start it with `dpsb federate silo`."
         ) from None
 
 
 def socket_path(folder: Path) -> Path:
-    """Where a folder's worker listens.
+    """Where a folder's worker listens."""
+    return folder.resolve() / SOCKET_NAME
+
+
+@contextmanager
+def address_of(folder: Path) -> Iterator[str]:
+    """What ``bind`` and ``connect`` are told of a folder's socket.
+
+    The operating system takes about 100 bytes; on Linux a longer path is named through the opened folder.
 
     Raises:
-      WorkerError: If the path is too long for a socket.
+      OSError: If the path is long and its folder cannot be opened.
+      WorkerError: If the path is too long for a socket of this operating system.
     """
-    path = folder.resolve() / SOCKET_NAME
-    if len(str(path)) > _LONGEST_PATH:
+    path = socket_path(folder)
+    size = len(os.fsencode(path))
+    if size <= _LONGEST_ADDRESS:
+        yield str(path)
+        return
+    if not _OPEN_FOLDERS.is_dir():
         raise WorkerError(
-            f"{path} is too long for a socket (at most {_LONGEST_PATH} characters); use a shorter folder."
+            f"{path} is too long for a socket ({size} bytes, at most {_LONGEST_ADDRESS}); use a shorter folder."
         )
-    return path
+    opened = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield str(_OPEN_FOLDERS / str(opened) / SOCKET_NAME)
+    finally:
+        os.close(opened)
 
 
 def send(connection: socket.socket, kind: bytes, content: bytes) -> None:

@@ -21,6 +21,7 @@ from dpsb.federated.channel import (
     ROUND,
     ChannelError,
     WorkerError,
+    address_of,
     ask,
     receive,
     send,
@@ -75,7 +76,8 @@ def serve(
             raise WorkerError(f"A worker answers at {path} already.")
     stop = stop or threading.Event()
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
+        with address_of(silo.folder) as address:
+            listener.bind(address)
         _open_to(group, path, stat.S_IRUSR | stat.S_IWUSR, stat.S_IRGRP | stat.S_IWGRP)
         listener.listen(4)
         listener.settimeout(0.2)

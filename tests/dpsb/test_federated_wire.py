@@ -199,8 +199,23 @@ def test_rubbish_costs_nothing_and_the_worker_stays(federation, content):
 def test_without_a_worker_the_error_says_what_to_start(tmp_path):
     with pytest.raises(channel.WorkerError, match="dpsb federate silo"):
         channel.ask(tmp_path, channel.NAME)
-    with pytest.raises(channel.WorkerError, match="too long"):
+    with pytest.raises(channel.WorkerError, match="dpsb federate silo"):
         channel.ask(tmp_path / ("x" * 100), channel.NAME)
+
+
+def test_a_long_path_is_no_obstacle(tiny, tmp_path, monkeypatch):
+    """pytest's hundredth folder was one byte too long for a socket."""
+    silo = Federation(tmp_path / ("é" * 60), trainer(tiny)).silo("north")
+    assert len(os.fsencode(silo.folder)) > 108
+    before = len(os.listdir("/proc/self/fd"))
+    with at_work(silo):
+        assert stat.S_IMODE(os.stat(silo.folder / channel.SOCKET_NAME).st_mode) == 0o600
+        assert channel.ask(silo.folder, channel.NAME) == b"north"
+    assert not (silo.folder / channel.SOCKET_NAME).exists()
+    assert len(os.listdir("/proc/self/fd")) == before
+    monkeypatch.setattr(channel, "_OPEN_FOLDERS", tmp_path / "nowhere")
+    with pytest.raises(channel.WorkerError, match="too long"):
+        channel.ask(silo.folder, channel.NAME)
 
 
 def test_a_policy_holds_over_the_socket_too(federation):
