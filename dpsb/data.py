@@ -32,7 +32,6 @@ _LABEL = ("label", "labels", "category", "class", "intent")
 _PROMPT = ("prompt", "instruction", "source", "input")
 _COMPLETION = ("completion", "response", "output", "target")
 
-
 _HEADER = re.compile(r"[A-Za-z_][\w.-]{0,39}")
 _CSV_BLOCK = 1 << 26  # a row must fit into a block
 _MOST_LABELS, _LONGEST_LABEL = 1000, 64
@@ -78,6 +77,11 @@ class Table:
         if name not in self.columns:
             raise DataError(f"{self.source} has no column {name!r}; {self.described()}.")
         return self.columns[name]
+
+    def labels(self, column: str) -> list[str]:
+        """The values of a label column as text, numbers of named classes as their names; a missing one is empty."""
+        names = self.class_names.get(column, ())
+        return [names[v] if isinstance(v, int) and 0 <= v < len(names) else _text(v) for v in self.column(column)]
 
     def described(self) -> str:
         """The column names, or only their number where they look like a first row instead of a header."""
@@ -251,11 +255,7 @@ def tokenize_classification(
     pairs = None if pair is None else [_text(value) for value in table.column(pair)]
     encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, verbose=False) if texts else {}
     index = {name: i for i, name in enumerate(labels)}
-    names = table.class_names.get(label)
-    targets = [
-        index.get(names[v] if names and isinstance(v, int) and 0 <= v < len(names) else _text(v), IGNORED)
-        for v in table.column(label)
-    ]
+    targets = [index.get(name, IGNORED) for name in table.labels(label)]
     keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
     return [{**{key: encoded[key][i] for key in keys}, "labels": target} for i, target in enumerate(targets)]
 

@@ -95,7 +95,7 @@ def read_public(
     here = replace(here, text=text, text_pair=pair)
     column = found["label"]
     own = _label_set(table, column) if column else ()
-    occur, of_the_run = _labels_of_the_run(table, column, labels) if own else (0, False)
+    occur, of_the_run = _labels_of_the_run(table, column, labels) if column and own else (0, False)
     if of_the_run:
         own_labels, use, note = 0, tuple(labels), "the labels of the run"
     elif own:
@@ -167,22 +167,20 @@ def _sampled(table: Table) -> Table:
 
 
 def _label_set(table: Table, column: str) -> tuple[str, ...]:
-    values = {"" if value is None else str(value) for value in table.column(column)} - {""}
+    if table.class_names.get(column):
+        return table.class_names[column]
+    values = {*table.labels(column)} - {""}
     usable = 2 <= len(values) <= _MOST_LABELS and all(len(value) <= _LONGEST_LABEL for value in values)
-    names = table.class_names.get(column)
-    return tuple(names) if names else (tuple(sorted(values)) if usable else ())
+    return tuple(sorted(values)) if usable else ()
 
 
-def _labels_of_the_run(table: Table, column: str | None, labels: Sequence[str]) -> tuple[int, bool]:
+def _labels_of_the_run(table: Table, column: str, labels: Sequence[str]) -> tuple[int, bool]:
     """How many labels of the run occur, and whether the file is labelled with them; the other rows count for nothing.
 
     Numbers from 0 name classes of any task, so it takes both: nine rows in ten have a label of the run, and most of
     the run's labels occur (of those that so few rows could show).
     """
-    names = table.class_names.get(str(column))
-    values = [
-        names[v] if names and isinstance(v, int) and 0 <= v < len(names) else str(v) for v in table.column(str(column))
-    ]
+    values = table.labels(column)
     known = [value for value in values if value in labels]
     occur = len(set(known))
     enough = 2 * occur > min(len(labels), len(values)) and len(known) >= _ROWS_OF_THE_RUN * len(values)
