@@ -36,7 +36,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
-from dpsb.baselines.methods import PUBLIC_STARTS
+from dpsb.baselines.methods import PEFT_INITS, PUBLIC_STARTS
 
 SEED = 20261125
 """Of the split into rows; public, as these data sets are."""
@@ -51,21 +51,26 @@ TARGETS = {
 RATES = {
     "sb": "0.02|0.05|0.12",
     "lora": "0.005|0.015|0.05",
+    "lora-plus": "0.0015|0.005|0.015",
     "ffa-lora": "0.01|0.03|0.1",
     "lora-xs": "0.01|0.03|0.08",
     "peft": "0.005|0.015|0.05",
+    "bitfit": "0.005|0.015|0.05",
+    "full": "0.0005|0.0015|0.005",
     "head-only": "0.03|0.1|0.3",
 }
 """Three for each arm, set beforehand: sb and lora-xs around the rate of the demo, the others by rule of thumb.
-peft: LoRA that starts from public rows."""
+lora-plus: A's, B has sixteen times as much. peft: LoRA with another start, from public rows or from the weights."""
 CAUSAL_RATES = {
     "sb": "0.1|0.3|1",
     "lora": "0.01|0.03|0.1",
+    "lora-plus": "0.003|0.01|0.03",
     "ffa-lora": "0.03|0.1|0.3",
     "lora-xs": "0.03|0.1|0.3",
     "peft": "0.01|0.03|0.1",
 }
-"""Three each, around those that `e2e.py` chose for sb and lora."""
+"""Three each, around those that `e2e.py` chose for sb and lora. SmolLM2 has no biases and no head, and full fine-tuning
+would hold a row of 135 million numbers for each example."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,7 @@ def arms_of(parts: dict[str, Path]) -> dict[str, str]:
     }
     others = {name: name for name in RATES if name not in ("sb", "peft")}
     starts = {f"{kind}-near": f"peft:{kind}:{parts['near']}" for kind in PUBLIC_STARTS}
+    starts |= {kind: f"peft:{kind}" for kind in PEFT_INITS}
     return {**{name: f"sb:{basis}" for name, basis in bases.items()}, **others, **starts}
 
 
@@ -198,11 +204,11 @@ def run_arms(task: Task, names: Sequence[str], folder: str, options: argparse.Na
     out = options.out / task.name
     parts = write_parts(task, options.data_dir, out / "data", options.rows)
     arms = arms_of(parts)
-    grids = RATES if task.has_head else CAUSAL_RATES
+    grids = grids_of(task)
     first = options.tuned_at
     if options.public_alone:
         first, parts = "inf", {**parts, "private": parts["near"]}
-    rates = {arms[name]: moved(grids[arms[name].partition(":")[0]], options.rate_factor) for name in names}
+    rates = {arms[name]: moved(grids[kind_of(name)], options.rate_factor) for name in names}
     sweep(task, parts, out / f"{folder}-{first}", options, first, rates)
     chosen = {arms[name]: rate for name in names if (rate := chosen_rate(options.out, task.name, name)) is not None}
     if not chosen or options.only_tuned or options.public_alone:
@@ -211,6 +217,16 @@ def run_arms(task: Task, names: Sequence[str], folder: str, options: argparse.Na
     for given in [",".join(others)] if options.together else others:
         fixed = {arm: repr(rate) for arm, rate in chosen.items()}
         sweep(task, parts, out / f"{folder}-{given.replace(',', '-')}", options, given, fixed)
+
+
+def grids_of(task: Task) -> dict[str, str]:
+    """Learning rates by kind of arm."""
+    return RATES if task.has_head else CAUSAL_RATES
+
+
+def kind_of(arm: str) -> str:
+    """Whose rates an arm takes."""
+    return arms_of({"near": Path("near"), "far": Path("far")})[arm].partition(":")[0]
 
 
 def moved(grid: str, factor: float) -> str:
@@ -235,7 +251,9 @@ def rows_in(out: Path) -> list[dict[str, Any]]:
 
 
 FAMILIES = {
-    "R-only, any basis": lambda arm: arm not in (*RATES, "leak") and not arm.startswith(tuple(PUBLIC_STARTS)),
+    "R-only, any basis": lambda arm: (
+        arm not in (*RATES, *PEFT_INITS, "leak") and not arm.startswith(tuple(PUBLIC_STARTS))
+    ),
     "LoRA, FFA-LoRA or LoRA-XS": lambda arm: arm in ("lora", "ffa-lora", "lora-xs"),
     "LoRA from public rows": lambda arm: arm.startswith(tuple(PUBLIC_STARTS)),
 }
@@ -306,13 +324,12 @@ def main() -> None:
         parser.error("--warm-start-epochs is refused with a basis that is paid for: name --arms without them")
     for name in options.sets.split(","):
         task, given = TASKS[name], options.arms.split(",")
-        named = [arm for arm in given if arm != HEAD]
+        named = [arm for arm in given if arm != HEAD and kind_of(arm) in grids_of(task)]
         groups = [("all", named)] if options.together and named else [(arm, [arm]) for arm in named]
-        if not task.has_head and HEAD in given:
-            print(f"{name}: a language model has no head of its own, so there is no arm {HEAD}", flush=True)
-        elif task.has_head and (
-            HEAD in given or (not options.head_lr and chosen_rate(options.out, name, HEAD) is None)
-        ):
+        left_out = [arm for arm in given if kind_of(arm) not in grids_of(task)]
+        if left_out:
+            print(f"{name}: no {', '.join(left_out)}; see CAUSAL_RATES", flush=True)
+        if task.has_head and (HEAD in given or (not options.head_lr and chosen_rate(options.out, name, HEAD) is None)):
             groups = [(HEAD, [HEAD]), *groups]
         for folder, arms_together in groups:
             run_arms(task, arms_together, folder, options)
