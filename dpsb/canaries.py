@@ -266,7 +266,7 @@ def example_losses(
     """
     padded = padded_lengths(examples, length_buckets(max_length))
     found = np.zeros(len(examples))
-    with evaluation_mode(model), messages_withheld("Scoring examples for an audit", "Training is not affected."):
+    with evaluation_mode(model), messages_withheld("Scoring examples for an audit", "What was charged stays charged."):
         for indices, length in microbatches(np.arange(len(examples)), padded, token_budget):
             batch = collate([examples[int(i)] for i in indices], length)
             found[indices] = loss_fn(model, batch).double().cpu().numpy()

@@ -96,18 +96,20 @@ def generate_for_file(
 def _check_not_trained_on(data: str, folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuses the rows that a run was trained on, by whatever path they are named, from whatever folder.
 
-    The settings name them as they were typed, from where training was started: here, or where ``out`` was seen from.
+    The settings name them as they were typed, from where training was started. Where that was is known if ``out`` is a
+    part of the run's own path; a file of that name that happens to lie here says nothing.
     """
     stated, out, here = str(settings["data"]), Path(str(settings.get("out", ""))), folder.resolve()
-    names = [stated]
+    known = [stated] if file_of(stated).is_absolute() else []
     if out.parts and not out.is_absolute() and here.parts[-len(out.parts) :] == out.parts:
-        names.append(seen_from(Path(*here.parts[: -len(out.parts)]), stated))
-    if any(same_data(data, name) for name in names):
+        known.append(seen_from(Path(*here.parts[: -len(out.parts)]), stated))
+    if any(same_data(data, name) for name in (stated, *known)):
         raise RunError(f"data={data!r} is what {folder} was trained on: figures on it would leak it unnoised.")
-    if not any(file_of(name).exists() for name in names) and file_of(data).name == file_of(stated).name:
+    of_that_name = file_of(data).exists() and file_of(data).name == file_of(stated).name
+    if of_that_name and not any(file_of(name).exists() for name in known):
         raise RunError(
-            f"data={data!r} has the name of the file that {folder} was trained on, which is not at {stated!r} any "
-            "more: it may be the same. Start this where training was started, or give the other file another name."
+            f"data={data!r} has the name of the file that {folder} was trained on ({stated!r}, and where that lies is "
+            "not known any more): it may be the same. If it is another, give it another name."
         )
 
 

@@ -28,6 +28,8 @@ _KEPT = {
     "start.safetensors": "a state for --resume",
     "basis.safetensors": "a state for --resume",
 }
+_VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
+"""Whatever a token of these looks like, it is no name of a model."""
 _PATH = re.compile(r"(?:/|~/|\.{1,2}/|[A-Za-z]:[\\/]|\\\\)\S")
 """How a name of a local file begins; a Hub id is ``name`` or ``owner/name``."""
 _WHOLE = r"(?<![\w/\\.-]){}(?![\w/\\-]|\.\w)"
@@ -155,12 +157,12 @@ def _with_base_model(
         raise RunError("The adapter names its base model by a local folder; give its name on the Hub: --base-model ID.")
     changed = {}
     spellings = list(dict.fromkeys(form for path in local for form in (json.dumps(path)[1:-1], path)))
+    whole = re.compile("|".join(_WHOLE.format(re.escape(spelling)) for spelling in spellings))
     for file in files:
-        if _is_text(file) and file not in (LEDGER_NAME, SIGNATURE, CHOICE_NAME):
-            text = new = files[file].decode()
-            for spelling in spellings:
-                new = re.sub(_WHOLE.format(re.escape(spelling)), lambda _found: name, new)
-            if not local_paths and any(spelling in new for spelling in spellings):
+        if _is_text(file) and file not in (LEDGER_NAME, SIGNATURE, CHOICE_NAME, *_VOCABULARY):
+            text = files[file].decode()
+            new, rest = whole.sub(lambda _found: name, text), whole.sub("", text)
+            if not local_paths and any(spelling in rest for spelling in spellings):
                 raise RunError(
                     f"{file} names something in or beside the base model's local folder; write it in another way, or "
                     "--local-paths publishes it."

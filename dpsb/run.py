@@ -70,6 +70,8 @@ class Callbacks:
 
     on_status: Callable[[str], None] = lambda _message: None
     on_plan: Callable[[Plan], None] = lambda _plan: None
+    on_ledger: Callable[[], None] = lambda: None
+    """The ledger stands in the run's folder, and this start has charged nothing yet."""
     on_step: Callable[[Progress], None] = lambda _progress: None
 
 
@@ -128,6 +130,7 @@ def fine_tune(
     synthetic, randomness = inputs.synthetic(), randomness_of(config)
     remembered = remember_frozen_prefix(model, frozen_outputs) if config.remember_frozen_blocks else nullcontext()
     with remembered, _open_ledger(config, resume, out, plan, start) as ledger:
+        callbacks.on_ledger()
         if plan.basis["access"] == "released":
             callbacks.on_status(f"releasing the basis ({config.basis})")
             examples = PrivateExamples(

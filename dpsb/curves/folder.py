@@ -19,7 +19,7 @@ SETTINGS_NAME, LOCK_NAME = "curve.json", ".curve.lock"
 CELLS, ABANDONED = "cells", "abandoned"
 INTERRUPTIONS = "interruptions.json"
 BEGUN = "begun.txt"
-"""Run id and cell of every run that has charged: what it spent stays spent, even if its folder is deleted."""
+"""Run id and cell of every run that may have charged: what it spent stays spent, even if its folder is deleted."""
 _SCHEMA = "dpsb-curve/1"
 
 
@@ -103,7 +103,7 @@ def prepare_cell(out: Path, cell: Cell) -> bool:
 
 
 def note_begun(out: Path, cell: Cell) -> None:
-    """Notes that a cell's run has charged its first step; a run that was resumed is there already."""
+    """Notes a cell's run before it charges anything; one that was resumed is there already."""
     run_id = Ledger.read(out / CELLS / cell.name / LEDGER_NAME).run_id
     if run_id in dict(begun(out)):
         return
@@ -114,7 +114,7 @@ def note_begun(out: Path, cell: Cell) -> None:
 
 
 def begun(out: Path) -> list[tuple[str, str]]:
-    """Run id and cell's name of every run that has charged, as far as that was noted."""
+    """Run id and cell's name of every run that was noted."""
     lines = (out / BEGUN).read_text().splitlines() if (out / BEGUN).exists() else []
     return [(run_id, name) for run_id, _, name in (line.partition(" ") for line in lines) if name]
 

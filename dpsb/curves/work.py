@@ -16,7 +16,6 @@ from dpsb_accounting.ledger import LEDGER_NAME, in_use
 
 if TYPE_CHECKING:
     from dpsb.frozen_prefix import FrozenOutputs
-    from dpsb.train import Progress
 
 _SECONDS_FOR_A_WRITER_TO_DIE = 20.0
 
@@ -71,16 +70,11 @@ def _run(job: Job, on_step: OnStep, frozen_outputs: FrozenOutputs | None) -> Non
     resume = prepare_cell(job.out, job.cell)
     if is_finished(folder):
         raise FolderError(f"{folder} holds a report without a ledger; move it away.")
-    noted = False
-
-    def stepped(progress: Progress) -> None:
-        nonlocal noted
-        if not noted:
-            note_begun(job.out, job.cell)
-            noted = True
-        on_step(progress.step, progress.steps)
-
-    fine_tune(job.config, resume=resume, callbacks=Callbacks(on_step=stepped), frozen_outputs=frozen_outputs)
+    callbacks = Callbacks(
+        on_ledger=lambda: note_begun(job.out, job.cell),
+        on_step=lambda progress: on_step(progress.step, progress.steps),
+    )
+    fine_tune(job.config, resume=resume, callbacks=callbacks, frozen_outputs=frozen_outputs)
 
 
 def _wait_for_writer(folder: Path) -> None:

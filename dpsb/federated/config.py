@@ -163,11 +163,6 @@ class FederateConfig:
         declared = {settings.num_examples is not None for settings in named.values()}
         if len(declared) > 1:
             raise FederatedError("Declare num_examples for every silo or for none: two kinds of guarantee do not mix.")
-        if self.run.neighboring == "replace_one" and not with_data and declared == {False}:
-            raise FederatedError(
-                "neighboring='replace_one' needs num_examples of every silo where data is split: whose silo a row goes "
-                "to, and so how many rows a silo has, depends on what it says."
-            )
         self._check_run()
 
     def _check_run(self) -> None:

@@ -135,6 +135,12 @@ def simulate(
 def _built(config: FederateConfig, out: Path, callbacks: Callbacks) -> Built:
     names = list(config.silos)
     if config.silos[names[0]].data is None:
+        if config.run.neighboring == "replace_one":
+            raise FederatedError(
+                "neighboring='replace_one' does not hold where one file is split over silos: whose a row is depends on "
+                "what it says, so one that is replaced can leave a silo and enter another. Use zero_out or "
+                "add_or_remove_one, or give each silo a file of its own."
+            )
         table = read_table(config.run.data)
         tables = split_table(table, names, config.federation.split_by, config.federation.split_seed)
     else:

@@ -186,7 +186,7 @@ def sweep(
         command += ["--head-lr", repr(options.head_lr or chosen_rate(options.out, task.name, HEAD))]
     if options.basis_share:
         command += ["--basis-share", options.basis_share]
-    if list(rates) == [HEAD] or options.targets != "all":
+    if list(rates) == [HEAD] or (options.targets != "all" and not {"bitfit", "full"} & set(rates)):
         command.append("--remember-frozen-blocks")
     with (out.parent / f"{out.name}.log").open("wb") as log:
         if subprocess.run(command, stdout=subprocess.DEVNULL, stderr=log, check=False).returncode:

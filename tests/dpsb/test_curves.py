@@ -374,6 +374,26 @@ def test_a_finished_cell_whose_folder_was_deleted_still_counts(tmp_path):
     assert f"of run {run_id} cannot be read or is gone, so nothing bounds what was spent" in page(again)
 
 
+def test_a_basis_that_was_paid_for_still_counts_if_its_run_is_deleted_before_a_step(tmp_path, monkeypatch):
+    settings = settings_of(methods="sb:private", epsilons="8")
+    charge = Ledger.charge
+
+    def deadly(self, phase):
+        charge(self, phase)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def work():
+        monkeypatch.setattr(Ledger, "charge", deadly)
+        run_sweep(settings, tmp_path, Silent())
+
+    assert in_a_fork(work) == signal.SIGKILL
+    cell = next(tmp_path.glob("cells/*"))
+    record = Ledger.read(cell / "ledger.jsonl")
+    assert (record.charged("basis"), record.charged("train")) == (1, 0)
+    shutil.rmtree(cell)
+    assert run_sweep(settings, tmp_path, Silent()).price.bound is None
+
+
 def test_a_cell_says_that_it_is_one_of_several(swept):
     _, out = swept
     for report in (out / "cells").glob("*/report.json"):

@@ -168,7 +168,6 @@ def test_a_killed_simulation_goes_on(tmp_path):
         ('basis = "lora-sb"\nallow_non_private_basis = true', SPLIT, "lora-sb"),
         ("basis_share = 0.1", SPLIT, "basis_share=0.1 is for a basis that is paid for"),
         ('basis = "leak"\nallow_non_private_basis = true', SPLIT, "is computed from private data"),
-        ('neighboring = "replace_one"', SPLIT, "neighboring='replace_one' needs num_examples of every silo"),
         ("epsilon_ = 3", SPLIT, "unknown key 'epsilon_'"),
         ("", "silos = 1", "Say who takes part"),
         ("", SPLIT + "\nround = 2", "unknown key 'round'"),
@@ -179,6 +178,15 @@ def test_a_killed_simulation_goes_on(tmp_path):
 def test_settings_that_do_not_go_together(tmp_path, run, federation, said):
     with pytest.raises(FederatedError, match=said):
         read_federation(settings(tmp_path, f"{split_file(tmp_path)}\n{run}", federation))
+
+
+def test_a_replaced_row_may_not_move_from_silo_to_silo(tmp_path):
+    """One removed from a silo of epsilon 3 and added to another of epsilon 3 can be told apart at 3.16."""
+    run = f'{split_file(tmp_path)}\nneighboring = "replace_one"'
+    silos = "".join(f"[silos.{name}]\nnum_examples = 45\n" for name in ("north", "south"))
+    with pytest.raises(FederatedError, match="replaced can leave a silo and enter another"):
+        simulate(read_federation(settings(tmp_path, run, 'split_by = "group"', silos)))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("key", ["eval_data", "basis"])

@@ -105,6 +105,7 @@ def test_a_run_generates_with_and_without_its_adapter(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     run.fine_tune(workbench.run_config(out, "causal-lm", data="pairs.jsonl", learning_rate=5.0))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text(workbench.data_file("pairs", seed=9).read_text())  # says nothing of the other
     for again in (str(tmp_path / "here" / "pairs.jsonl"), "here/pairs.jsonl"):
         with pytest.raises(run.RunError, match=r"has the name of the file that .* was trained on"):
             generate_for_file(out, again, prompts=8, max_new_tokens=4)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import workbench
@@ -160,6 +161,16 @@ def test_a_path_beside_the_base_models_is_not_given_away(finished, tmp_path, wri
     ) as error:
         planned(tmp_path, local_paths=False)
     assert str(workbench.bert_folder()) not in str(error.value)
+
+
+def test_a_folder_may_be_called_like_the_model_or_a_token():
+    """``/gpt2`` stands in ``openai-community/gpt2``, and a vocabulary of code holds tokens such as ``/model``."""
+    record = SimpleNamespace(plan=SimpleNamespace(details={"model": "/gpt2"}))
+    vocabulary = b'{"model": {"vocab": {"/gpt2": 5, "/gpt2s": 6}}}'
+    files = {hub.CONFIG: b'{"base_model_name_or_path": "/gpt2"}', "tokenizer.json": vocabulary}
+    assert list(hub._with_base_model(files, record, "openai-community/gpt2", False)) == [hub.CONFIG]
+    assert json.loads(files[hub.CONFIG]) == {"base_model_name_or_path": "openai-community/gpt2"}
+    assert files["tokenizer.json"] == vocabulary
 
 
 def test_a_signature_goes_only_with_the_files_that_it_is_for(finished, tmp_path):
