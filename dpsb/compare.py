@@ -20,7 +20,7 @@ from dpsb.baselines.measure import Signal, layers_of, measured_energies, predict
 from dpsb.baselines.methods import METHODS, Method, method_named
 from dpsb.baselines.public_starts import public_start
 from dpsb.basis import public as public_basis
-from dpsb.basis import random, weight_svd
+from dpsb.basis.data_free import DATA_FREE
 from dpsb.basis.sources import public_sample, read_public
 from dpsb.capture import adapter_train_mode
 from dpsb.config import TASKS, RunConfig
@@ -40,7 +40,7 @@ from dpsb.parts import same_data
 from dpsb.probe import without_dropout
 from dpsb.randomness import SystemRandomness
 
-BASES = ("weight", "random", "public")
+BASES = (*DATA_FREE, "public")
 DEFAULT_METHODS = ("sb", "ffa-lora", "lora")
 
 
@@ -107,8 +107,8 @@ def compare_methods(
       task: ``"classification"`` or ``"causal-lm"``.
       public: A **public** file for the gradients; without it only the noise is compared.
       labels: Public label set, or ``"from-data"``; by default what file or model declare.
-      basis: Of ``sb``: ``"weight"``, ``"random"``, or ``"public"``: the gradient of the first half of the public
-        examples, the signal being measured on the second half.
+      basis: Of ``sb``: a data-free one (``"weight"``, ``"random"``, ``"complementary"``, ``"hadamard"``), or
+        ``"public"``: the gradient of the first half of the public examples, the signal being measured on the second.
       rank: r.
       targets: As for :func:`dpsb.models.add_lora`.
       noise_multiplier: sigma.
@@ -243,7 +243,7 @@ def _adapter(
         elif basis == "public":
             found = public_basis(model, loss_fn, batches, source="public")
         else:
-            found = (weight_svd if basis == "weight" else random)(model)
+            found = DATA_FREE[basis](model)
         return attach(model, found, allow=HEAD_NAMES)
     return adapt(add_method(base, method, task, rank, targets), method)
 

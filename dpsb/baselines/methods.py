@@ -38,7 +38,7 @@ _NO_ROWS = "its trained tensors do not see the examples in dimension 0, so there
 _VARIANT = "it is an option of PEFT's LoraConfig, not a method of its own, and is not offered here"
 _BARE_METHODS = """
 Adamss AdaLora Beft BOFT C3A Deft Delora FourierFT Frod Glora Gralora Hira HRA IA3 LoHa LoKr Miss OSF Poly Pvera
-RandLora Road Shira Supertuning TinyLora TrainableTokens UniLora VBLoRA Vera WaveFT XLora
+RandLora Road Shira Supertuning TinyLora TrainableTokens UniLora VBLoRA Vera WaveFT
 """
 _PROMPT_METHODS = """
 AdaptionPrompt Cartridge CPT MultitaskPromptTuning PrefixTuning PromptEncoder PromptTuning
@@ -50,6 +50,7 @@ REFUSED = {
     "Psoft": "it keeps its factor orthogonal, and noise on every coordinate leaves that set; the free r x r matrix "
     "between frozen factors is 'sb', so use sb",
     "Lily": "it routes by an average over the whole batch, so that one example moves the gradients of the others",
+    "XLora": "it weighs adapters that were trained before, by a second pass through the model; train one adapter here",
     **dict.fromkeys(("Arrow", "BdLora", "Kasa", "Monteclora", "Velora"), _VARIANT),
     "Peanut": "it multiplies with its factors without calling them as layers, so that their rows are never seen",
     "Shadow": "it copies normalization layers for which Opacus has no exact per-example rule",

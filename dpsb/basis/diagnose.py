@@ -12,25 +12,21 @@ from torch import nn
 from dpsb.adapter import Factors, Provenance
 from dpsb.basis._common import public_generator, truncated_svd
 from dpsb.basis.choose import gradient_basis, held_energy, sketches_of
-from dpsb.basis.complementary import complementary
+from dpsb.basis.data_free import DATA_FREE
 from dpsb.basis.figures import BasisFigures, Diagnosis, SetFigures, advice_on_head, mean_of, recommend
 from dpsb.basis.gradient import mean_gradients
-from dpsb.basis.hadamard import hadamard
 from dpsb.basis.hybrid import check_width, frames_of, hybrid, hybrid_provenance
 from dpsb.basis.per_example import Batch
 from dpsb.basis.private import private, private_provenance
-from dpsb.basis.random import random
 from dpsb.basis.rehearsal import Budget, Noise, Rehearsal, noise_of
 from dpsb.basis.release import Clip
 from dpsb.basis.row_norms import row_norms
 from dpsb.basis.sources import PublicSet, own_head
-from dpsb.basis.weight_svd import weight_svd
 from dpsb.data import DataError
 from dpsb.losses import LossFn
 from dpsb.mechanism import Mechanism
 from dpsb.probe import Collate, without_dropout
 
-DATA_FREE = {"weight": weight_svd, "random": random, "complementary": complementary, "hadamard": hadamard}
 FEWEST = 8
 """Examples that a public set must have: a half to fit on, and two quarters to judge on."""
 

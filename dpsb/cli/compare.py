@@ -27,7 +27,9 @@ def compare(
     public: Annotated[str | None, typer.Option(help="PUBLIC data for the gradients; without it only noise.")] = None,
     labels: Annotated[str | None, typer.Option(help="Public label set: 'ham,spam' or 'from-data'.")] = None,
     task: Annotated[str, typer.Option(help="classification or causal-lm.")] = "classification",
-    basis: Annotated[str, typer.Option(help="Of sb: weight, random, or public (first half of --public).")] = "weight",
+    basis: Annotated[
+        str, typer.Option(help="Of sb: weight, random, complementary, hadamard, or public (first half of --public).")
+    ] = "weight",
     rank: Annotated[int, typer.Option(help="r of the adapters.")] = 16,
     targets: Annotated[str, typer.Option(help="Modules, comma-separated, or re:REGEX.")] = "all-linear",
     noise_multiplier: Annotated[float, typer.Option(help="Noise standard deviation over clip norm.")] = 1.0,

@@ -62,6 +62,14 @@ def test_a_public_basis_is_measured_on_the_other_half(public):
     assert "sb (public)" in result.stdout
 
 
+@pytest.mark.parametrize("basis", ["random", "complementary", "hadamard"])
+def test_directions_that_need_no_data(basis):
+    facts = {"model": str(workbench.bert_folder()), "methods": ["sb"], "basis": basis, "rank": 4}
+    (row,) = compare_methods(labels="ham,spam", draws=2, **facts)
+    assert row.method == f"sb ({basis})"
+    assert row.predicted == pytest.approx(13 * 16 / 256**2), "orthonormal A and B leave the noise of R as it is"
+
+
 def test_class_names_of_a_saved_public_data_set_are_public(tmp_path):
     import datasets
 

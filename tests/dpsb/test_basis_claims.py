@@ -14,6 +14,7 @@ from dpsb_accounting import Gaussian, Ledger, NonPrivate, epsilon, make_report
 from dpsb_accounting.auditing import CanaryScores, FixedThresholds, audit
 
 TARGET = 8.0
+PUBLIC = "public:" + ",".join(str(workbench.data_file(seed=seed)) for seed in (11, 12))
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,8 @@ TARGET = 8.0
         ({"basis": "private", "basis_rounds": 2}, 4, 0.5),
         ({"basis": "private", "basis_rounds": 2, "basis_sampling_prob": 1.0}, 4, 1.0),
         ({"basis": "hybrid"}, 1, 1.0),
+        ({"basis": PUBLIC, "basis_choice": "private"}, 1, 1.0),
+        ({"basis": PUBLIC.replace("public", "hybrid")}, 1, 1.0),
     ],
 )
 def test_a_run_claims_its_target_and_both_engines_agree(tmp_path, changes, releases, prob):
