@@ -259,6 +259,7 @@ def plot(rows: Sequence[Comparison], path: Path) -> None:
     """
     check_plot(path)
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     names = [row.method for row in rows]
     places = range(len(rows))
@@ -268,14 +269,20 @@ def plot(rows: Sequence[Comparison], path: Path) -> None:
     for offset, height, label, colour in ((-0.2, 0.36, "predicted", "#9aa5b1"), (0.2, 0.36, "measured", "#1f5f8b")):
         values = [row.predicted if label == "predicted" else row.measured for row in rows]
         known = [(place + offset, value) for place, value in zip(places, values, strict=True) if value]
-        axes[0].barh([y for y, _ in known], [value for _, value in known], height, label=label, color=colour)
+        bars = axes[0].barh([y for y, _ in known], [value for _, value in known], height, label=label, color=colour)
+        axes[0].bar_label(bars, fmt=" {:.3g}", fontsize="small")
     axes[0].set_xscale("log")
+    axes[0].margins(x=0.15)
+    axes[0].xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes[0].xaxis.set_major_formatter("{x:g}")
     axes[0].xaxis.set_minor_formatter("")
     axes[0].set_xlabel("noise energy on the target weights, one step\n(clip norm 1 for every method)")
     axes[0].legend(frameon=False)
     if both:
         known = [(place, row.snr) for place, row in zip(places, rows, strict=True) if row.snr is not None]
-        axes[1].barh([y for y, _ in known], [value for _, value in known], 0.6, color="#1f5f8b")
+        bars = axes[1].barh([y for y, _ in known], [value for _, value in known], 0.6, color="#1f5f8b")
+        axes[1].bar_label(bars, fmt=" {:.2g}", fontsize="small")
+        axes[1].margins(x=0.12)
         axes[1].set_xlabel("mean gradient / noise, one step\n(each method at its own clip norm)")
     for axis in axes:
         axis.set_yticks(list(places), names if axis is axes[0] else [""] * len(rows))
