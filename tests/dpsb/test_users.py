@@ -9,10 +9,13 @@ import torch
 import workbench
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sweeps import Silent, settings_of, shared
 
 from dpsb import clipped_sums, run
 from dpsb.canaries import CanaryAudit
 from dpsb.config import ConfigError
+from dpsb.curves.page import page
+from dpsb.curves.sweep import run_sweep
 from dpsb.data import Collator, DataError, Table, by_unit
 from dpsb.losses import classification_loss
 from dpsb.mechanism import Mechanism
@@ -20,7 +23,7 @@ from dpsb.plan import make_plan
 from dpsb.randomness import SeededRandomness, SystemRandomness
 from dpsb.sampling import choose, length_buckets
 from dpsb.train import fit
-from dpsb_accounting import Ledger, verify
+from dpsb_accounting import Ledger, epsilon, verify
 
 BUCKETS = length_buckets(workbench.PADDED)
 PLAIN = Mechanism(l2_clip_norm=math.inf, noise_multiplier=0.0, clipping="none")
@@ -235,6 +238,25 @@ def test_a_run_protects_people_and_names_none(tmp_path, declared, capfd):
         for name in (*NAMES, "person 3"):
             assert name.encode() not in content
             assert name.split("-")[0].encode() not in content
+
+
+def test_a_curve_protects_people_too(tmp_path):
+    """In each cell, in what all of them cost together, and on the page, which then has no warning for people."""
+    units = {"unit_column": "sender", "examples_per_unit": 2, "expected_batch_size": 5, "num_examples": 20}
+    asked = settings_of(shared(data=mail(tmp_path / "data"), **units), methods="sb,head-only", epsilons="8")
+    curve = run_sweep(asked, tmp_path / "curve", Silent())
+    assert not curve.failures
+    ledgers = [Ledger.read(path) for path in (tmp_path / "curve").glob("cells/*/ledger.jsonl")]
+    assert [(led.plan.unit, led.plan.num_examples, led.plan.sampling_prob) for led in ledgers] == [
+        ("user", 20, 0.25)
+    ] * 2
+    parts = [(phase.event, phase.count) for plan in plans for phase in plan.phases]
+    assert curve.price.bound.unit == "user"
+    assert curve.price.bound.upper == epsilon(parts, plans[0].delta, "add_or_remove_one").upper > 8
+    shown = page(curve)
+    assert "per user, add_or_remove_one" in shown
+    assert "--unit-column protects people" not in shown
+    assert not any(name in shown for name in (*NAMES, "person 3"))
 
 
 def test_a_report_of_examples_says_that_people_are_not_protected(tmp_path):
