@@ -246,10 +246,8 @@ def test_a_curve_protects_people_too(tmp_path):
     asked = settings_of(shared(data=mail(tmp_path / "data"), **units), methods="sb,head-only", epsilons="8")
     curve = run_sweep(asked, tmp_path / "curve", Silent())
     assert not curve.failures
-    ledgers = [Ledger.read(path) for path in (tmp_path / "curve").glob("cells/*/ledger.jsonl")]
-    assert [(led.plan.unit, led.plan.num_examples, led.plan.sampling_prob) for led in ledgers] == [
-        ("user", 20, 0.25)
-    ] * 2
+    plans = [Ledger.read(path).plan for path in (tmp_path / "curve").glob("cells/*/ledger.jsonl")]
+    assert [(plan.unit, plan.num_examples, plan.sampling_prob) for plan in plans] == [("user", 20, 0.25)] * 2
     parts = [(phase.event, phase.count) for plan in plans for phase in plan.phases]
     assert curve.price.bound.unit == "user"
     assert curve.price.bound.upper == epsilon(parts, plans[0].delta, "add_or_remove_one").upper > 8
