@@ -10,6 +10,9 @@ from typing import Any
 
 from dpsb.config import ConfigError, check_keys
 
+DATA_AT = "data_at"
+"""What a run's own file says beside its settings: where ``data`` was, from whatever folder it was typed. Stays here."""
+
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """The settings in a ``.toml`` or ``.json`` file.
@@ -25,5 +28,6 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{file} cannot be read as settings: {error}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{file} must hold one table of settings.")
+    settings.pop(DATA_AT, None)
     check_keys(settings, str(file))
     return {name: math.inf if value == "inf" else value for name, value in settings.items()}

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from dpsb.adapter_files import adapter_settings, with_adapter
+from dpsb.config_file import DATA_AT
 from dpsb.data import Columns, DataError, Table, prompt_ids, prompts_and_completions, read_table
 from dpsb.modes import evaluation_mode
-from dpsb.parts import file_of, same_data, seen_from
+from dpsb.parts import file_of, of_file, same_data, seen_from
 from dpsb.run import SETTINGS_NAME, RunError
 from dpsb_accounting import Ledger
 from dpsb_accounting.ledger import LEDGER_NAME
@@ -71,8 +72,8 @@ def generate_for_file(
     if details.get("task") != "causal-lm":
         raise RunError(f"The run in {folder} is of the task {details.get('task')!r}; only causal-lm generates text.")
     settings_file = folder / SETTINGS_NAME
-    if settings_file.exists():
-        _check_not_trained_on(data, folder, json.loads(settings_file.read_text()))
+    stated = json.loads(settings_file.read_text()) if settings_file.exists() else {"data": details.get("data", "")}
+    _check_not_trained_on(data, folder, stated)
     found = references_by_prompt(read_table(data), _columns(details), prompts)
     settings = adapter_settings(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -96,20 +97,22 @@ def generate_for_file(
 def _check_not_trained_on(data: str, folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuses the rows that a run was trained on, by whatever path they are named, from whatever folder.
 
-    The settings name them as they were typed, from where training was started. Where that was is known if ``out`` is a
-    part of the run's own path; a file of that name that happens to lie here says nothing.
+    The settings say where the file was, and how it was typed: if ``out`` is the end of the run's own path, from the
+    folder that it begins in, which may have moved since. A file that is in none of these places is known by its name.
     """
     stated, out, here = str(settings["data"]), Path(str(settings.get("out", ""))), folder.resolve()
-    known = [stated] if file_of(stated).is_absolute() else []
+    known = [str(settings[DATA_AT])] if DATA_AT in settings else []
+    guessed = [] if known else [stated]  # a run of an earlier version, or one that came without its settings
     if out.parts and not out.is_absolute() and here.parts[-len(out.parts) :] == out.parts:
         known.append(seen_from(Path(*here.parts[: -len(out.parts)]), stated))
-    if any(same_data(data, name) for name in (stated, *known)):
+    if any(same_data(data, name) for name in [*known, *guessed]):
         raise RunError(f"data={data!r} is what {folder} was trained on: figures on it would leak it unnoised.")
-    of_that_name = file_of(data).exists() and file_of(data).name == file_of(stated).name
-    if of_that_name and not any(file_of(name).exists() for name in known):
+    mine = file_of(data)
+    may_be_it = mine.exists() and mine.name == file_of(stated).name and same_data(data, of_file(mine, stated))
+    if may_be_it and not any(file_of(name).exists() for name in known):
         raise RunError(
-            f"data={data!r} has the name of the file that {folder} was trained on ({stated!r}, and where that lies is "
-            "not known any more): it may be the same. If it is another, give it another name."
+            f"data={data!r} has the name of the file that {folder} was trained on, {stated!r}, and where that lies is "
+            "not known any more: it may be the same. If it is another, give it another name."
         )
 
 

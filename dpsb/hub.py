@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ _KEPT = {
     "start.safetensors": "a state for --resume",
     "basis.safetensors": "a state for --resume",
 }
-_VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
-"""Whatever a token of these looks like, it is no name of a model."""
+_NAMING = (CONFIG, REPORT, CARD, "tokenizer_config.json")
+"""Files of text in which a model's name may stand; what looks like one in a vocabulary or a template is a token."""
 _PATH = re.compile(r"(?:/|~/|\.{1,2}/|[A-Za-z]:[\\/]|\\\\)\S")
 """How a name of a local file begins; a Hub id is ``name`` or ``owner/name``."""
 _WHOLE = r"(?<![\w/\\.-]){}(?![\w/\\-]|\.\w)"
@@ -149,28 +149,52 @@ def _with_base_model(
     """Puts the base model's name on the Hub in the place of a local folder."""
     stated = str(record.plan.details.get("model", ""))
     found = str(json.loads(files[CONFIG]).get("base_model_name_or_path") or "")
-    local = [name for name in dict.fromkeys((found, stated)) if _PATH.match(name)]
+    local = [name for name in dict.fromkeys((found, stated)) if _PATH.match(name) or Path(name).is_dir()]
+    local += [name.rstrip("/\\") for name in local if name.endswith(("/", "\\"))]
     name = given or HUB_NAMES.get(stated)
     if not local:
         return {}
     if name is None:
         raise RunError("The adapter names its base model by a local folder; give its name on the Hub: --base-model ID.")
     changed = {}
-    spellings = list(dict.fromkeys(form for path in local for form in (json.dumps(path)[1:-1], path)))
-    whole = re.compile("|".join(_WHOLE.format(re.escape(spelling)) for spelling in spellings))
-    for file in files:
-        if _is_text(file) and file not in (LEDGER_NAME, SIGNATURE, CHOICE_NAME, *_VOCABULARY):
-            text = files[file].decode()
+    whole = re.compile("|".join(_WHOLE.format(re.escape(path)) for path in local))
+    for file in (file for file in _NAMING if file in files):
+        text = files[file].decode()
+        if file == CARD:
             new, rest = whole.sub(lambda _found: name, text), whole.sub("", text)
-            if not local_paths and any(spelling in rest for spelling in spellings):
-                raise RunError(
-                    f"{file} names something in or beside the base model's local folder; write it in another way, or "
-                    "--local-paths publishes it."
-                )
-            if new != text:
-                files[file] = new.encode()
-                changed[file] = f"base model named {name}"
+        else:
+            content = json.loads(text)
+            renamed = _renamed(content, local, name)
+            new = text if renamed == content else json.dumps(renamed, indent=2, ensure_ascii=False) + "\n"
+            rest = "\n".join(_strings(renamed))
+        if not local_paths and any(path in rest.replace(name, "") for path in local):
+            raise RunError(
+                f"{file} names something in or beside the base model's local folder; write it in another way, or "
+                "--local-paths publishes it."
+            )
+        if new != text:
+            files[file] = new.encode()
+            changed[file] = f"base model named {name}"
     return changed
+
+
+def _renamed(value: Any, local: Sequence[str], name: str) -> Any:
+    """JSON with a name in the place of every text that is one of ``local`` as a whole."""
+    if isinstance(value, dict):
+        return {key: _renamed(inner, local, name) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_renamed(inner, local, name) for inner in value]
+    return name if value in local else value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in JSON, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from value
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _strings(inner)
 
 
 def _check_paths(files: Mapping[str, bytes], local_paths: bool) -> None:
@@ -194,7 +218,3 @@ def _local(value: Any, key: str = "") -> Iterator[str]:
             yield from _local(inner, key)
     elif isinstance(value, str) and any(_PATH.match(part) for part in _FILES.split(value)):
         yield key
-
-
-def _is_text(name: str) -> bool:
-    return not name.endswith((".safetensors", "tokenizer.model"))

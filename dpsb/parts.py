@@ -135,8 +135,17 @@ def seen_from(folder: Path, name: str) -> str:
       >>> seen_from(Path("/project"), "mail.csv#test(test=0.2,validation=0,seed=7)")
       '/project/mail.csv#test(test=0.2,validation=0,seed=7)'
     """
-    source, _ = _parts_of(name)
-    return str(folder / source) + name[len(source) :]
+    return of_file(folder / file_of(name), name)
+
+
+def of_file(file: Path, name: str) -> str:
+    """The same part as ``name``, of another file."""
+    return f"{file}{name[len(_parts_of(name)[0]) :]}"
+
+
+def located(name: str) -> str:
+    """The same rows by the whole path of their file; a name on the Hub as it is."""
+    return seen_from(Path.cwd(), name) if file_of(name).exists() else name
 
 
 def file_of(name: str) -> Path:

@@ -20,6 +20,7 @@ from dpsb.beginning import basis_setup, begin
 from dpsb.canaries import CanaryAudit
 from dpsb.checkpoint import CHECKPOINT_NAMES, remove_checkpoint
 from dpsb.config import ConfigError, RunConfig
+from dpsb.config_file import DATA_AT
 from dpsb.distributed.assist import lead
 from dpsb.distributed.team import Team
 from dpsb.frozen_prefix import FrozenOutputs, remember_frozen_prefix
@@ -27,6 +28,7 @@ from dpsb.head_share import clip_parts
 from dpsb.inputs import read_inputs
 from dpsb.models import MeanPooledClassifier, target_shapes
 from dpsb.optimizers import make_optimizer
+from dpsb.parts import located
 from dpsb.plan import differing, make_plan
 from dpsb.prepare import Prepared, input_shape, losses_by_example
 from dpsb.randomness import Randomness, SeededRandomness, SystemRandomness
@@ -349,7 +351,8 @@ def _open_ledger(config: RunConfig, resume: bool, out: Path, plan: Plan, start: 
     except OSError as error:
         raise RunError(f"{out} cannot be written: {error.strerror}.") from None
     try:
-        write_whole(out / SETTINGS_NAME, (json.dumps(config.to_json(), indent=1) + "\n").encode())
+        settings = {**config.to_json(), DATA_AT: located(config.data)}
+        write_whole(out / SETTINGS_NAME, (json.dumps(settings, indent=1) + "\n").encode())
         write_whole(out / START_NAME, start)
     except OSError as error:
         ledger.close()

@@ -7,6 +7,7 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dpsb.config import ConfigError, RunConfig, make_config
 from dpsb.federated.checks import FederatedError, check_choice, check_match, check_positive, check_whole, checked_fields
 from dpsb.federated.spec import OPTIMIZERS, SILO_NAME, PrivacyModel, model_named
 from dpsb.federated.terms import SERVER_OPTIMIZERS
+from dpsb.parts import same_data
 
 NOISES = ("gaussian", "skellam")
 SETTINGS_NAME = "federation.json"
@@ -121,6 +123,13 @@ class FederationSettings:
             )
 
 
+def _check_apart(silos: Mapping[str, SiloSettings]) -> None:
+    """What a federation claims is the worst silo's, which no row of two silos has."""
+    for (one, mine), (other, theirs) in combinations(silos.items(), 2):
+        if mine.data is not None and theirs.data is not None and same_data(mine.data, theirs.data):
+            raise FederatedError(f"Silos {one!r} and {other!r} have the same rows, {mine.data!r}; give each its own.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class FederateConfig:
     """Settings of a federation in one process. All of them are public.
@@ -160,6 +169,7 @@ class FederateConfig:
                 replace(self.run, data=settings.data or self.run.data)
             except ConfigError as error:
                 raise FederatedError(f"[silos.{name}]: {error}") from None
+        _check_apart(named)
         declared = {settings.num_examples is not None for settings in named.values()}
         if len(declared) > 1:
             raise FederatedError("Declare num_examples for every silo or for none: two kinds of guarantee do not mix.")

@@ -189,6 +189,16 @@ def test_a_replaced_row_may_not_move_from_silo_to_silo(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_no_row_is_at_two_silos(tmp_path):
+    file = workbench.data_file(seed=1)
+    (tmp_path / "again.jsonl").symlink_to(file)
+    parts = "".join(
+        f'[silos.{name}]\ndata = "{where}"\n' for name, where in (("a", file), ("b", tmp_path / "again.jsonl"))
+    )
+    with pytest.raises(FederatedError, match="Silos 'a' and 'b' have the same rows"):
+        read_federation(settings(tmp_path, silos=parts))
+
+
 @pytest.mark.parametrize("key", ["eval_data", "basis"])
 def test_no_silos_rows_are_held_out_or_public(tmp_path, key):
     """Also not those of a silo after the first: metrics on them, or a basis from them, would leak them unnoised."""

@@ -106,12 +106,20 @@ def test_a_run_generates_with_and_without_its_adapter(tmp_path, monkeypatch):
     run.fine_tune(workbench.run_config(out, "causal-lm", data="pairs.jsonl", learning_rate=5.0))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs.jsonl").write_text(workbench.data_file("pairs", seed=9).read_text())  # says nothing of the other
-    for again in (str(tmp_path / "here" / "pairs.jsonl"), "here/pairs.jsonl"):
-        with pytest.raises(run.RunError, match=r"has the name of the file that .* was trained on"):
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "here" / "pairs.jsonl")
+    for again in (str(tmp_path / "here" / "pairs.jsonl"), "here/pairs.jsonl", "link.jsonl"):
+        with pytest.raises(run.RunError, match=r"is what .* was trained on"):
             generate_for_file(out, again, prompts=8, max_new_tokens=4)
-    monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(run.RunError, match=r"is what .* was trained on"):
-        generate_for_file(out, str(tmp_path / "here" / "pairs.jsonl"), prompts=8, max_new_tokens=4)
+    assert len(generate_for_file(out, "pairs.jsonl", prompts=2, max_new_tokens=4).answers) == 2, "another of that name"
+    (tmp_path / "here").rename(tmp_path / "there")
+    settings = (out / "run.json").read_text()
+    for known in (settings, None):
+        if known is None:
+            (out / "run.json").unlink()
+        for again in ("there/pairs.jsonl", str(tmp_path / "there" / "pairs.jsonl")):
+            with pytest.raises(run.RunError, match=r"has the name of the file that .* was trained on"):
+                generate_for_file(out, again, prompts=8, max_new_tokens=4)
+    (out / "run.json").write_text(settings)
     pairs = str(workbench.data_file("pairs", seed=9))
     with_it = generate_for_file(out, pairs, prompts=8, max_new_tokens=4)
     without = generate_for_file(out, pairs, prompts=8, max_new_tokens=4, base_only=True)
@@ -140,6 +148,22 @@ def test_the_training_file_is_known_after_its_project_moved(tmp_path, monkeypatc
     for again in ("new/data/pairs.jsonl", str(tmp_path / "new" / "data" / "pairs.jsonl"), "renamed.jsonl"):
         with pytest.raises(run.RunError, match=r"is what .* was trained on"):
             generate_for_file(tmp_path / "new" / "runs" / "one", again, prompts=8, max_new_tokens=4)
+
+
+def test_the_other_side_of_a_split_is_not_what_was_trained_on(tmp_path, monkeypatch):
+    (tmp_path / "pairs.jsonl").write_text(workbench.data_file("pairs").read_text())
+    monkeypatch.chdir(tmp_path)
+    side = "pairs.jsonl#{}(test=0.3,validation=0,seed=7)"
+    run.fine_tune(workbench.run_config(tmp_path / "run", "causal-lm", data=side.format("train")))
+    for gone in (False, True):
+        if gone:
+            (tmp_path / "moved").mkdir()
+            monkeypatch.chdir(tmp_path / "moved")
+            (tmp_path / "pairs.jsonl").rename(tmp_path / "moved" / "pairs.jsonl")
+        assert generate_for_file(tmp_path / "run", side.format("test"), prompts=2, max_new_tokens=4).answers
+        for again in (side.format("train"), "pairs.jsonl"):
+            with pytest.raises(run.RunError, match="was trained on"):
+                generate_for_file(tmp_path / "run", again, prompts=2, max_new_tokens=4)
 
 
 def test_folders_that_generate_nothing_are_refused(tmp_path):

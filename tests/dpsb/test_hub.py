@@ -164,13 +164,31 @@ def test_a_path_beside_the_base_models_is_not_given_away(finished, tmp_path, wri
 
 
 def test_a_folder_may_be_called_like_the_model_or_a_token():
-    """``/gpt2`` stands in ``openai-community/gpt2``, and a vocabulary of code holds tokens such as ``/model``."""
-    record = SimpleNamespace(plan=SimpleNamespace(details={"model": "/gpt2"}))
-    vocabulary = b'{"model": {"vocab": {"/gpt2": 5, "/gpt2s": 6}}}'
-    files = {hub.CONFIG: b'{"base_model_name_or_path": "/gpt2"}', "tokenizer.json": vocabulary}
-    assert list(hub._with_base_model(files, record, "openai-community/gpt2", False)) == [hub.CONFIG]
-    assert json.loads(files[hub.CONFIG]) == {"base_model_name_or_path": "openai-community/gpt2"}
-    assert files["tokenizer.json"] == vocabulary
+    """``/gpt2`` stands in ``openai-community/gpt2``, and tokens such as ``/model`` or ``</think>`` name no folder."""
+    name = "openai-community/gpt2"
+    kept = {
+        "tokenizer.json": b'{"model": {"vocab": {"/gpt2": 5, "/gpt2s": 6}}}',
+        "chat_template.jinja": b"<gpt2>{{ messages }}</gpt2>",
+    }
+    files = {
+        hub.CONFIG: b'{"base_model_name_or_path": "/gpt2"}',
+        hub.CARD: f"From /gpt2, which is {name}.".encode(),
+        **kept,
+    }
+    record = SimpleNamespace(plan=SimpleNamespace(details={"model": "/gpt2/"}))
+    assert list(hub._with_base_model(files, record, name, False)) == [hub.CONFIG, hub.CARD]
+    assert json.loads(files[hub.CONFIG]) == {"base_model_name_or_path": name}
+    assert files[hub.CARD].decode() == f"From {name}, which is {name}."
+    assert {file: files[file] for file in kept} == kept
+
+
+def test_a_folder_here_is_no_name_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    record = SimpleNamespace(plan=SimpleNamespace(details={"model": "models/mine"}))
+    files = {hub.CONFIG: b'{"base_model_name_or_path": "models/mine"}'}
+    with pytest.raises(RunError, match="--base-model ID"):
+        hub._with_base_model(files, record, None, False)
 
 
 def test_a_signature_goes_only_with_the_files_that_it_is_for(finished, tmp_path):

@@ -95,7 +95,7 @@ def silo_local(
         ),
         incomplete_rounds=incomplete_rounds(silos),
         statement=_statement(total, together, terms) if total is not None else no_claim(rows),
-        assumptions=(*_ASSUMPTIONS, _person(together, terms.unit)),
+        assumptions=(*_ASSUMPTIONS, _person(together, terms)),
         terms=terms,
     )
 
@@ -154,10 +154,11 @@ def _prob(event: Gaussian | PoissonGaussian) -> float:
     return event.sampling_prob if isinstance(event, PoissonGaussian) else 1.0
 
 
-def _person(together: int, unit: str) -> str:
+def _person(together: int, terms: Terms) -> str:
+    stays = ", and one that is replaced stays in its silo" if terms.neighboring == "replace_one" else ""
     if together == 1:
-        return f"One person contributes one {unit}, in one silo."
-    return f"One person contributes to at most {together} silos, one {unit} in each."
+        return f"One person contributes one {terms.unit}, in one silo{stays}."
+    return f"One person contributes to at most {together} silos, one {terms.unit} in each{stays}."
 
 
 def _statement(total: Bound, together: int, terms: Terms) -> str:
