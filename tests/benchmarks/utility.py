@@ -255,6 +255,8 @@ FAMILIES = {
         arm not in (*RATES, *PEFT_INITS, "leak") and not arm.startswith(tuple(PUBLIC_STARTS))
     ),
     "LoRA, FFA-LoRA or LoRA-XS": lambda arm: arm in ("lora", "ffa-lora", "lora-xs"),
+    "LoRA+ or another data-free start": lambda arm: arm in ("lora-plus", *PEFT_INITS),
+    "BitFit or full fine-tuning": lambda arm: arm in ("bitfit", "full"),
     "LoRA from public rows": lambda arm: arm.startswith(tuple(PUBLIC_STARTS)),
 }
 """What may be picked from for the lines that say what a user gets who tries all of a family on validation rows."""
