@@ -28,8 +28,8 @@ _KEPT = {
     "start.safetensors": "a state for --resume",
     "basis.safetensors": "a state for --resume",
 }
-_NAMING = (CONFIG, REPORT, CARD, "tokenizer_config.json")
-"""Files of text in which a model's name may stand; what looks like one in a vocabulary or a template is a token."""
+_JSON = (CONFIG, REPORT, "tokenizer_config.json")
+"""In these and in the card a model's name may stand; what looks like one in a vocabulary or a template is a token."""
 _PATH = re.compile(r"(?:/|~/|\.{1,2}/|[A-Za-z]:[\\/]|\\\\)\S")
 """How a name of a local file begins; a Hub id is ``name`` or ``owner/name``."""
 _WHOLE = r"(?<![\w/\\.-]){}(?![\w/\\-]|\.\w)"
@@ -158,16 +158,20 @@ def _with_base_model(
         raise RunError("The adapter names its base model by a local folder; give its name on the Hub: --base-model ID.")
     changed = {}
     whole = re.compile("|".join(_WHOLE.format(re.escape(path)) for path in local))
-    for file in (file for file in _NAMING if file in files):
+    for file in (file for file in (*_JSON, CARD) if file in files):
         text = files[file].decode()
         if file == CARD:
-            new, rest = whole.sub(lambda _found: name, text), whole.sub("", text)
+            new = rest = whole.sub(lambda _found: name, text)
+            spelled = local
         else:
             content = json.loads(text)
             renamed = _renamed(content, local, name)
             new = text if renamed == content else json.dumps(renamed, indent=2, ensure_ascii=False) + "\n"
-            rest = "\n".join(_strings(renamed))
-        if not local_paths and any(path in rest.replace(name, "") for path in local):
+            rest, spelled = (
+                json.dumps(renamed, ensure_ascii=False),
+                [json.dumps(p, ensure_ascii=False)[1:-1] for p in local],
+            )
+        if not local_paths and any(path in rest.replace(name, "") for path in spelled):
             raise RunError(
                 f"{file} names something in or beside the base model's local folder; write it in another way, or "
                 "--local-paths publishes it."
@@ -187,20 +191,10 @@ def _renamed(value: Any, local: Sequence[str], name: str) -> Any:
     return name if value in local else value
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Every text in JSON, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from value
-    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
-        yield from _strings(inner)
-
-
 def _check_paths(files: Mapping[str, bytes], local_paths: bool) -> None:
     fixed = (LEDGER_NAME, CHOICE_NAME)
     for name, content in files.items():
-        if name not in (CONFIG, REPORT, "tokenizer_config.json", *fixed) or (local_paths and name in fixed):
+        if name not in (*_JSON, *fixed) or (local_paths and name in fixed):
             continue
         for line in content.decode().splitlines() if name == LEDGER_NAME else [content.decode()]:
             if (key := next(_local(json.loads(line)), None)) is not None:

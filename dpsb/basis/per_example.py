@@ -9,7 +9,7 @@ saves, a second backward pass makes them again. No tensor of shape (n, out, in) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -264,6 +264,23 @@ def example_norms(
         check_losses(loss_fn(model, batch), size).sum().backward()
         watch.finish()
     return squared.sqrt()
+
+
+def preferences(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Batch,
+    layers: Mapping[str, LoraLayer],
+    candidates: Sequence[Mapping[str, Sketch]],
+) -> torch.Tensor:
+    r"""Which of m bases holds most of each example's gradient: :math:`\|P_j g_i\|^2 / \|g_i\|^2` less its mean over j.
+
+    Returns:
+      Shape ``(n, m)``, float64, on the processor; zeros for a gradient of zero. Sensitive.
+    """
+    norms = example_norms(model, loss_fn, batch, layers, [dict.fromkeys(layers, WHOLE), *candidates]).cpu()
+    energy = torch.where(norms[:, :1] > 0, (norms[:, 1:] / norms[:, :1]).square(), 0.0)
+    return energy - energy.mean(dim=1, keepdim=True)
 
 
 def add_clipped_sum(

@@ -14,7 +14,7 @@ from torch import nn
 
 from dpsb.adapter import attach, detach
 from dpsb.basis.canaries import BasisCanaries
-from dpsb.basis.per_example import WHOLE, PartlyAdded, Sketch, add_clipped_sum, example_norms, zeros_for
+from dpsb.basis.per_example import PartlyAdded, Sketch, add_clipped_sum, preferences, zeros_for
 from dpsb.basis.random import random
 from dpsb.basis_spec import PHASE
 from dpsb.capture import adapter_train_mode
@@ -178,15 +178,11 @@ class PrivateExamples:
           Noisy sums, shape ``(m,)``, float64. Released.
         """
         total = torch.zeros(len(candidates), dtype=torch.float64)
-        whole = dict.fromkeys(self.layers, WHOLE)
         mechanism = self.mechanism
 
         def add(examples: Sequence[Example], length: int) -> None:
             batch = self.collate(examples, length)
-            norms = example_norms(self.model, self.loss_fn, batch, self.layers, [whole, *candidates]).cpu()
-            energy = (norms[:, 1:] / norms[:, :1]).square()
-            energy = torch.where(norms[:, :1] > 0, energy, 0.0)
-            total.add_(mechanism.clip_and_sum(energy - energy.mean(dim=1, keepdim=True)))
+            total.add_(mechanism.clip_and_sum(preferences(self.model, self.loss_fn, batch, self.layers, candidates)))
 
         self._charged_pass(add, {"total": total})
         return mechanism.release(total, self.randomness)

@@ -167,8 +167,8 @@ def _sampled(table: Table) -> Table:
 
 
 def _label_set(table: Table, column: str) -> tuple[str, ...]:
-    if table.class_names.get(column):
-        return table.class_names[column]
+    if names := table.class_names.get(column):
+        return names
     values = {*table.labels(column)} - {""}
     usable = 2 <= len(values) <= _MOST_LABELS and all(len(value) <= _LONGEST_LABEL for value in values)
     return tuple(sorted(values)) if usable else ()

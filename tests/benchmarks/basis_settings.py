@@ -43,6 +43,7 @@ from basis_sums import (
     Look,
     Sums,
     Tensors,
+    add_bench_options,
     add_recorded,
     clipped_sums,
     mechanism_of,
@@ -50,7 +51,7 @@ from basis_sums import (
     read_bench,
     say,
 )
-from utility import EPSILONS, ROWS, TARGETS, TASKS
+from utility import EPSILONS
 
 from dpsb.adapter import Factors, Provenance
 from dpsb.basis import weight_svd
@@ -297,13 +298,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder with NAME.parquet")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--set", choices=[name for name, task in TASKS.items() if task.has_head], default="banking77")
-    parser.add_argument("--targets", choices=list(TARGETS), default="top2", help="blocks that are adapted")
-    parser.add_argument("--rows", type=int, default=ROWS, help=f"private rows at most; default {ROWS}")
-    parser.add_argument("--rank", type=int, default=16, help="default 16")
-    parser.add_argument("--draws", type=int, default=10, help="draws of the noise; default 10")
+    add_bench_options(parser, draws=10)
     parser.add_argument("--full", action="store_true", help="each width with each share")
     parser.add_argument("--iterate", action="store_true", help="also subspace iteration; keeps a pass in memory")
     parser.add_argument("--only-iterate", action="store_true", help="subspace iteration alone")

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from utility import TARGETS, TASKS, write_parts
+from utility import ROWS, TARGETS, TASKS, write_parts
 
 from dpsb.adapter import lora_layers
 from dpsb.basis.gradient import mean_gradients
@@ -91,6 +91,17 @@ class Bench:
 
 def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
+
+
+def add_bench_options(parser: argparse.ArgumentParser, draws: int) -> None:
+    """What :func:`read_bench` reads."""
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder with NAME.parquet")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results; a second start goes on there")
+    parser.add_argument("--set", choices=[name for name, task in TASKS.items() if task.has_head], default="banking77")
+    parser.add_argument("--targets", choices=list(TARGETS), default="top2", help="blocks that are adapted")
+    parser.add_argument("--rows", type=int, default=ROWS, help=f"private rows at most; default {ROWS}")
+    parser.add_argument("--rank", type=int, default=16, help="default 16")
+    parser.add_argument("--draws", type=int, default=draws, help=f"draws of the noise; default {draws}")
 
 
 def read_bench(options: argparse.Namespace) -> tuple[Bench, dict[str, Tensors]]:

@@ -154,6 +154,10 @@ def arms_of(parts: dict[str, Path]) -> dict[str, str]:
     return {**{name: f"sb:{basis}" for name, basis in bases.items()}, **others, **starts}
 
 
+ARMS = arms_of({"near": Path("near"), "far": Path("far")})
+"""Every arm, whatever its files."""
+
+
 def sweep(
     task: Task, parts: dict[str, Path], out: Path, options: argparse.Namespace, epsilons: str, rates: dict[str, str]
 ) -> None:
@@ -226,7 +230,7 @@ def grids_of(task: Task) -> dict[str, str]:
 
 def kind_of(arm: str) -> str:
     """Whose rates an arm takes."""
-    return arms_of({"near": Path("near"), "far": Path("far")})[arm].partition(":")[0]
+    return ARMS[arm].partition(":")[0]
 
 
 def moved(grid: str, factor: float) -> str:
@@ -299,7 +303,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with NAME.parquet")
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--sets", default=",".join(TASKS), help="default: all four")
-    arms = ",".join(arm for arm in arms_of({"near": Path("near"), "far": Path("far")}) if arm != TRAINED)
+    arms = ",".join(arm for arm in ARMS if arm != TRAINED)
     parser.add_argument("--arms", default=arms, help=f"comma-separated; default: {arms}")
     parser.add_argument("--targets", choices=list(TARGETS), default="top2", help="blocks that are adapted")
     parser.add_argument(

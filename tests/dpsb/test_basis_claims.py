@@ -26,7 +26,7 @@ PUBLIC = "public:" + ",".join(str(workbench.data_file(seed=seed)) for seed in (1
         ({"basis": "private", "basis_rounds": 2, "basis_sampling_prob": 1.0}, 4, 1.0),
         ({"basis": "hybrid"}, 1, 1.0),
         ({"basis": PUBLIC, "basis_choice": "private"}, 1, 1.0),
-        ({"basis": PUBLIC.replace("public", "hybrid")}, 1, 1.0),
+        ({"basis": PUBLIC.replace("public", "hybrid", 1)}, 1, 1.0),
     ],
 )
 def test_a_run_claims_its_target_and_both_engines_agree(tmp_path, changes, releases, prob):

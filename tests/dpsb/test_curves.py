@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -10,6 +9,7 @@ import signal
 import pyarrow.parquet
 import pytest
 import workbench
+from kills import at, in_a_fork
 from sweeps import STEPS, Silent, hashes, read_csv, settings_of, shared
 from typer.testing import CliRunner
 
@@ -31,14 +31,14 @@ def quick_calibration(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
 
 
-def in_a_fork(work):
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(1)
-    return max(0, -os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+def kill_after(count, place, name, settings, out):
+    """Begins a sweep in a fork, which dies after so many calls of a function."""
+
+    def work():
+        at(place, name, count=count, before=False)
+        run_sweep(settings, out, Silent())
+
+    assert in_a_fork(work) == signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
@@ -326,23 +326,10 @@ def test_folders_of_something_else_are_refused(swept, tmp_path):
 # --- cut off
 
 
-def test_killed_in_a_step_the_cell_goes_on(tmp_path, monkeypatch):
+def test_killed_in_a_step_the_cell_goes_on(tmp_path):
     """Charged steps stay charged and are never made again; the plan is kept; the curve says what was lost."""
     settings = settings_of(shared(checkpoint_every=2), methods="sb,head-only", epsilons="8")
-    charge, count = Ledger.charge, []
-
-    def deadly(self, phase):
-        number = charge(self, phase)
-        count.append(number)
-        if len(count) == 2 * STEPS:  # the third step of the second cell
-            os.kill(os.getpid(), signal.SIGKILL)
-        return number
-
-    def work():
-        monkeypatch.setattr(Ledger, "charge", deadly)
-        run_sweep(settings, tmp_path, Silent())
-
-    assert in_a_fork(work) == signal.SIGKILL
+    kill_after(2 * STEPS, Ledger, "charge", settings, tmp_path)  # in the third step of the second cell
     first, second = (tmp_path / "cells" / f"{name}-eps8-lr0.02-run1" for name in ("sb-weight", "head-only"))
     before, head = hashes(first), (second / "ledger.jsonl").read_bytes()
     assert not (second / "report.json").exists()
@@ -374,19 +361,9 @@ def test_a_finished_cell_whose_folder_was_deleted_still_counts(tmp_path):
     assert f"of run {run_id} cannot be read or is gone, so nothing bounds what was spent" in page(again)
 
 
-def test_a_basis_that_was_paid_for_still_counts_if_its_run_is_deleted_before_a_step(tmp_path, monkeypatch):
+def test_a_basis_that_was_paid_for_still_counts_if_its_run_is_deleted_before_a_step(tmp_path):
     settings = settings_of(methods="sb:private", epsilons="8")
-    charge = Ledger.charge
-
-    def deadly(self, phase):
-        charge(self, phase)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def work():
-        monkeypatch.setattr(Ledger, "charge", deadly)
-        run_sweep(settings, tmp_path, Silent())
-
-    assert in_a_fork(work) == signal.SIGKILL
+    kill_after(1, Ledger, "charge", settings, tmp_path)
     cell = next(tmp_path.glob("cells/*"))
     record = Ledger.read(cell / "ledger.jsonl")
     assert (record.charged("basis"), record.charged("train")) == (1, 0)
@@ -400,19 +377,9 @@ def test_a_cell_says_that_it_is_one_of_several(swept):
         assert any("one of several on the same data" in line for line in json.loads(report.read_text())["assumptions"])
 
 
-def test_cut_off_before_it_could_go_on_it_is_moved_aside_and_still_counts(tmp_path, monkeypatch):
+def test_cut_off_before_it_could_go_on_it_is_moved_aside_and_still_counts(tmp_path):
     settings = settings_of(methods="sb", epsilons="8")
-    write = run_module.write_whole
-
-    def deadly(path, content):
-        write(path, content)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def work():
-        monkeypatch.setattr(run_module, "write_whole", deadly)
-        run_sweep(settings, tmp_path, Silent())
-
-    assert in_a_fork(work) == signal.SIGKILL
+    kill_after(1, run_module, "write_whole", settings, tmp_path)
     cell = tmp_path / "cells" / "sb-weight-eps8-lr0.02-run1"
     spent = (cell / "ledger.jsonl").read_bytes()
     curve = run_sweep(settings, tmp_path, Silent())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import workbench
+from kills import at, die, in_a_fork
 
 from dpsb import artifacts, checkpoint, clipped_sums, run, train
 from dpsb.mechanism import Mechanism
@@ -28,28 +29,6 @@ STEPS = 3
 def quick_calibration(monkeypatch):
     monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
     monkeypatch.setattr(run, "check_before_run", lambda *_args: None)  # it releases and draws; these tests count that
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def at(place, name, *, count=1, before=True, when=lambda *_args: True):
-    """Replaces a function by one that dies at its ``count``-th call for which ``when`` holds."""
-    inner, calls = getattr(place, name), []
-
-    def deadly(*args, **kwargs):
-        counts = when(*args)
-        if counts:
-            calls.append(0)
-        if before and counts and len(calls) == count:
-            die()
-        result = inner(*args, **kwargs)
-        if not before and counts and len(calls) == count:
-            die()
-        return result
-
-    setattr(place, name, deadly)
 
 
 def half_a_line():
@@ -90,19 +69,6 @@ POINTS = {
     "before the report": lambda: at(Report, "write"),
 }
 FAST = ("in the middle of a ledger line", "after the draw", "between the two renames", "between two result files")
-
-
-def in_a_fork(work):
-    """Runs ``work`` in a forked process; returns the signal it died of, 0 for none."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return max(0, -os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @pytest.fixture
