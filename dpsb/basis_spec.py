@@ -28,8 +28,8 @@ LARGEST_SHARE = 0.9
 
 SMALLEST_SHARE = 1e-4
 """The least: it costs training 0.005 % more noise, so less saves nothing, and its own noise is 100 times that of the
-whole budget: seven times what share 0.005 has, at which 4,000 rows turned no public direction (docs/benchmarks.md,
-banking77 at epsilon 1)."""
+whole budget: seven times what share 0.005 has, at which 4,000 rows turned no public direction (banking77 at epsilon 1,
+docs/benchmarks/paid_bases.md)."""
 
 _PAID = "a basis that is paid for"
 BASIS_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {

@@ -21,7 +21,7 @@ from dpsb_accounting import Ledger
 from dpsb_accounting.ledger import LEDGER_NAME
 
 LABELS = ("ham", "spam")
-# Chosen on the validation split; docs/benchmarks.md tells how, and with how many runs for each method.
+# Chosen on the validation split; docs/benchmarks/demo.md tells how, and with how many runs for each method.
 SETTINGS: Mapping[str, Any] = {
     "steps": 48,
     "expected_batch_size": 128,

@@ -3,7 +3,8 @@
     python examples/record_baselines.py --runs 3
 
 Writes dpsb/mail/baselines.json: mean and standard deviation of the test accuracy. The settings are those of
-dpsb/demo.py; they were chosen on the validation split (docs/benchmarks.md says how), the test split is used only here.
+dpsb/demo.py; they were chosen on the validation split (docs/benchmarks/demo.md says how), and the test split is used
+only here.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def sampling_prob_for(rounds: int) -> float:
     """The probability with which an example is in a release, if the user names none. Public.
 
     Each release of subspace iteration is a small part of the budget, where half the rows come with little more than
-    half the noise: its four passes cost two, and hold nearly as much (docs/benchmarks.md, settings of the paid bases).
+    half the noise: its four passes cost two, and hold nearly as much (docs/benchmarks/paid_bases.md).
     """
     return _SAMPLED if rounds else 1.0
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dpsb.curves.table import Point
 
-COLOURS = ("#1f5f8b", "#c2571a", "#2e7d4f", "#7b4fa3", "#b03060", "#8a6d1a", "#118a8a", "#555555")
+COLOURS = ("#1f5f8b", "#c2571a", "#2e7d4f", "#7b4fa3", "#b03060", "#8a6d1a", "#118a8a", "#1a1a1a")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _GREY = "#8a8f98"
 _DASHED = (0, (4, 2))
@@ -176,6 +176,7 @@ def _labels(axes: Any, ends: Sequence[tuple[str, str, float, float]]) -> None:
             annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-",
+                "relpos": (0, 0.5),  # at the name's beginning, so that no line crosses another name
                 "color": colour,
                 "alpha": 0.45,
                 "linewidth": 0.9,
