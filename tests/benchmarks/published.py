@@ -1,18 +1,19 @@
-"""The published tables and pictures: bases and baselines at epsilon 1, 3 and 8 on four data sets.
+"""The published tables and pictures: bases and baselines at epsilon 1, 3 and 8 on four data sets, and their aim.
 
     python tests/benchmarks/published.py
 
 Reads the rows in tests/benchmarks/results/ that `utility.py` and `e2e.py` left, writes the tables into
-docs/benchmarks.md between its two marks and a picture of each set beside it. Trains nothing.
+docs/benchmarks.md between its marks and a picture of each set into docs/benchmarks/. Trains nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- tables: tests/benchmarks/published.py -->\n", "<!-- end of tables -->\n"
+AIM_BEGIN, AIM_END = "<!-- aim: tests/benchmarks/published.py -->\n", "<!-- end of aim -->\n"
 EPSILONS = (1.0, 3.0, 8.0)
 USUAL_RUNS = 3
 ARMS = {
@@ -39,7 +41,10 @@ ARMS = {
     "lora_ga-near": "LoRA-GA from near rows",
 }
 REFERENCE = "leak"
+R_ONLY = ("public-near", "hybrid-near", "weight", "random", "private")
+AGAINST = ("lora", "ffa-lora")
 LEFT_OUT_OF_PICTURES = ("random", "lora-xs")
+"""A picture has eight colours; random directions lie near those of the weights, and LoRA-XS near both."""
 E2E_ARMS = {
     "sb": "weight",
     "sb-near": "public-near",
@@ -51,7 +56,10 @@ E2E_ARMS = {
 
 @dataclass(frozen=True)
 class Published:
-    """A data set, its metric and decimals, and the files of its rows: of an arm those of the last that has any."""
+    """A data set, its metric and decimals, and the files of its rows.
+
+    An arm's runs are those of the last file that has any. Runs that chose a rate are those of all files.
+    """
 
     name: str
     title: str
@@ -76,7 +84,7 @@ SETS = (
 
 @dataclass(frozen=True)
 class Run:
-    """One run: at which epsilon and rate, whether it chose a rate or counts, and what came out."""
+    """One run: the epsilon asked for and the rate, whether it chose a rate or counts, and what came out."""
 
     arm: str
     epsilon: float
@@ -97,7 +105,10 @@ def runs_of(published: Published) -> list[Run]:
 
 
 def _run(row: dict[str, str], published: Published) -> Run | None:
-    """A row of either script; None if it is another set's, another arm's or at another epsilon."""
+    """A row of either script; None if it is another set's, another arm's or at another epsilon.
+
+    In `e2e.py`'s rows the epsilon asked for is ``target``, in `utility.py`'s it is ``epsilon``.
+    """
     arm = E2E_ARMS.get(row["arm"], row["arm"].removeprefix("sb-"))
     epsilon = float(row.get("target") or row["epsilon"] or "nan")
     known = arm in ARMS and epsilon in EPSILONS and row.get("set", "e2e") == published.name
@@ -105,14 +116,15 @@ def _run(row: dict[str, str], published: Published) -> Run | None:
     return Run(arm, epsilon, tuning, float(row["learning_rate"]), float(row[published.metric])) if known else None
 
 
-def points(published: Published, runs: Sequence[Run]) -> list[Point]:
-    """Mean and deviation of every arm and epsilon that has runs."""
+def points(runs: Sequence[Run]) -> list[Point]:
+    """Mean and deviation of every arm and epsilon that has runs, which must all have one rate."""
     found = []
     for arm, label in ARMS.items():
         for epsilon in EPSILONS:
             mine = [run for run in runs if (run.arm, run.epsilon, run.tuning) == (arm, epsilon, False)]
             if mine:
                 values = [run.value for run in mine]
+                (rate,) = {run.rate for run in mine}
                 found.append(
                     Point(
                         method=arm,
@@ -121,9 +133,9 @@ def points(published: Published, runs: Sequence[Run]) -> list[Point]:
                         delta=None,
                         lower=None,
                         upper=math.inf if arm == REFERENCE else epsilon,
-                        learning_rate=mine[0].rate,
+                        learning_rate=rate,
                         n=len(mine),
-                        mean=statistics.fmean(values),
+                        mean=statistics.mean(values),
                         sd=statistics.stdev(values) if len(values) > 1 else None,
                         tuning_runs=sum(run.tuning and run.arm == arm for run in runs),
                         failed=0,
@@ -133,9 +145,9 @@ def points(published: Published, runs: Sequence[Run]) -> list[Point]:
 
 
 def table(published: Published) -> str:
-    """Markdown: validation by rate, then mean ± standard deviation at each epsilon; the best mean bold."""
+    """Markdown: validation by rate, that of the runs underlined, then mean ± standard deviation; the best mean bold."""
     runs = runs_of(published)
-    summary = points(published, runs)
+    summary = points(runs)
     best = {epsilon: _best(published.metric, summary, epsilon) for epsilon in EPSILONS}
     columns = " | ".join(f"epsilon {epsilon:g}" for epsilon in EPSILONS)
     lines = [f"| {published.title} | validation by rate | {columns} |", "|" + "---|" * (2 + len(EPSILONS))]
@@ -143,7 +155,9 @@ def table(published: Published) -> str:
         mine = {point.epsilon: point for point in summary if point.method == arm}
         if mine:
             cells = [_cell(mine.get(e), published.decimals, best[e] is mine.get(e)) for e in EPSILONS]
-            lines.append(f"| {label} | {_tried(published, runs, arm)} | {' | '.join(cells)} |")
+            used = {point.learning_rate for point in mine.values()}
+            tried = _tried(published, [run for run in runs if run.tuning and run.arm == arm], used)
+            lines.append(f"| {label} | {tried} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -151,14 +165,16 @@ def _best(metric: str, summary: Iterable[Point], epsilon: float) -> Point | None
     """The best mean at an epsilon; the reference does not count."""
     best: Point | None = None
     for point in summary:
-        if point.epsilon == epsilon and not point.unbounded and point.mean is not None:
-            best = point if best is None or is_better(metric, point.mean, best.mean or 0.0) else best
+        compared = point.epsilon == epsilon and not point.unbounded
+        if compared and (best is None or is_better(metric, point.mean or math.nan, best.mean or math.nan)):
+            best = point
     return best
 
 
-def _tried(published: Published, runs: Sequence[Run], arm: str) -> str:
-    tried = sorted({(run.rate, run.value) for run in runs if run.tuning and run.arm == arm})
-    return ", ".join(f"{rate:g}: {value:.{published.decimals}f}" for rate, value in tried)
+def _tried(published: Published, runs: Iterable[Run], used: Collection[float | None]) -> str:
+    tried = sorted({(run.rate, run.value) for run in runs})
+    shown = [(f"<u>{rate:g}</u>" if rate in used else f"{rate:g}", value) for rate, value in tried]
+    return ", ".join(f"{rate}: {value:.{published.decimals}f}" for rate, value in shown)
 
 
 def _cell(point: Point | None, decimals: int, is_best: bool) -> str:
@@ -175,14 +191,75 @@ def block() -> str:
     return "\n" + "\n".join(parts) + "\n"
 
 
+def shown(published: Published) -> list[Point]:
+    """What a set's picture draws."""
+    return [point for point in points(runs_of(published)) if point.method not in LEFT_OUT_OF_PICTURES]
+
+
+def picture_of(published: Published) -> Path:
+    return PAGE.parent / "benchmarks" / f"{published.name}.svg"
+
+
+def mark(published: Published) -> str:
+    """Stands at the end of a picture: of which points it is."""
+    return f"<!-- points: {hashlib.sha256(repr(shown(published)).encode()).hexdigest()} -->\n"
+
+
+def chosen(published: Published, runs: Sequence[Run]) -> str:
+    """The R-only arm whose best tuning run is the best of all: what a user gets who tries them on validation rows."""
+    tried = [run for run in runs if run.tuning and run.arm in R_ONLY]
+    best = max if is_better(published.metric, 1.0, 0.0) else min
+    return best(tried, key=lambda run: run.value).arm
+
+
+def verdict(metric: str, ours: Point, other: Point) -> str:
+    """Ahead or behind by more than the larger of both standard deviations, or level; of one run nothing is said."""
+    if ours.mean is None or other.mean is None or ours.sd is None or other.sd is None:
+        return "one run"
+    if abs(ours.mean - other.mean) <= max(ours.sd, other.sd):
+        return "level"
+    return "ahead" if is_better(metric, ours.mean, other.mean) else "behind"
+
+
+def aim() -> str:
+    """Markdown: the chosen R-only arm against DP-LoRA and FFA-LoRA in every cell."""
+    lines = ["| set, epsilon | R-only, chosen on validation rows | " + " | ".join(ARMS[a] for a in AGAINST) + " |"]
+    lines.append("|" + "---|" * (2 + len(AGAINST)))
+    for one in SETS:
+        runs = runs_of(one)
+        found = {(point.method, point.epsilon): point for point in points(runs)}
+        arm = chosen(one, runs)
+        for epsilon in EPSILONS:
+            ours = found.get((arm, epsilon))
+            others = [found.get((other, epsilon)) for other in AGAINST]
+            said = [verdict(one.metric, ours, other) if ours and other else "–" for other in others]
+            cells = [f"{s}: {_cell(o, one.decimals, False)}" for s, o in zip(said, others, strict=True)]
+            won = set(said) == {"ahead"}
+            named = f"{ARMS[arm].removeprefix('R-only, ')} {_cell(ours, one.decimals, won)}"
+            lines.append(f"| {one.title.partition(':')[0]}, {epsilon:g} | {named} | {' | '.join(cells)} |")
+    return "\n" + "\n".join(lines) + "\n\n"
+
+
+def replaced(page: str) -> str:
+    """A page with what stands between its marks made anew.
+
+    Raises:
+      ValueError: If a mark is missing or stands there twice.
+    """
+    for begin, end, made in ((BEGIN, END, block()), (AIM_BEGIN, AIM_END, aim())):
+        if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+            raise ValueError(f"Expected the lines {begin.strip()} and {end.strip()} once each, in this order.")
+        before, _, rest = page.partition(begin)
+        page = before + begin + made + end + rest.partition(end)[2]
+    return page
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(before + BEGIN + block() + END + rest.partition(END)[2])
+    PAGE.write_text(replaced(PAGE.read_text()))
     for one in SETS:
-        shown = [point for point in points(one, runs_of(one)) if point.method not in LEFT_OUT_OF_PICTURES]
-        (PAGE.parent / "benchmarks" / f"{one.name}.svg").write_bytes(draw(shown, one.metric, "svg"))
+        picture_of(one).write_bytes(draw(shown(one), one.metric, "svg") + mark(one).encode())
 
 
 if __name__ == "__main__":
