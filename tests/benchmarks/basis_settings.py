@@ -4,8 +4,9 @@
     python tests/benchmarks/basis_settings.py --data-dir DIR --out DIR --set qnli5k --targets all --rows 1500
 
 The figure is sum_l ||P_l g_l||^2 / sum_l ||g_l||^2, where g is the mean gradient of *test* rows, which no basis saw,
-at the start of training with the head that a run draws; for a few rows also the mean of test rows as clipped in
-training (`judged_by`). Mean and standard deviation over draws of the noise.
+at the start of training with the head that a run draws (--warm-head: with the one of `--warm-start` on the near rows);
+for a few rows also the mean of test rows as clipped in training (`judged_by`). Mean and standard deviation over draws
+of the noise.
 **It is a measurement and claims no epsilon**: it reads the private rows as often as it likes, charges nothing and takes
 its noise from a seeded generator. The bases are made by the very functions that a run calls (`hybrid`, `private`,
 `gradient_basis`), from clipped sums by `add_clipped_sum`, with the noise that `basis_noise_multiplier` names.
@@ -272,7 +273,7 @@ def run(bench: Bench, gradients: Mapping[str, Tensors], options: argparse.Namesp
 def rows_in(out: Path) -> list[dict[str, Any]]:
     """The rows of every set below a folder, with six digits after the point."""
     columns = (
-        "set,targets,rows,basis,frames,times_rank,clipping,clip_norm,rounds,sampling_prob,share,epsilon,noise_multiplier,"
+        "set,targets,rows,head,basis,frames,times_rank,clipping,clip_norm,rounds,sampling_prob,share,epsilon,noise_multiplier,"
         "judged_by"
     )
     names = [*columns.split(","), "kept", "energy", "deviation", "draws"]
@@ -283,7 +284,7 @@ def rows_in(out: Path) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, a line for every setting: energy held in percent, with its standard deviation."""
-    names = ["set", "targets", "basis", "frames", "times_rank", "clipping", "clip_norm", "rounds"]
+    names = ["set", "targets", "head", "basis", "frames", "times_rank", "clipping", "clip_norm", "rounds"]
     names += ["sampling_prob", "share", "epsilon", "judged_by"]
     lines = ["| " + " | ".join([*names, "kept", "energy held, %"]) + " |", "|" + "---|" * (len(names) + 2)]
     for row in rows:

@@ -101,13 +101,14 @@ def add_bench_options(parser: argparse.ArgumentParser, draws: int) -> None:
     parser.add_argument("--targets", choices=list(TARGETS), default="top2", help="blocks that are adapted")
     parser.add_argument("--rows", type=int, default=ROWS, help=f"private rows at most; default {ROWS}")
     parser.add_argument("--rank", type=int, default=16, help="default 16")
+    parser.add_argument("--warm-head", action="store_true", help="the head of --warm-start on the near rows")
     parser.add_argument("--draws", type=int, default=draws, help=f"draws of the noise; default {draws}")
 
 
 def read_bench(options: argparse.Namespace) -> tuple[Bench, dict[str, Tensors]]:
     """The set as `utility.py` cuts it, and gradients: near, far, leak and test, this one also of clipped rows."""
     task = TASKS[options.set]
-    out = options.out / f"{options.set}-{options.targets}-{options.rows}"
+    out = options.out / (f"{options.set}-{options.targets}-{options.rows}" + "-warm" * options.warm_head)
     parts = write_parts(task, options.data_dir, out / "data", options.rows)
     labels = sorted(set(pq.read_table(parts["private"])["label"].to_pylist()))
     config = RunConfig(
@@ -123,10 +124,12 @@ def read_bench(options: argparse.Namespace) -> tuple[Bench, dict[str, Tensors]]:
         targets=TARGETS[options.targets],
         rank=options.rank,
         token_budget=2048,
+        warm_start=str(parts["near"]) if options.warm_head else None,
     )
-    inputs = read_inputs(config, warm=False)
+    inputs = read_inputs(config, warm=True)
     inputs.model.eval()
     facts = {"set": options.set, "targets": options.targets, "rows": len(inputs.prepared.examples)}
+    facts["head"] = "warm" if options.warm_head else "random"
     bench = Bench(inputs=inputs, layers=lora_layers(inputs.model), out=out, facts=facts, draws=options.draws)
     return bench, gradients_of(bench, config, read_table(str(parts["test"])))
 
