@@ -5,7 +5,8 @@
 One round is the library's: cores of width K = 6r, turned and cut to r. Two rounds share the same budget (each has the
 noise of two releases at half of it): the first turns the frame and cuts it to K1 of 2r or 3r, the second releases cores
 of width K1 in there, each row bounded anew, and cuts to r. The figure is `basis_settings.py`'s: the share of the energy
-of test rows' mean gradient that the basis holds. **It is a measurement and claims no epsilon.** Prints a Markdown table
+of test rows' mean gradient that the basis holds; rounds "none" are gradients of public rows, of 512 private ones (leak)
+and of the judging rows (test) alone. **It is a measurement and claims no epsilon.** Prints a Markdown table
 and writes `hybrid_rounds.csv` into --out; gradients and sums are kept there, and can be those of `basis_settings.py`.
 """
 
@@ -34,12 +35,14 @@ from basis_sums import (
 )
 from utility import EPSILONS
 
-from dpsb.basis.choose import held_energy
+from dpsb.adapter import Provenance
+from dpsb.basis.choose import gradient_basis, held_energy
 from dpsb.basis.hybrid import TIMES_RANK, Frames, frames_of, sketches_of, turn, turned
 from dpsb.basis.per_example import Batch, zeros_for
 from dpsb.probe import without_dropout
 
 SHARES = (0.02, 0.1)
+PUBLIC = Provenance(kind="public", access="public")
 NARROW = (2, 3)
 """Width of the second round's frame, times the rank."""
 
@@ -105,6 +108,10 @@ def main() -> None:
             f"{source}-{TIMES_RANK}-automatic": Look(sketches_of(found, bench.inputs.model), AUTOMATIC)
             for source, found in frames.items()
         }
+        for source, gradient in gradients.items():
+            energy = held_energy(gradient_basis(bench.inputs.model, gradient, PUBLIC).factors, gradients["test"])
+            say(f"{source} alone: {energy:.4f}")
+            rows.append({**bench.facts, "frames": source, "rounds": "none", "energy": energy, "draws": 1})
         totals, records = clipped_sums(bench, looks, True)
         for source in frames:
             for share in SHARES:
@@ -116,11 +123,14 @@ def main() -> None:
                         spread = {"energy": statistics.fmean(values), "deviation": statistics.stdev(values)}
                         rows.append({**bench.facts, **facts, **spread, "draws": len(values)})
                         say(f"{facts}: {spread['energy']:.4f} +- {spread['deviation']:.4f}")
-    pcsv.write_csv(pa.Table.from_pylist(rows), options.out / "hybrid_rounds.csv")
+    names = list(rows[-1])
+    filled = [{name: row.get(name) for name in names} for row in rows]
+    pcsv.write_csv(pa.Table.from_pylist(filled), options.out / "hybrid_rounds.csv")
     print("| frames | share | epsilon | rounds | energy held, % |\n|---|---|---|---|---|")
     for row in rows:
-        energy = f"{100 * row['energy']:.1f} ± {100 * row['deviation']:.1f}"
-        print(f"| {row['frames']} | {row['share']:g} | {row['epsilon']} | {row['rounds']} | {energy} |")
+        spread = f" ± {100 * row['deviation']:.1f}" if "deviation" in row else ""
+        share, epsilon = row.get("share", "–"), row.get("epsilon", "–")
+        print(f"| {row['frames']} | {share} | {epsilon} | {row['rounds']} | {100 * row['energy']:.1f}{spread} |")
 
 
 if __name__ == "__main__":
