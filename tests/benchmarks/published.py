@@ -75,7 +75,13 @@ class Published:
 
 
 SETS = (
-    Published("banking77", "Banking77: questions of 77 kinds, accuracy", "accuracy", 3, ("three_sets.csv",)),
+    Published(
+        "banking77",
+        "Banking77: questions of 77 kinds, accuracy",
+        "accuracy",
+        3,
+        ("three_sets.csv", "banking77_public_first.csv"),
+    ),
     Published("qnli5k", "QNLI: question and sentence, accuracy", "accuracy", 3, ("three_sets.csv",)),
     Published(
         "snli20k", "SNLI: premise and hypothesis, accuracy", "accuracy", 3, ("snli.csv", "snli_public_first.csv")
