@@ -120,16 +120,6 @@ class CurveSettings:
             return str(mail_file("validation"))
         return self.validation_data
 
-    def files(self) -> dict[str, str]:
-        """Every file that the runs read, private or public, by what named it."""
-        public = {name: self.shared.get(name) for name in ("warm_start", "precondition")}
-        named = {**self._files(), "validation_data": self.validation_data, **public}
-        for entry in self.entries:
-            several = len(entry.sources) > 1
-            for number, file in enumerate(entry.sources, 1):
-                named[f"methods={entry.text!r}: file" + f" {number}" * several] = file
-        return {name: file for name, file in named.items() if file is not None}
-
     def check(self) -> None:
         """Raises one sentence on the first thing that cannot be run, before anything is."""
         for name in ("repeats", "tuning_repeats"):
@@ -147,8 +137,11 @@ class CurveSettings:
             raise CurveError(
                 f"validation_data={self.validation_data!r} is not used: no method has more than one of learning_rates."
             )
-        for name, file in self.files().items():
-            if Path(file).suffix and not Path(file).exists() and part_of(file) is None:
+        public = {name: self.shared.get(name) for name in ("warm_start", "precondition")}
+        files = [*self._files().items(), ("validation_data", self.validation_data), *public.items()]
+        files += [(f"methods={entry.text!r}: file", source) for entry in self.entries for source in entry.sources]
+        for name, file in files:
+            if file is not None and Path(file).suffix and not Path(file).exists() and part_of(file) is None:
                 raise CurveError(f"{name}={file!r} does not exist.")
         eval_data = self._files().get("eval_data")
         if self.validation_data is not None and eval_data is not None and same_data(self.validation_data, eval_data):

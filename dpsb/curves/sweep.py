@@ -14,7 +14,6 @@ from dpsb.curves.composed import Composed, composed
 from dpsb.curves.fits import check_methods, check_public_files
 from dpsb.curves.folder import CELLS, is_finished, sweep_folder
 from dpsb.curves.pool import run_jobs
-from dpsb.curves.same_files import check_same_files
 from dpsb.curves.settings import CurveSettings
 from dpsb.curves.table import METRICS, Point, Row, is_better, points_of, read_row, write_tables
 from dpsb.curves.work import Job, is_complete
@@ -74,14 +73,13 @@ def run_sweep(settings: CurveSettings, out: Path, watch: Watch, *, processes: in
     Raises:
       CurveError: If a method cannot be run on the model; nothing has been written.
       SharedRowsError: If private rows are in a file that a method takes for public; nothing has been written.
-      FolderError: If the folder is in use, holds another sweep, or one of the files has changed since it began.
+      FolderError: If the folder is in use or holds another sweep.
     """
     if processes < 1:
         raise ValueError(f"Expected processes={processes!r} of at least 1.")
     check_methods(settings)
     check_public_files(settings)
     with sweep_folder(out, settings.to_json()):
-        check_same_files(out, settings.files())
         tuning = tuning_cells(settings)
         total = len(tuning) + settings.repeats * len(pairs(settings))
         watch.begin(total, sum(is_finished(folder) for folder in (out / CELLS).iterdir()))

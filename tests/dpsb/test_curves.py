@@ -1,12 +1,10 @@
 """Sweeps: what is asked, what is kept, what it costs, what the files say."""
 
-import hashlib
 import json
 import math
 import re
 import shutil
 import signal
-from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -17,7 +15,6 @@ from typer.testing import CliRunner
 
 from dpsb import run as run_module
 from dpsb.cli import app
-from dpsb.curves import same_files
 from dpsb.curves.entries import CurveError, labels_of, parse_entries, parse_epsilons, parse_rates
 from dpsb.curves.folder import FolderError, lost_steps
 from dpsb.curves.page import page, write_page
@@ -315,42 +312,6 @@ def test_other_settings_in_the_same_folder_are_refused(swept, given, changes, ke
 def test_settings_of_the_machine_may_change(swept):
     _, out = swept
     run_sweep(settings_of(shared(token_budget=64)), out, Silent())
-
-
-def test_a_file_that_has_changed_since_the_sweep_began_is_refused(tmp_path):
-    """Else means would be over runs on different rows. The note of what it was is keyed, and its owner's alone."""
-    files = {name: Path(shutil.copy(shared()[name], tmp_path / name)) for name in ("data", "eval_data")}
-    settings = settings_of(shared(**{name: str(file) for name, file in files.items()}), epsilons="8", methods="sb")
-    out = tmp_path / "out"
-    run_sweep(settings, out, Silent())
-    note = out / same_files.NAME
-    assert note.stat().st_mode & 0o777 == 0o600
-    assert hashlib.sha256(files["data"].read_bytes()).hexdigest() not in note.read_text()
-    for name, file in files.items():
-        before = file.read_bytes()
-        file.write_bytes(before + before.splitlines(keepends=True)[-1])
-        with pytest.raises(FolderError, match=f"^{name}='{file}' has changed since the sweep in {out} began"):
-            run_sweep(settings, out, Silent())
-        file.write_bytes(before)
-    run_sweep(settings, out, Silent())
-    note.write_text("{}")
-    with pytest.raises(FolderError, match=r"files.json cannot be read \(KeyError\)"):
-        run_sweep(settings, out, Silent())
-
-
-def test_the_same_names_and_contents_in_a_folder_are_the_same(tmp_path):
-    def folder(name, **files):
-        for file, content in files.items():
-            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name / file).write_text(content)
-        return tmp_path / name
-
-    key = bytes(32)
-    one = same_files._digest(folder("one", a="12", b="3"), key)
-    assert same_files._digest(folder("same", a="12", b="3"), key) == one
-    assert same_files._digest(folder("moved", a="1", b="23"), key) != one
-    assert same_files._digest(folder("named", a="12", c="3"), key) != one
-    assert same_files._digest(folder("one"), bytes(31) + b"1") != one
 
 
 def test_folders_of_something_else_are_refused(swept, tmp_path):
