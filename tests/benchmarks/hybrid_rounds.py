@@ -6,8 +6,9 @@ One round is the library's: cores of width K = 6r, turned and cut to r. Two roun
 noise of two releases at half of it): the first turns the frame and cuts it to K1 of 2r or 3r, the second releases cores
 of width K1 in there, each row bounded anew, and cuts to r. The figure is `basis_settings.py`'s: the share of the energy
 of test rows' mean gradient that the basis holds; rounds "none" are gradients of public rows, of 512 private ones (leak)
-and of the judging rows (test) alone. **It is a measurement and claims no epsilon.** Prints a Markdown table
-and writes `hybrid_rounds.csv` into --out; gradients and sums are kept there, and can be those of `basis_settings.py`.
+and of the judging rows (test, and test-clipped as AUTO-S sums them) alone. **It is a measurement and claims no
+epsilon.** Prints a Markdown table and writes `hybrid_rounds.csv` into a folder of --out, one for each set and head;
+gradients and sums are kept there.
 """
 
 from __future__ import annotations
@@ -99,6 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_bench_options(parser, draws=5)
     options = parser.parse_args()
+    if options.draws < 2:
+        parser.error(f"argument --draws: expected at least 2, for a standard deviation, got {options.draws}")
     bench, gradients = read_bench(options)
     rows: list[dict[str, Any]] = []
     with without_dropout(bench.inputs.model):
@@ -125,7 +128,7 @@ def main() -> None:
                         say(f"{facts}: {spread['energy']:.4f} +- {spread['deviation']:.4f}")
     names = list(rows[-1])
     filled = [{name: row.get(name) for name in names} for row in rows]
-    pcsv.write_csv(pa.Table.from_pylist(filled), options.out / "hybrid_rounds.csv")
+    pcsv.write_csv(pa.Table.from_pylist(filled), bench.out / "hybrid_rounds.csv")
     print("| frames | share | epsilon | rounds | energy held, % |\n|---|---|---|---|---|")
     for row in rows:
         spread = f" ± {100 * row['deviation']:.1f}" if "deviation" in row else ""
