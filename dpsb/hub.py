@@ -167,10 +167,8 @@ def _with_base_model(
             content = json.loads(text)
             renamed = _renamed(content, local, name)
             new = text if renamed == content else json.dumps(renamed, indent=2, ensure_ascii=False) + "\n"
-            rest, spelled = (
-                json.dumps(renamed, ensure_ascii=False),
-                [json.dumps(p, ensure_ascii=False)[1:-1] for p in local],
-            )
+            rest = json.dumps(renamed, ensure_ascii=False)
+            spelled = [json.dumps(path, ensure_ascii=False)[1:-1] for path in local]
         if not local_paths and any(path in rest.replace(name, "") for path in spelled):
             raise RunError(
                 f"{file} names something in or beside the base model's local folder; write it in another way, or "

@@ -54,10 +54,16 @@ class Sums:
     def release(self, sketches: Mapping[str, Sketch]) -> Tensors:
         clean = self.clean(sketches, not self.released)
         self.released.clear()
-        for name, total in clean.items():
-            noise = torch.randn(total.shape, generator=self.generator, dtype=torch.float64)
-            self.released[name] = total + self.mechanism.noise_std * noise
+        self.released.update(noisy(clean, self.mechanism.noise_std, self.generator))
         return dict(self.released)
+
+
+def noisy(totals: Mapping[str, torch.Tensor], noise_std: float, generator: torch.Generator) -> Tensors:
+    """Each sum with seeded noise on every entry."""
+    return {
+        name: total + noise_std * torch.randn(total.shape, generator=generator, dtype=torch.float64)
+        for name, total in totals.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

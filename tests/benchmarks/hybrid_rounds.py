@@ -31,6 +31,7 @@ from basis_sums import (
     add_recorded,
     clipped_sums,
     mechanism_of,
+    noisy,
     read_bench,
     say,
 )
@@ -46,13 +47,6 @@ SHARES = (0.02, 0.1)
 PUBLIC = Provenance(kind="public", access="public")
 NARROW = (2, 3)
 """Width of the second round's frame, times the rank."""
-
-
-def noisy(totals: Tensors, noise_std: float, generator: torch.Generator) -> Tensors:
-    return {
-        name: total + noise_std * torch.randn(total.shape, generator=generator, dtype=torch.float64)
-        for name, total in totals.items()
-    }
 
 
 def narrowed(cores: Tensors, frames: Mapping[str, Frames], noise_std: float, width: int) -> dict[str, Frames]:

@@ -13,9 +13,10 @@ import csv
 import hashlib
 import math
 import statistics
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dpsb.curves.plot import draw
 from dpsb.curves.table import Point, is_better
@@ -177,12 +178,13 @@ def table(published: Published) -> str:
 
 def _best(metric: str, summary: Iterable[Point], epsilon: float) -> Point | None:
     """The best mean at an epsilon; the reference does not count."""
-    best: Point | None = None
-    for point in summary:
-        compared = point.epsilon == epsilon and not point.unbounded
-        if compared and (best is None or is_better(metric, point.mean or math.nan, best.mean or math.nan)):
-            best = point
-    return best
+    compared = [point for point in summary if point.epsilon == epsilon and not point.unbounded]
+    return _best_of(metric)(compared, key=lambda point: point.mean, default=None)
+
+
+def _best_of(metric: str) -> Callable[..., Any]:
+    """``max`` or ``min``, whichever is better."""
+    return max if is_better(metric, 1.0, 0.0) else min
 
 
 def _tried(published: Published, runs: Iterable[Run], used: Collection[float | None]) -> str:
@@ -222,8 +224,7 @@ def mark(published: Published) -> str:
 def chosen(published: Published, runs: Sequence[Run]) -> str:
     """The R-only arm whose best tuning run is the best of all: what a user gets who tries them on validation rows."""
     tried = [run for run in runs if run.tuning and run.arm in R_ONLY]
-    best = max if is_better(published.metric, 1.0, 0.0) else min
-    return best(tried, key=lambda run: run.value).arm
+    return _best_of(published.metric)(tried, key=lambda run: run.value).arm
 
 
 def verdict(metric: str, ours: Point, other: Point) -> str:
