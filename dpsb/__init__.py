@@ -29,7 +29,6 @@ _HOME = {
     "trainer.sft": ("DPSFTTrainer",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_NEEDS_NO_TORCH = ("plan", "config", "trainer.arguments")
 
 __version__ = "0.1.0"
 __all__ = [*sorted(_MODULE_OF), "__version__"]
@@ -48,7 +47,7 @@ def __dir__() -> list[str]:
 
 if find_spec("torch") is None:
     _MISSING = (
-        "dpsb trains with torch, which is not installed: pip install 'dpsb[train]'. "
+        "dpsb trains with torch, which is not installed: pip install '.[train]' in a checkout. "
         "(The auditor's package, dpsb_accounting, works without it.)"
     )
     if Path(sys.argv[0]).name == "dpsb":  # the console script: one sentence, no traceback

@@ -142,5 +142,5 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
 {report.to_text().strip()}
 ```
 
-To check the claim, recompute it from the ledger: `pip install dpsb`, then `dpsb-accounting verify ledger.jsonl`.
+To check the claim, recompute it from the ledger, without torch: `dpsb-accounting verify ledger.jsonl` (of dpsb).
 """

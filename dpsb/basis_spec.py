@@ -31,6 +31,9 @@ SMALLEST_SHARE = 1e-4
 whole budget: seven times what share 0.005 has, at which 4,000 rows turned no public direction (banking77 at epsilon 1,
 docs/benchmarks/paid_bases.md)."""
 
+BASIS_CLIP_NORMS = (1e-6, 1e6)
+"""Least and largest clip norm of its release: beyond them float32 norms and sums underflow or overflow by the data."""
+
 _PAID = "a basis that is paid for"
 BASIS_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "basis_share": ((None,), _PAID),

@@ -162,9 +162,7 @@ def reduced(
             check_losses(loss_fn(adapter.model, batch), len(positions)).sum().backward()
             return reduce(rows.get(), positions)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        if not halve:
+        if not halve or not is_out_of_memory(error):
             raise
         if len(positions) == 1:
             raise StepMemoryError(

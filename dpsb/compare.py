@@ -28,11 +28,11 @@ from dpsb.data import (
     Collator,
     Columns,
     DataError,
-    declared_labels,
     read_table,
     tokenize_causal,
     tokenize_classification,
 )
+from dpsb.labels import declared_labels
 from dpsb.losses import LossFn, causal_lm_loss, classification_loss
 from dpsb.mechanism import Mechanism
 from dpsb.models import HEAD_INIT_STD, HEAD_NAMES, add_lora, config_labels, load_base, longest_input
@@ -298,4 +298,4 @@ def check_plot(path: Path) -> None:
     if path.suffix not in (".svg", ".png"):
         raise ValueError(f"Expected plot={str(path)!r} to end in .svg or .png.")
     if find_spec("matplotlib") is None:
-        raise ValueError("A plot needs matplotlib: pip install 'dpsb[demo]'.")
+        raise ValueError("A plot needs matplotlib: pip install '.[demo]' in a checkout.")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_type_hints
 
 from dpsb.baselines.methods import MethodError, method_named
-from dpsb.basis_spec import BASIS_SETTINGS, BasisSpecError, check_share, parse_basis, settings_for
+from dpsb.basis_spec import BASIS_CLIP_NORMS, BASIS_SETTINGS, BasisSpecError, check_share, parse_basis, settings_for
 from dpsb.parts import part_of, same_data
 from dpsb.public_rows import warm_start_fault
 
@@ -306,8 +306,9 @@ class RunConfig:
             raise ConfigError(f"Expected basis_choice={self.basis_choice!r} to be one of {', '.join(_CHOICES)}.")
         if self.basis_sampling_prob is not None and not 0 < self.basis_sampling_prob <= 1:
             raise ConfigError(f"Expected basis_sampling_prob={self.basis_sampling_prob!r} above 0 and at most 1.")
-        if self.basis_clip_norm is not None and not 0 < self.basis_clip_norm < math.inf:
-            raise ConfigError(f"Expected basis_clip_norm={self.basis_clip_norm!r} to be positive and finite.")
+        low, high = BASIS_CLIP_NORMS
+        if self.basis_clip_norm is not None and not low <= self.basis_clip_norm <= high:
+            raise ConfigError(f"Expected basis_clip_norm={self.basis_clip_norm!r} between {low:g} and {high:g}.")
         for name, least in (("basis_rounds", 0), ("basis_width", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ConfigError(f"Expected {name}={getattr(self, name)!r} of at least {least}.")

@@ -14,6 +14,10 @@ DATA_AT = "data_at"
 """What a run's own file says beside its settings: where ``data`` was, from whatever folder it was typed. Stays here."""
 
 
+_SHORT = {"lr": "learning_rate", "head_lr": "head_learning_rate", "warm_start_lr": "warm_start_learning_rate"}
+"""Settings that the command line has a shorter name for."""
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """The settings in a ``.toml`` or ``.json`` file.
 
@@ -29,5 +33,6 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError(f"{file} must hold one table of settings.")
     settings.pop(DATA_AT, None)
+    settings = {_SHORT.get(name, name): value for name, value in settings.items()}
     check_keys(settings, str(file))
     return {name: math.inf if value == "inf" else value for name, value in settings.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,13 +29,13 @@ _TEXT = (
     "document",
 )
 _PAIR = ("text_b", "text_pair", "sentence2", "hypothesis", "answer", "context")
-_LABEL = ("label", "labels", "category", "class", "intent")
+USUAL_LABEL = ("label", "labels", "category", "class", "intent")
 _PROMPT = ("prompt", "instruction", "source", "input")
 _COMPLETION = ("completion", "response", "output", "target")
 
 _HEADER = re.compile(r"[A-Za-z_][\w.-]{0,39}")
+_WHOLE = re.compile(r"-?\d+\.0")
 _CSV_BLOCK = 1 << 26  # a row must fit into a block
-_MOST_LABELS, _LONGEST_LABEL = 1000, 64
 
 
 class DataError(ValueError):
@@ -79,9 +80,13 @@ class Table:
         return self.columns[name]
 
     def labels(self, column: str) -> list[str]:
-        """The values of a label column as text, numbers of named classes as their names; a missing one is empty."""
+        """The values of a label column as text, numbers of named classes as their names; a missing one is empty.
+
+        Missing are null and NaN. A whole number is written without a point: a column of numbers with gaps comes from
+        pandas as 0.0 and 1.0.
+        """
         names = self.class_names.get(column, ())
-        return [names[v] if isinstance(v, int) and 0 <= v < len(names) else _text(v) for v in self.column(column)]
+        return [names[v] if isinstance(v, int) and 0 <= v < len(names) else _label(v) for v in self.column(column)]
 
     def described(self) -> str:
         """The column names, or only their number where they look like a first row instead of a header."""
@@ -197,44 +202,26 @@ def _from_dataset(source: str, dataset: Any) -> Table:
     return Table(source, {column: list(dataset[column]) for column in dataset.column_names}, names)
 
 
-def declared_labels(
-    spec: str | None, table: Table, columns: Columns, model_labels: Sequence[str] | None
-) -> tuple[tuple[str, ...], str]:
-    """The public label set and where it was declared.
-
-    Args:
-      spec: ``"ham,spam"``; ``"from-data"``, by which the user states that the set of labels in the file is public; or
-        ``None`` for the classes that the schema of a data set on the Hub or the model's config declares.
+def check_columns(table: Table, columns: Columns, task: str) -> tuple[str, str | None, str]:
+    """The columns of text, second text and label; of a causal LM the first alone, empty where it has completions.
 
     Raises:
-      DataError: If nothing declares the labels, or fewer than two are.
+      DataError: If a column that the task needs is missing; the message lists those that exist.
     """
-    column = table.pick(columns.label, _LABEL)
-    if spec == "from-data":
-        if column is None:
-            raise DataError(f"{table.source} has no label column; name it with --label-column.")
-        labels, origin = tuple(sorted({_text(v) for v in table.column(column) if v is not None})), "from-data"
-        if column in table.class_names:
-            labels = table.class_names[column]
-        if len(labels) > _MOST_LABELS or any(len(label) > _LONGEST_LABEL for label in labels):
+    text = table.pick(columns.text, _TEXT)
+    if task != "classification":
+        if text is None and prompts_and_completions(table, columns) is None:
             raise DataError(
-                f"--labels from-data: column {column!r} holds {len(labels)} different values or long ones, which does "
-                "not look like a public set of labels; declare the labels."
+                f"{table.source} has neither a text column nor prompt and completion; name them with --text-column, or "
+                f"--prompt-column and --completion-column ({table.described()})."
             )
-    elif spec is not None:
-        labels, origin = tuple(part.strip() for part in spec.split(",") if part.strip()), "declared"
-    elif column in table.class_names and table.names_are_public:
-        labels, origin = table.class_names[column], "data set schema"
-    elif model_labels and column not in table.class_names:
-        labels, origin = tuple(model_labels), "model config"
-    else:
-        raise DataError(
-            "The set of labels must be public: declare it (--labels ham,spam), or state that what the file holds is "
-            "public (--labels from-data)."
-        )
-    if len(labels) < 2 or len(set(labels)) != len(labels):
-        raise DataError(f"Expected at least two different labels, got {len(labels)} ({origin}).")
-    return labels, origin
+        return text or "", None, ""
+    if text is None:
+        raise DataError(f"{table.source} has no text column; name it with --text-column ({table.described()}).")
+    label = table.pick(columns.label, USUAL_LABEL)
+    if label is None:
+        raise DataError(f"{table.source} has no label column; name it with --label-column ({table.described()}).")
+    return text, table.pick(columns.text_pair, _PAIR), label
 
 
 def tokenize_classification(
@@ -244,18 +231,11 @@ def tokenize_classification(
 
     Texts are cut at ``max_length`` tokens; a missing text is an empty one. Sensitive.
     """
-    text = table.pick(columns.text, _TEXT)
-    if text is None:
-        raise DataError(f"{table.source} has no text column; name it with --text-column ({table.described()}).")
-    label = table.pick(columns.label, _LABEL)
-    if label is None:
-        raise DataError(f"{table.source} has no label column; name it with --label-column ({table.described()}).")
-    pair = table.pick(columns.text_pair, _PAIR)
+    text, pair, label = check_columns(table, columns, "classification")
     texts = [_text(value) for value in table.column(text)]
     pairs = None if pair is None else [_text(value) for value in table.column(pair)]
     encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, verbose=False) if texts else {}
-    index = {name: i for i, name in enumerate(labels)}
-    targets = [index.get(name, IGNORED) for name in table.labels(label)]
+    targets = class_indices(table.labels(label), labels)
     keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
     return [{**{key: encoded[key][i] for key in keys}, "labels": target} for i, target in enumerate(targets)]
 
@@ -268,15 +248,8 @@ def tokenize_causal(
     With ``chat_template`` a prompt is put as what a user says, in the tokenizer's own chat template, and the completion
     is the assistant's answer.
     """
-    pairs = prompts_and_completions(table, columns)
-    if pairs is None:
-        text = table.pick(columns.text, _TEXT)
-        if text is None:
-            raise DataError(
-                f"{table.source} has neither a text column nor prompt and completion; name them with --text-column, or "
-                f"--prompt-column and --completion-column ({table.described()})."
-            )
-        pairs = [""] * len(table), table.column(text)
+    text, _, _ = check_columns(table, columns, "causal-lm")
+    pairs = prompts_and_completions(table, columns) or ([""] * len(table), table.column(text))
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     cut = {"truncation": True, "max_length": max_length, "verbose": False}  # verbose would log a row's length
     examples = []
@@ -315,6 +288,20 @@ def prompt_ids(prompt: str, tokenizer: Any, max_length: int, chat_template: bool
 
 def _start(tokenizer: Any) -> list[int]:
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def class_indices(values: Sequence[str], labels: Sequence[str]) -> list[int]:
+    """Each value's place among the labels, ``1.0`` and ``1`` being one; ``IGNORED`` for others. Sensitive."""
+    index = {_whole(name): i for i, name in enumerate(labels)} | {name: i for i, name in enumerate(labels)}
+    return [index.get(value, index.get(_whole(value), IGNORED)) for value in values]
+
+
+def _label(value: Any) -> str:
+    return "" if isinstance(value, float) and math.isnan(value) else _whole(_text(value), isinstance(value, float))
+
+
+def _whole(text: str, number: bool = True) -> str:
+    return text.removesuffix(".0") if number and _WHOLE.fullmatch(text) else text
 
 
 def _text(value: Any) -> str:
@@ -358,7 +345,7 @@ class Collator:
 
 def chosen_columns(table: Table, columns: Columns, task: str) -> dict[str, str | None]:
     """Which columns play which part, found by name where the user gave none. Public: it goes into the plan."""
-    usual = {"text": _TEXT, "text_pair": _PAIR, "label": _LABEL, "prompt": _PROMPT, "completion": _COMPLETION}
+    usual = {"text": _TEXT, "text_pair": _PAIR, "label": USUAL_LABEL, "prompt": _PROMPT, "completion": _COMPLETION}
     parts = ("text", "text_pair", "label") if task == "classification" else ("text", "prompt", "completion")
     return {part: table.pick(getattr(columns, part), usual[part]) for part in parts}
 

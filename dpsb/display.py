@@ -118,7 +118,9 @@ def print_plan(console: Console, plan: Plan, *, cost_table_too: bool = False) ->
         f"{plan.steps} x q = {plan.sampling_prob:.5g} (expected batch {plan.expected_batch_size})",
     )
     table.add_row("noise", f"multiplier {plan.noise_multiplier:.4f}, clip norm {plan.l2_clip_norm:g} ({plan.clipping})")
-    for name, value in basis_rows(plan.basis):
+    if not plan.is_private:
+        table.add_row("claim", "none: nothing bounds what this run tells about anybody")
+    for name, value in (*_what_is_read(plan.details), *basis_rows(plan.basis)):
         table.add_row(name, escape(value))
     share: Any = plan.details.get("basis_budget")
     if share is not None:
@@ -140,6 +142,15 @@ def print_plan(console: Console, plan: Plan, *, cost_table_too: bool = False) ->
                 f"{row['noise_per_step']:.3g}",
             )
         console.print(costs)
+
+
+def _what_is_read(details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Columns and labels, which nobody can see afterwards to have been others than were meant."""
+    columns = details.get("columns")
+    if isinstance(columns, Mapping) and any(columns.values()):
+        yield "columns", ", ".join(f"{part}={name}" for part, name in columns.items() if name)
+    if labels := details.get("labels"):
+        yield "labels", ", ".join(map(str, labels[:12])) + (f", … ({len(labels)} in all)" if len(labels) > 12 else "")
 
 
 def basis_rows(basis: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -172,7 +183,7 @@ def print_memory(console: Console, memory: Any) -> None:
         f"adapter {_mib(memory.adapter_bytes)}, optimizer {_mib(memory.optimizer_bytes)} (d = {memory.dimension:,})",
         highlight=False,
     )
-    table = Table(title=f"MiB for examples of {memory.max_length} tokens", title_justify="left")
+    table = Table(title=f"MiB for {memory.task}, examples of {memory.max_length} tokens", title_justify="left")
     for heading in ("token budget", "examples at once", "activations kept", "rows", "peak of a step", "in all"):
         table.add_column(heading, justify="right")
     for row in memory.by_budget:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def generate_for_file(
     settings_file = folder / SETTINGS_NAME
     stated = json.loads(settings_file.read_text()) if settings_file.exists() else {"data": details.get("data", "")}
     _check_not_trained_on(data, folder, stated)
+    check_scorers()
     found = references_by_prompt(read_table(data), _columns(details), prompts)
     settings = adapter_settings(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -189,6 +191,12 @@ def generate(
     return answers
 
 
+def check_scorers() -> None:
+    """Raises DataError if one of the two packages that score answers is not installed: before they are generated."""
+    if any(find_spec(name) is None for name in ("sacrebleu", "rouge_score")):
+        raise DataError("Scores need two packages: pip install '.[generation]' in a checkout.")
+
+
 def scores(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Mapping[str, float]:
     """Corpus BLEU (sacrebleu, 0 to 100) and mean ROUGE-L F1 (0 to 1, the best reference of each prompt).
 
@@ -199,11 +207,10 @@ def scores(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Mappi
     Raises:
       DataError: If the two packages are not installed.
     """
-    try:
-        import sacrebleu
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise DataError("Scores need two packages: pip install 'dpsb[generation]'.") from None
+    check_scorers()
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
     most = max(len(each) for each in references)
     streams = [[each[k] if k < len(each) else None for each in references] for k in range(most)]
     bleu = sacrebleu.corpus_bleu(list(answers), streams)  # type: ignore[arg-type]

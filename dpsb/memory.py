@@ -45,6 +45,7 @@ class MemoryPlan:
       largest_block_bytes: The largest block.
       adapter_bytes: A, B and theta.
       optimizer_bytes: Gradient, moments and the float64 sum, a vector of length d each.
+      task: What the model is trained for.
       max_length: Tokens of every example; all are taken to be that long.
       by_budget: For each token budget: ``examples`` in a microbatch, ``activations`` that the forward pass keeps,
         ``rows`` (n x d in fp32), ``peak`` (the most at any moment beside weights and optimizer) and ``total``.
@@ -57,6 +58,7 @@ class MemoryPlan:
     largest_block_bytes: int
     adapter_bytes: int
     optimizer_bytes: int
+    task: str
     max_length: int
     by_budget: Sequence[Mapping[str, int]]
 
@@ -131,6 +133,7 @@ def memory_plan(
         largest_block_bytes=max(blocks, default=0),
         adapter_bytes=_bytes(adapted) - base_bytes,
         optimizer_bytes=optimizer_bytes,
+        task=task,
         max_length=max_length,
         by_budget=tuple(rows),
     )

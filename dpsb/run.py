@@ -226,9 +226,17 @@ def _check_folder(out: Path, resume: bool) -> None:
                 "another folder; its epsilon adds to this one's if it reads the same data."
             )
     elif ledger.exists():
-        raise RunError(f"{out} already holds a run; continue it with --resume, or choose another --out.")
+        finished = (out / "report.json").exists()
+        advice = "choose another --out" if finished else "continue it with --resume, or choose another --out"
+        raise RunError(f"{out} already holds a {'finished ' if finished else ''}run; {advice}.")
     elif has_remains(out):
         raise RunError(f"{out} holds remains of a run whose {LEDGER_NAME} is gone; choose another --out.")
+    elif out.exists() and not out.is_dir():
+        raise RunError(f"out={str(out)!r} is a file; --out names the folder that a run makes.")
+    elif out.exists() and any(out.iterdir()):
+        raise RunError(
+            f"{out} is not empty and holds no run, which would overwrite what is there; choose another --out."
+        )
 
 
 def has_remains(folder: Path) -> bool:
@@ -380,7 +388,9 @@ def resumed_config(out: str, changes: dict[str, Any]) -> RunConfig:
     if not path.exists():
         if (Path(out) / LEDGER_NAME).exists():
             raise RunError(cut_off(Path(out)))
-        raise RunError(f"{out} holds no run to resume ({SETTINGS_NAME} is missing); leave --resume out.")
+        raise RunError(
+            f"{out} holds no run to resume or audit ({SETTINGS_NAME} is missing); a new run takes no --resume."
+        )
     try:
         return make_config({**read_config(path), **changes, "out": out})
     except ConfigError as error:

@@ -56,6 +56,7 @@ FIELDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def encoded(event: Event) -> Json:
+    """An event as the JSON of a dp-accounting object's fields."""
     for event_type, encode in _ENCODERS.items():
         if isinstance(event, event_type):
             return encode(event)
@@ -143,7 +144,7 @@ def object_json(event: object, depth: int) -> Json:
 
 
 def object_of(data: Any) -> Any:
-    """The dp-accounting object for JSON that `_encoded` made; the name is one of FIELDS, never one from a file."""
+    """The dp-accounting object for JSON that `encoded` made; the name is one of FIELDS, never one from a file."""
     from dp_accounting import dp_event
 
     name = data["type"]

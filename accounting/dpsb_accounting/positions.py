@@ -21,7 +21,6 @@ from dpsb_accounting import strict
 from dpsb_accounting.chain import LedgerError
 from dpsb_accounting.record import LedgerRecord
 
-METADATA_NAMES = ("run_id", "ledger_length", "ledger_head")
 _CHECKPOINT = re.compile(r"checkpoint(\.old|-\d+)?")  # of `fit`, and of a Trainer
 _START = "start.safetensors"
 _RESULTS = ("adapter_model.safetensors", "dpsb_core.safetensors")

@@ -66,13 +66,17 @@ def make_keys(private_path: str | os.PathLike[str]) -> Path:
     public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     path = Path(private_path)
     beside = path.with_name(f"{path.name}.pub")
-    for target, content, mode in ((beside, public, 0o644), (path, private, 0o600)):
+    made: list[Path] = []
+    for target, content, mode in ((path, private, 0o600), (beside, public, 0o644)):
         try:
             descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+            made.append(target)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
         except OSError as error:
+            for each in made:  # half a pair, or of another pair than what is there, is of no use to anybody
+                each.unlink()
             raise SignatureError(f"cannot create {target}: {error.strerror}") from None
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
     return beside
 
 

@@ -120,6 +120,8 @@ def verify(
         checks.append(Check("signature", False, str(error)))
     except strict.StrictError as error:
         checks.append(Check("report", False, str(error)))
+    except (ValueError, ArithmeticError, TypeError, MemoryError) as error:  # numbers that no engine can compute with
+        checks.append(Check("epsilon", False, f"cannot be recomputed ({type(error).__name__}: {error})"))
     return Verification(ledger=ledger_path, report=report, checks=tuple(checks), epsilon=epsilon, claim=claim)
 
 

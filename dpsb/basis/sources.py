@@ -21,19 +21,20 @@ from dpsb.data import (
     DataError,
     Table,
     chosen_columns,
+    class_indices,
     prompts_and_completions,
     read_table,
     tokenize_causal,
     tokenize_classification,
 )
-from dpsb.losses import LossFn
+from dpsb.labels import LONGEST_LABEL, MOST_LABELS
+from dpsb.losses import IGNORED, LossFn
 from dpsb.models import in_head
 from dpsb.probe import Collate, Example
 
 EXAMPLES = 512
 """How many public examples a basis is computed from."""
 
-_MOST_LABELS, _LONGEST_LABEL = 1000, 64
 _ROWS_OF_THE_RUN = 0.9
 """The share of a file's rows that must have a label of the run for its labels to be the run's."""
 
@@ -170,7 +171,7 @@ def _label_set(table: Table, column: str) -> tuple[str, ...]:
     if names := table.class_names.get(column):
         return names
     values = {*table.labels(column)} - {""}
-    usable = 2 <= len(values) <= _MOST_LABELS and all(len(value) <= _LONGEST_LABEL for value in values)
+    usable = 2 <= len(values) <= MOST_LABELS and all(len(value) <= LONGEST_LABEL for value in values)
     return tuple(sorted(values)) if usable else ()
 
 
@@ -181,7 +182,7 @@ def _labels_of_the_run(table: Table, column: str, labels: Sequence[str]) -> tupl
     the run's labels occur (of those that so few rows could show).
     """
     values = table.labels(column)
-    known = [value for value in values if value in labels]
+    known = [index for index in class_indices(values, labels) if index != IGNORED]
     occur = len(set(known))
     enough = 2 * occur > min(len(labels), len(values)) and len(known) >= _ROWS_OF_THE_RUN * len(values)
     return occur, enough

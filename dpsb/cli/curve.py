@@ -109,7 +109,7 @@ def curve(
 
     Kill it at any time and start it again: finished cells stay, others go on. Without --data: the embedded mail.
 
-    Example: [bold]dpsb curve --data mail.csv --model minilm --methods sb,sb:private,lora --epsilons 1,3,8[/bold]
+    Example: [bold]dpsb curve --data mail.csv --model minilm --labels ham,spam --methods sb,lora --epsilons 1,3,8[/bold]
     """
 
     def run() -> None:

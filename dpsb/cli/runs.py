@@ -29,7 +29,12 @@ def plan(
         str | None,
         typer.Option(rich_help_panel="Memory", help="Also plan the memory of a step on this model, from its config."),
     ] = None,
-    task: Annotated[str, typer.Option(rich_help_panel="Memory", help="classification or causal-lm.")] = "causal-lm",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel="Memory", help="classification or causal-lm. \\[default: what the model's config is for]"
+        ),
+    ] = None,
     rank: Annotated[int, typer.Option(rich_help_panel="Memory", help="r of the cores.")] = 16,
     targets: Annotated[str, typer.Option(rich_help_panel="Memory", help="As for dpsb train.")] = "all-linear",
     max_length: Annotated[int, typer.Option(rich_help_panel="Memory", help="Tokens per example.")] = 256,
@@ -111,13 +116,15 @@ def plan(
 
 
 def _memory(
-    model: str, task: str, rank: int, targets: str, max_length: int, dtype: str, checkpointing: bool
+    model: str, task: str | None, rank: int, targets: str, max_length: int, dtype: str, checkpointing: bool
 ) -> MemoryPlan:
     import torch
 
     from dpsb.memory import memory_plan
+    from dpsb.models import usual_task
     from dpsb.prepare import targets_of
 
+    task = usual_task(model) if task is None else task
     if task not in ("classification", "causal-lm"):
         raise ValueError(f"Expected task to be classification or causal-lm, got {task!r}.")
     if dtype not in ("float32", "bfloat16"):

@@ -15,21 +15,35 @@ if TYPE_CHECKING:
 
 @app.command()
 def train(
-    model: Annotated[str | None, typer.Option(help="Folder, Hub id, or 'minilm' (embedded).")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder, Hub id, 'minilm' (embedded) or 'smollm2' (from a package). Required.")
+    ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Private training data: .parquet, .jsonl, .csv, a data set folder, or a Hub id."),
+        typer.Option(help="Private training data: .parquet, .jsonl, .csv, a data set folder, or a Hub id. Required."),
     ] = None,
-    out: Annotated[str | None, typer.Option(help="Folder of the run; one run each.")] = None,
+    out: Annotated[str | None, typer.Option(help="New or empty folder for the run. Required.")] = None,
     config: Annotated[Path | None, typer.Option(help="Settings from a TOML file; an unknown key is an error.")] = None,
     task: Annotated[str | None, typer.Option(help="classification or causal-lm.")] = None,
     eval_data: Annotated[
         str | None,
         typer.Option(help="Held-out file; its metrics lie outside the guarantee.", rich_help_panel="Data"),
     ] = None,
-    text_column: Annotated[str | None, typer.Option(rich_help_panel="Data", help="Found by name if left out.")] = None,
-    text_pair_column: Annotated[str | None, typer.Option(rich_help_panel="Data", help="Second text of a pair.")] = None,
-    label_column: Annotated[str | None, typer.Option(rich_help_panel="Data", help="Class of a text.")] = None,
+    text_column: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel="Data",
+            help="By default the first that exists of text, text_a, sentence, premise, question, …",
+        ),
+    ] = None,
+    text_pair_column: Annotated[
+        str | None,
+        typer.Option(rich_help_panel="Data", help="Second text of a pair: text_b, sentence2, hypothesis, answer, …"),
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(rich_help_panel="Data", help="Class of a text: label, labels, category, class, intent."),
+    ] = None,
     prompt_column: Annotated[str | None, typer.Option(rich_help_panel="Data", help="Not part of the loss.")] = None,
     completion_column: Annotated[str | None, typer.Option(rich_help_panel="Data", help="What is learnt.")] = None,
     labels: Annotated[
@@ -70,10 +84,12 @@ def train(
     expected_batch_size: Annotated[
         int | None, typer.Option(rich_help_panel="Privacy", help="M; q = M/N. \\[default: 256]")
     ] = None,
-    steps: Annotated[int | None, typer.Option(rich_help_panel="Privacy", help="Number of steps T, or")] = None,
+    steps: Annotated[
+        int | None, typer.Option(rich_help_panel="Privacy", help="Number of steps T, instead of --epochs.")
+    ] = None,
     epochs: Annotated[
         float | None,
-        typer.Option(rich_help_panel="Privacy", help="expected passes over the data. \\[default: 10]"),
+        typer.Option(rich_help_panel="Privacy", help="Expected passes over the data. \\[default: 10]"),
     ] = None,
     l2_clip_norm: Annotated[
         float | None,
@@ -201,7 +217,12 @@ def train(
     ] = None,
     warm_start_learning_rate: Annotated[
         float | None,
-        typer.Option("--warm-start-lr", rich_help_panel="Optimizer", help="Of these passes. \\[default: 0.005]"),
+        typer.Option(
+            "--warm-start-lr",
+            "--warm-start-learning-rate",
+            rich_help_panel="Optimizer",
+            help="Learning rate of the passes of --warm-start-epochs. \\[default: 0.005]",
+        ),
     ] = None,
     head_share: Annotated[
         float | None,
@@ -232,7 +253,7 @@ def train(
             "--head-lr",
             "--head-learning-rate",
             rich_help_panel="Optimizer",
-            help="Of the head. \\[default: that of the cores]",
+            help="Learning rate of the classification head. \\[default: --lr]",
         ),
     ] = None,
     schedule: Annotated[

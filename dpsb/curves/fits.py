@@ -15,10 +15,10 @@ from dpsb.config import RunConfig
 from dpsb.curves.cells import pairs
 from dpsb.curves.entries import CurveError, Entry
 from dpsb.curves.settings import CurveSettings
-from dpsb.data import read_table
+from dpsb.data import check_columns, read_table
 from dpsb.models import QuantizedConfigError, add_lora, empty_base
 from dpsb.parts import part_of
-from dpsb.prepare import check_public_rows, public_files, targets_of
+from dpsb.prepare import check_public_rows, columns_of, labels_of, public_files, targets_of
 
 _SOME_LABELS = 2
 """Stands in for what only the data tell; nothing that is checked here depends on it."""
@@ -46,6 +46,19 @@ def check_methods(settings: CurveSettings) -> None:
             continue
         except ValueError as error:
             raise CurveError(f"methods: {entry.text!r} cannot be run: {error}") from None
+
+
+def check_data(settings: CurveSettings) -> None:
+    """Refuses a sweep whose file has no text or label column, or whose labels nobody declared.
+
+    Raises:
+      DataError: With one sentence; nothing has been written.
+    """
+    entry, epsilon = next(iter(pairs(settings)))
+    config = settings.run(entry, epsilon, settings.rates[entry.text][0], Path("cell"))
+    table = read_table(config.data)
+    labels_of(config, table)
+    check_columns(table, columns_of(config), config.task)
 
 
 def check_public_files(settings: CurveSettings) -> None:

@@ -24,7 +24,7 @@ _AXES = {"accuracy": "held-out accuracy (%)", "perplexity": "held-out perplexity
 def check_matplotlib() -> None:
     """Raises ValueError if there is nothing to draw with."""
     if find_spec("matplotlib") is None:
-        raise ValueError("A curve needs matplotlib: pip install 'dpsb[demo]'.")
+        raise ValueError("A curve needs matplotlib: pip install '.[demo]' in a checkout.")
 
 
 def draw(points: Sequence[Point], metric: str, kind: str) -> bytes:

@@ -13,6 +13,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from dpsb.curves.table import METRICS, Row
 from dpsb.curves.work import Job
 
+_SECONDS_BETWEEN_LINES = 60
+"""Where there is no terminal for a bar, so that a log shows that the sweep lives."""
+
 
 class Watcher:
     """A bar over all cells, moved by every step of every cell; a line for each cell that ends."""
@@ -32,7 +35,7 @@ class Watcher:
         self._bar = self._progress.add_task("curve", total=1.0, cells="", running="", left="")
         self._total = self._kept = self._ended = 0
         self._parts: dict[str, float] = {}
-        self._began = time.monotonic()
+        self._began = self._last_line = time.monotonic()
 
     def __enter__(self) -> Watcher:
         self._progress.start()
@@ -46,7 +49,8 @@ class Watcher:
     def begin(self, total: int, kept: int) -> None:
         """Called once: how many cells there are, and how many were finished before."""
         self._total, self._kept = total, min(kept, total)
-        self._began = time.monotonic()
+        self._began = self._last_line = time.monotonic()
+        self._console.print(f"{total} runs, each of which adds to the epsilon of all", highlight=False)
         if kept:
             self._console.print(f"{kept} of {total} cells are finished already and stay as they are", highlight=False)
         self._show()
@@ -55,6 +59,9 @@ class Watcher:
         """Called after each step of a cell."""
         self._parts[job.cell.name] = step / steps
         self._show()
+        if not self._console.is_terminal and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self._console.print(f"{job.cell.name}: step {step}/{steps}  {self._left()}", highlight=False, markup=False)
 
     def end(self, row: Row) -> None:
         """Called with each cell that ended."""

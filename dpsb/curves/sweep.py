@@ -11,7 +11,7 @@ from typing import Protocol
 
 from dpsb.curves.cells import Cell, curve_cells, pairs, tuning_cells
 from dpsb.curves.composed import Composed, composed
-from dpsb.curves.fits import check_methods, check_public_files
+from dpsb.curves.fits import check_data, check_methods, check_public_files
 from dpsb.curves.folder import CELLS, is_finished, sweep_folder
 from dpsb.curves.pool import run_jobs
 from dpsb.curves.settings import CurveSettings
@@ -72,12 +72,14 @@ def run_sweep(settings: CurveSettings, out: Path, watch: Watch, *, processes: in
 
     Raises:
       CurveError: If a method cannot be run on the model; nothing has been written.
+      DataError: If the data cannot be read, lack a column, or nobody declared their labels; nothing has been written.
       SharedRowsError: If private rows are in a file that a method takes for public; nothing has been written.
       FolderError: If the folder is in use or holds another sweep.
     """
     if processes < 1:
         raise ValueError(f"Expected processes={processes!r} of at least 1.")
     check_methods(settings)
+    check_data(settings)
     check_public_files(settings)
     with sweep_folder(out, settings.to_json()):
         tuning = tuning_cells(settings)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,24 @@ def build(
         wide=read_wide(out),
     )
     return Built(trainer=trainer, prepared=prepared, tokenizer=tokenizer)
+
+
+@contextmanager
+def begun_or_left(out: Path) -> Iterator[None]:
+    """Takes the start and the settings of a new federation away again if what follows fails, as nothing is charged yet.
+
+    They would refuse the corrected settings.
+    """
+    new = not (out / SETTINGS_NAME).exists()
+    try:
+        yield
+    except BaseException:
+        if new:
+            for name in (SETTINGS_NAME, START_NAME, FRAMES_NAME):
+                (out / name).unlink(missing_ok=True)
+            if out.exists() and not any(out.iterdir()):
+                out.rmdir()
+        raise
 
 
 def build_without_data(config: FederateConfig, out: Path, on_status: Status) -> Built:

@@ -83,6 +83,7 @@ def terms_of(
         colluders=federation.colluders,
         clip_steps=clip_steps,
     )
+    terms.specs("0" * 32, 0, {}, "0" * 64)  # what no round could ask for is refused before anything is begun
     policies = {
         name: SiloPolicy(
             silo=name,
@@ -113,9 +114,12 @@ def _least_noise(asked: SiloTerms) -> float:
 
 def _delta(config: FederateConfig, sizes: Mapping[str, int], model: PrivacyModel) -> float:
     """One delta for all: below one over the number of units, which are silos in ``client_level``."""
-    if config.run.delta is not None:
-        return config.run.delta
-    return 0.1 / (len(sizes) if model is PrivacyModel.CLIENT_LEVEL else max(sizes.values()))
+    units = len(sizes) if model is PrivacyModel.CLIENT_LEVEL else max(sizes.values())
+    delta = config.run.delta
+    if delta is not None and delta * units >= 1:
+        whose = "silos" if model is PrivacyModel.CLIENT_LEVEL else "examples of the largest silo"
+        raise FederatedError(f"Expected delta={delta!r} below one over the {units} {whose}; more promises nothing.")
+    return 0.1 / units if delta is None else delta
 
 
 def _relation(config: FederateConfig, model: PrivacyModel) -> str:

@@ -226,7 +226,15 @@ class Silo:
         if self._canaries is not None:
             ledger.taint("gradient_canaries", "rows that stand for no example were put in to audit the mechanism")
             self._canaries.begin(ledger.plan, self._trainer.adapter.dimension, spec.model)
-        tensors: State = self._trainer.work(theta, self._dataset, ledger, spec, self._randomness, self._canaries)
+        tensors: State = self._trainer.work(
+            theta,
+            self._dataset,
+            ledger,
+            spec,
+            self._randomness,
+            self._canaries,
+            together=self.policy.lets_examples_together(spec),
+        )
         if secure is None:
             store(home, ledger, spec, tensors)
             return tensors

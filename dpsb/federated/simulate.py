@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpsb.data import read_table
-from dpsb.federated.building import Built, build, finish
+from dpsb.federated.building import Built, begun_or_left, build, finish
 from dpsb.federated.calibrate import policy_text, terms_of
 from dpsb.federated.canaries import FederationCanaries
 from dpsb.federated.checks import FederatedError
@@ -82,14 +82,16 @@ def simulate(
         raise ServerError(f"{out} is not empty and holds no federation; choose another folder.")
     if resumed and settings_in(out).to_json() != config.to_json():
         raise ServerError(f"The settings differ from those of the federation in {out}; they cannot change on resume.")
-    built = _built(config, out, callbacks)
-    trainer = built.trainer
-    data = {name: prepared.examples for name, prepared in built.prepared.items()}
-    callbacks.on_status("calibrating the silos' noise")
-    dimension = sum(tensor.numel() for tensor in trainer.start.values())
-    terms, policies = terms_of(
-        config, {name: len(examples) for name, examples in data.items()}, dimension, trainer.wide
-    )
+    with begun_or_left(out):
+        built = _built(config, out, callbacks)
+        trainer = built.trainer
+        data = {name: prepared.examples for name, prepared in built.prepared.items()}
+        callbacks.on_status("calibrating the silos' noise")
+        dimension = sum(tensor.numel() for tensor in trainer.start.values())
+        terms, policies = terms_of(
+            config, {name: len(examples) for name, examples in data.items()}, dimension, trainer.wide
+        )
+    policies = {name: replace(policy, examples_together=True) for name, policy in policies.items()}  # theta is our own
     if terms.clip_steps:
         policies = _acquainted(policies, out)
     callbacks.on_terms(terms, policies)

@@ -17,6 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from dpsb.basis_spec import BASIS_CLIP_NORMS
 from dpsb.federated.checks import (
     FederatedError,
     check_choice,
@@ -35,7 +36,6 @@ SILO_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 OPTIMIZERS = ("sgd", "adam")
 RELATIONS = ("add_or_remove_one", "zero_out", "replace_one")
 _FASTEST = 1e38  # a rate that no float32 holds would be charged for and fail
-_BASIS_CLIP_NORMS = (1e-6, 1e6)  # beyond these the float32 sums of a release would underflow or overflow by the data
 
 
 class SpecRefused(FederatedError):
@@ -78,7 +78,7 @@ class PaidBasis:
     def __post_init__(self) -> None:
         check_positive(noise_multiplier=self.noise_multiplier, l2_clip_norm=self.l2_clip_norm, share=self.share)
         check_choice(("flat", "automatic"), clipping=self.clipping)
-        low, high = _BASIS_CLIP_NORMS
+        low, high = BASIS_CLIP_NORMS
         if not low <= self.l2_clip_norm <= high:
             raise FederatedError(
                 f"Expected the basis' l2_clip_norm={self.l2_clip_norm!r} between {low:g} and {high:g}."
@@ -248,6 +248,9 @@ class SiloPolicy:
       min_clients: Least K - t, the parties of an opened sum, in ``secagg``.
       min_colluders: Least k in ``secagg``.
       runs: Ids of the runs that it takes part in; empty: any, within ``max_epsilon``.
+      examples_together: Whether several examples may pass through the model at once. Faster, and what one example
+        changes is then C only as far as rounding lets it: the theta of a lying server can blow rounding up until
+        removing an example moves its neighbours' rows too. Without it no theta can.
       peers: By name the public keys, 64 hexadecimal digits, of the other silos of a secure sum (``secagg`` with integer
         noise), which the silo must have from these and not from the server: who gives it other keys, reads its vector.
         With peers, ``secagg`` without masks is refused.
@@ -271,6 +274,7 @@ class SiloPolicy:
     min_clients: int = 3
     min_colluders: int = 1
     runs: tuple[str, ...] = ()
+    examples_together: bool = False
     peers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -292,6 +296,8 @@ class SiloPolicy:
             if getattr(self, name) is not None:
                 check_whole(least, **{name: getattr(self, name)})
         check_choice((None, *RELATIONS), neighboring=self.neighboring)
+        if not isinstance(self.examples_together, bool):
+            raise FederatedError(f"Expected examples_together={self.examples_together!r} to be true or false.")
         for name in ("models", "runs"):
             if isinstance(getattr(self, name), str) or not isinstance(getattr(self, name), (tuple, list)):
                 raise FederatedError(f"Expected {name}={getattr(self, name)!r} to be a list of texts.")
@@ -310,6 +316,11 @@ class SiloPolicy:
     def relation(self) -> str:
         """The relation of the silo's guarantee."""
         return self.neighboring or ("zero_out" if self.num_examples is None else "add_or_remove_one")
+
+    def lets_examples_together(self, spec: RoundSpec) -> bool:
+        """Whether a round may put several examples through the model at once: always where the server sees raw sums."""
+        trusted = spec.model in (PrivacyModel.TRUSTED_SERVER, PrivacyModel.CLIENT_LEVEL)
+        return trusted or self.examples_together
 
     def check(self, spec: RoundSpec) -> None:
         """Refuses a round that is laxer than the policy. What the round would cost is checked by the silo's ledgers.

@@ -50,7 +50,7 @@ class Trainer:
       collate: Likewise.
       synthetic: Synthetic or public examples to check the model on.
       max_length: Largest number of tokens.
-      token_budget: Tokens per microbatch.
+      token_budget: Tokens per microbatch, where a silo's policy lets examples go together.
       details: Public facts of model and task for the silos' plans.
       wide: The wide public basis of a hybrid that silos pay for.
     """
@@ -102,6 +102,8 @@ class Trainer:
         spec: RoundSpec,
         randomness: Randomness,
         canaries: SiloCanaries | None = None,
+        *,
+        together: bool = False,
     ) -> dict[str, torch.Tensor]:
         """One round: every step is charged before it is drawn, by the very function that :func:`dpsb.train.fit` uses.
 
@@ -112,27 +114,29 @@ class Trainer:
           spec: What to do; its mechanism is that of the ledger's plan.
           randomness: Of draws and noise.
           canaries: Of an audit.
+          together: Whether several examples go through the model at once; :class:`~dpsb.federated.spec.SiloPolicy`
+            says what that rests on. Without it a row is a function of its example and theta alone, whatever theta is.
 
         Returns:
           In ``silo_local`` theta after the local steps: released. In the other models one float64 vector under the name
           :data:`~dpsb.federated.messages.SUM`, sensitive: in ``trusted_server`` the clipped sum of one step, in
           ``secagg`` the same with the silo's share of the noise, in ``client_level`` the clipped update.
         """
-        adapter = self.adapter
+        adapter, token_budget = self.adapter, self.token_budget if together else 1
         with self._turn, training_mode(adapter.model):
             adapter.load_state(theta)
             adapter_train_mode(adapter)
             with without_dropout(adapter.model):
                 if spec.model is PrivacyModel.CLIENT_LEVEL:
-                    return {SUM: self._clipped_update(theta, dataset, ledger, spec, randomness)}
+                    return {SUM: self._clipped_update(theta, dataset, ledger, spec, randomness, token_budget)}
                 if spec.model is not PrivacyModel.SILO_LOCAL:
                     mechanism = Mechanism.from_plan(ledger.plan)
-                    total, drawn = self._sum(dataset, ledger, mechanism, randomness, canaries)
+                    total, drawn = self._sum(dataset, ledger, mechanism, randomness, canaries, token_budget)
                     total = total if canaries is None else canaries.add(total, drawn, mechanism)
                     if spec.clip_steps:
                         return {SUM: noisy_whole_sum(total, spec, randomness)}
                     return {SUM: (total + noise_share(spec, total.numel(), randomness).to(total.device)).cpu()}
-                self._private_steps(dataset, ledger, spec, randomness, canaries)
+                self._private_steps(dataset, ledger, spec, randomness, canaries, token_budget)
             return {name: tensor.cpu() for name, tensor in adapter.state().items()}
 
     def release_gradients(
@@ -224,12 +228,13 @@ class Trainer:
         spec: RoundSpec,
         randomness: Randomness,
         canaries: SiloCanaries | None,
+        token_budget: int,
     ) -> None:
         """Moves theta by the round's steps; each of them released before it is used."""
         adapter, plan = self.adapter, ledger.plan
         mechanism, optimizer = Mechanism.from_plan(plan), local_optimizer(adapter, spec)
         for _ in range(spec.local_steps):
-            total, drawn = self._sum(dataset, ledger, mechanism, randomness, canaries)
+            total, drawn = self._sum(dataset, ledger, mechanism, randomness, canaries, token_budget)
             rows = None if canaries is None else canaries.rows
             released = release_with(mechanism, total, rows, drawn, randomness)
             set_gradient(adapter, released / plan.expected_batch_size)
@@ -243,6 +248,7 @@ class Trainer:
         mechanism: Mechanism,
         randomness: Randomness,
         canaries: SiloCanaries | None,
+        token_budget: int,
     ) -> tuple[torch.Tensor, np.ndarray]:
         """The clipped sum of one charged step, and which canaries its draw took. Sensitive."""
         _, total, drawn = charged_sum(
@@ -253,7 +259,7 @@ class Trainer:
             self.loss_fn,
             self.collate,
             length_buckets(self.max_length),
-            self.token_budget,
+            token_budget,
             randomness,
             others=0 if canaries is None else len(canaries.rows or ()),
         )
@@ -266,6 +272,7 @@ class Trainer:
         ledger: Ledger,
         spec: RoundSpec,
         randomness: Randomness,
+        token_budget: int,
     ) -> torch.Tensor:
         """One charge, then local steps without noise, then the update scaled into the ball of radius C. Sensitive.
 
@@ -282,7 +289,7 @@ class Trainer:
             for _ in range(spec.local_steps):
                 draw = poisson_draw(len(dataset), spec.sampling_prob, randomness)
                 drawn = [dataset[int(i)] for i in draw]
-                total = clipped_sum(adapter, plain, self.loss_fn, self.collate, drawn, buckets, self.token_budget)
+                total = clipped_sum(adapter, plain, self.loss_fn, self.collate, drawn, buckets, token_budget)
                 set_gradient(adapter, total / batch)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

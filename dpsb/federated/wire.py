@@ -116,7 +116,7 @@ def unpack(content: bytes, like: State) -> RoundMessage | Update | Note | Refusa
             if summing is not None:
                 filled["summing"] = Summing(**checked_fields(Summing, summing, "a secure sum"))
             return _checked(RoundMessage(**checked_fields(RoundMessage, filled, "a round's message")))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise WireError(f"The message has wrong fields ({error}).") from None
     raise WireError(f"A message of kind {kind!r} is not known.")
 
@@ -132,7 +132,7 @@ def _layout(kind: object, like: State) -> State:
     if isinstance(kind, list):
         try:
             return {str(name): torch.empty(int(rows), int(columns), device="meta") for name, rows, columns in kind}
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             raise WireError("The message names matrices without a shape.") from None
     if kind not in ("whole", "real"):
         return like

@@ -57,7 +57,6 @@ def check_replay(
     plan: Plan,
     learning_rate: float,
     start: torch.Tensor,
-    interrupted: bool = True,
 ) -> Iterator[Check]:
     """The checks of a whole training loop, on synthetic or public data.
 
@@ -69,7 +68,6 @@ def check_replay(
       plan: What the loop trains under, example by example and with a fixed C.
       learning_rate: Of the SGD.
       start: theta before the first step, packed.
-      interrupted: Whether to check that a run that was cut off goes on without a free step.
     """
     C, steps = plan.l2_clip_norm, plan.steps
     base = _record(loop, folder / "base", dataset)
@@ -117,8 +115,7 @@ def check_replay(
     yield at_most("replay_draws", odd if base.draws else float("nan"), 0, detail)
     yield _noise(base, plan.noise_std)
     yield _update(base, start, learning_rate / plan.expected_batch_size)
-    if interrupted:
-        yield _resumed(loop, folder / "resumed", dataset, steps)
+    yield _resumed(loop, folder / "resumed", dataset, steps)
 
 
 def _flow(one: Recording) -> tuple[int, ...]:

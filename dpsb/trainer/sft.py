@@ -5,7 +5,7 @@ from __future__ import annotations
 try:
     from trl import SFTTrainer
 except ImportError:
-    raise ImportError("DPSFTTrainer needs TRL: pip install 'dpsb[trl]'.") from None
+    raise ImportError("DPSFTTrainer needs TRL: pip install '.[trl]' in a checkout.") from None
 
 from dpsb.trainer.mixin import DPTrainerMixin
 

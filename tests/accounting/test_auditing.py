@@ -285,7 +285,7 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-def test_command(tmp_path):
+def test_command(tmp_path, capsys):
     scores, path = gaussian_scores(2.0, 2000), tmp_path / "scores.npz"
     auditing.write_scores(scores, path)
     assert path.stat().st_mode & 0o777 == 0o600, "they may be losses of examples"
@@ -303,6 +303,10 @@ def test_command(tmp_path):
     refuted = run("audit", path, "--delta", DELTA, "--claim", 1)
     assert refuted.exit_code == 1
     assert "refuted" in refuted.output
+    for option, value in (("confidence", 0), ("confidence", -1), ("confidence", 2), ("claim", "nan"), ("claim", -1)):
+        with pytest.raises(SystemExit):
+            main(["audit", str(path), "--delta", str(DELTA), f"--{option}", str(value)])
+        assert f"{option} must be" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

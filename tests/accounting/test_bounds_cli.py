@@ -3,7 +3,7 @@ import json
 import pytest
 from plans import make_plan
 
-from dpsb_accounting import Ledger, cli, epsilon
+from dpsb_accounting import ApproximateDP, Ledger, ResourceLimit, cli, epsilon
 
 GAUSSIAN = {"type": "GaussianDpEvent", "noise_multiplier": 4}
 STEP = {
@@ -106,6 +106,27 @@ def test_runs_on_the_same_data_compose(call, tmp_path, file):
     assert "different units" in call("compose", one, other)[2]
     fixed = make_ledger(tmp_path, "e.jsonl", neighboring="zero_out", num_examples_declared=False)
     assert "not declared" in call("compose", fixed, "--neighboring", "add_or_remove_one")[2]
+
+
+def test_a_delta_at_which_a_run_promises_nothing_is_refused(call, tmp_path):
+    few = make_ledger(tmp_path, "few", num_examples=400, delta=2e-3)
+    many = make_ledger(tmp_path, "many", num_examples=20000, delta=1e-6)
+    code, _, err = call("compose", few, many)
+    assert code == 1
+    assert "delta=0.002 is not below 1/N of run" in err
+    assert call("compose", few, many, "--delta", "1e-5")[0] == 0
+
+
+def test_an_empty_relation_is_not_the_default(call):
+    run = ("--noise-multiplier", 1, "--sampling-prob", 0.1, "--steps", 1, "--delta", "1e-5")
+    code, _, err = call("epsilon", *run, "--neighboring", "")
+    assert code == 1
+    assert "neighboring must be one of" in err
+
+
+def test_guarantees_that_add_up_to_nothing():
+    with pytest.raises(ResourceLimit, match="no finite bound"):
+        epsilon([(ApproximateDP(epsilon=1, delta=0.5), 2)], 0.1, "replace_one")
 
 
 def test_what_must_be_known_beside_an_epsilon_is_said(call, tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -207,3 +208,20 @@ def test_half_precision_is_said_from_the_revision_on_that_knows_it(tmp_path):
     assert "bfloat16" not in str(report_content(record, 1)[0]["assumptions"])
     with Ledger.create(tmp_path / "other.jsonl", make_plan()) as ledger:
         assert "bfloat16" not in str(make_report(ledger).to_json()["assumptions"])
+
+
+def test_files_that_were_declared_public_are_named(tmp_path):
+    details = {"warm_start": "near {0}.csv", "precondition": "near {0}.csv"}
+    basis = {"kind": "hybrid", "access": "released", "source": "wide.csv", "source_sha256": "0" * 64}
+    plan = dataclasses.replace(two_phases(), basis=basis, details=details)
+    path = tmp_path / "ledger.jsonl"
+    with Ledger.create(path, plan) as ledger:
+        report = make_report(ledger)
+    assert "What was read of near {0}.csv, wide.csv was declared public" in report.to_json()["assumptions"][-1]
+    report.write(tmp_path / "report.json")
+    assert verify(path).ok
+    assert "declared public" not in str(report_content(Ledger.read(path), 2)[0]["assumptions"])
+    weights = {"kind": "hybrid", "access": "released", "source": "weight"}
+    over_weights = dataclasses.replace(plan, basis=weights, details={})
+    with Ledger.create(tmp_path / "other.jsonl", over_weights) as ledger:
+        assert "declared public" not in str(make_report(ledger).to_json()["assumptions"])

@@ -1,11 +1,13 @@
 """What is handed to `verify` and `report`: one clear sentence, and no exit code 0 where a claim is wrong."""
 
+import dataclasses
 import json
 
 import pytest
 from plans import make_plan, resealed
 
-from dpsb_accounting import Ledger, cli, make_report
+from dpsb_accounting import Ledger, Phase, PureEpsilon, cli, make_report, verify
+from dpsb_accounting.signature import make_keys
 
 
 def write_run(folder):
@@ -97,6 +99,39 @@ def test_a_ledger_behind_its_report(tmp_path, capsys):
     assert code == 1
     assert "is behind: it has 3 lines, but 4 were there before" in printed.err
     assert "claim: refused" in printed.out
+
+
+def test_a_ledger_is_never_written_over(tmp_path, capsys):
+    path, key = write_run(tmp_path), tmp_path / "own.key"
+    make_keys(key)
+    kept = {file: file.read_bytes() for file in (path, key)}
+    other = tmp_path / "copy" / "ledger.jsonl"
+    other.parent.mkdir()
+    other.write_bytes(kept[path])
+    for command in (
+        ("report", path, "--out", path),
+        ("report", path, "--html", path),
+        ("report", path, "--out", other),
+        ("report", path, "--out", key, "--sign", key),
+        ("sign", path, "--key", key, "--out", path),
+        ("sign", path, "--key", key, "--out", key),
+    ):
+        code, printed = call(capsys, *command)
+        assert (code, printed.err.count("\n")) == (1, 1)
+        assert "name another file to write" in printed.err
+    assert {file: file.read_bytes() for file in (path, key)} == kept
+    assert other.read_bytes() == kept[path]
+    assert call(capsys, "report", path, "--out", tmp_path / "new.txt")[0] == 0
+
+
+def test_numbers_that_no_engine_can_compute_with_fail_a_check(tmp_path, capsys):
+    plan = dataclasses.replace(make_plan(), phases=(Phase("basis", PureEpsilon(epsilon=1e308), 1), *make_plan().phases))
+    path = tmp_path / "ledger.jsonl"
+    Ledger.create(path, plan).close()
+    assert not verify(path).ok
+    code, printed = call(capsys, "verify", path)
+    assert (code, printed.err.count("\n")) == (1, 1)
+    assert "cannot be recomputed" in printed.err
 
 
 def test_a_folder(tmp_path, capsys):

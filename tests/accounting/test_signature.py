@@ -62,6 +62,15 @@ def test_the_private_key_is_for_its_owner_and_never_overwritten(tmp_path):
     with pytest.raises(SignatureError, match="cannot create"):
         make_keys(tmp_path / "key")
     assert (tmp_path / "key").read_bytes() == before
+    public.unlink()
+    with pytest.raises(SignatureError, match="cannot create"):
+        make_keys(tmp_path / "key")
+    assert not public.exists()  # it would be of another pair
+    (tmp_path / "other.pub").write_text("somebody's")
+    with pytest.raises(SignatureError, match="other.pub"):
+        make_keys(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    assert (tmp_path / "other.pub").read_text() == "somebody's"
 
 
 def test_another_signer_is_refused(signed):

@@ -264,7 +264,35 @@ def test_train_refuses_without_its_main_settings(tmp_path):
     fails(dpsb("train", "--config", tmp_path / "none.toml"), "cannot be read as settings")
     out = tmp_path / "file"
     out.write_text("x")
-    fails(train(out, "--json"), "cannot be written")
+    fails(train(out, "--json"), "is a file; --out names the folder")
+
+
+def test_train_writes_over_nobodys_files(tmp_path):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "README.md").write_text("mine")
+    fails(train(project, "--json"), "is not empty and holds no run")
+    assert (
+        workbench.written(tmp_path) == {project / "README.md": "mine"} or (project / "README.md").read_text() == "mine"
+    )
+
+
+def test_held_out_rows_without_a_declared_label_stop_a_run_before_it_costs(tmp_path):
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("".join(json.dumps({"text": "now", "label": "Ham"}) + "\n" for _ in range(3)))
+    fails(
+        train(tmp_path / "run", "--json", eval_data=held_out),
+        "No row of eval_data=.* has one of the labels 'ham', 'spam'",
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_settings_file_takes_the_short_names_of_the_command_line(tmp_path):
+    from dpsb.config_file import read_config
+
+    (tmp_path / "run.toml").write_text("lr = 0.1\nhead_lr = 0.2\nwarm_start_lr = 0.3\n")
+    read = read_config(tmp_path / "run.toml")
+    assert read == {"learning_rate": 0.1, "head_learning_rate": 0.2, "warm_start_learning_rate": 0.3}
 
 
 def test_empty_texts_and_unknown_labels_train(tmp_path):
@@ -314,7 +342,7 @@ import dpsb
 
 
 def test_without_torch_the_import_names_the_extra():
-    sentence = "dpsb trains with torch, which is not installed: pip install 'dpsb[train]'"
+    sentence = "dpsb trains with torch, which is not installed: pip install '.[train]' in a checkout"
     for program, kind in (("'-c'", "ImportError"), ("'/usr/bin/dpsb'", "error")):
         code = WITHOUT_TORCH.replace("PROGRAM", program)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

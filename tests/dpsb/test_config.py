@@ -68,6 +68,7 @@ LEAST = {"model": "m", "data": "d.csv", "out": "o"}
         ({"basis": "private", "basis_rounds": -1}, "basis_rounds=-1"),
         ({"basis": "private", "basis_sampling_prob": 0.0}, r"basis_sampling_prob=0\.0"),
         ({"basis": "private", "basis_clip_norm": 0.0}, r"basis_clip_norm=0\.0"),
+        ({"basis": "private", "basis_clip_norm": 1e-24}, r"basis_clip_norm=1e-24 between 1e-06 and 1e\+06"),
         ({"basis": "hybrid", "basis_width": 0}, "basis_width=0"),
         ({"basis": "public:a.csv,b.csv", "basis_choice": "best"}, "basis_choice='best'"),
         ({"basis": "public"}, r"public:FILE"),

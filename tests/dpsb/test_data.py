@@ -19,12 +19,12 @@ from dpsb.data import (
     Columns,
     DataError,
     Table,
-    declared_labels,
     read_table,
     synthetic_examples,
     tokenize_causal,
     tokenize_classification,
 )
+from dpsb.labels import declared_labels
 from dpsb.losses import IGNORED
 from dpsb.sampling import bucket_of, length_buckets
 
@@ -137,6 +137,22 @@ def test_labels_from_data_must_look_like_labels():
     for values in ([f"value {i}" for i in range(1001)], ["a", "b" * 65]):
         with pytest.raises(DataError, match="does not look like a public set"):
             declared_labels("from-data", Table("m", {"label": values}), Columns(), None)
+
+
+def test_labels_of_a_column_of_numbers_with_gaps():
+    """pandas makes 0.0, 1.0 and NaN of whole numbers with a gap; none of it may make every row count for nothing."""
+    table = Table("m", {"text": ["buy now"] * 4, "label": [0.0, 1.0, float("nan"), None]})
+    assert declared_labels("from-data", table, Columns(), None)[0] == ("0", "1")
+    for labels in (["0", "1"], ["0.0", "1.0"]):
+        found = tokenize_classification(table, Columns(), tokenizer(), labels, 8)
+        assert [example["labels"] for example in found] == [0, 1, IGNORED, IGNORED]
+    written = Table("m", {"text": ["buy now"] * 3, "label": ["0.0", "1.0", ""]})
+    found = tokenize_classification(written, Columns(), tokenizer(), ["0", "1"], 8)
+    assert [example["labels"] for example in found] == [0, 1, IGNORED]
+    assert declared_labels("from-data", written, Columns(), None)[0] == ("0.0", "1.0")
+    apart = Table("m", {"text": ["buy now"] * 2, "label": ["1.0", "1"]})
+    found = tokenize_classification(apart, Columns(), tokenizer(), ["1", "1.0"], 8)
+    assert [example["labels"] for example in found] == [1, 0]
 
 
 def test_a_lone_surrogate_is_a_question_mark():

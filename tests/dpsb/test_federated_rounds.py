@@ -50,6 +50,23 @@ def test_a_run_averages_what_the_silos_release(fed):
         assert state.receipts[name].head == fed.ledger(name).head
 
 
+@pytest.mark.parametrize(("model", "allowed", "alone"), [
+    ("silo_local", False, True), ("silo_local", True, False), ("secagg", False, True), ("trusted_server", False, False),
+])  # fmt: skip
+def test_no_theta_lets_a_row_depend_on_its_neighbours(fed, model, allowed, alone):
+    """A server that nobody trusts sends theta, and a large one blows up the rounding that neighbours differ by."""
+    sizes, plain = [], fed.trainer.collate
+    fed.trainer.collate = lambda examples, length: sizes.append(len(examples)) or plain(examples, length)
+    optimizer = "none" if model == "silo_local" else "sgd"
+    asked = {"model": model, "local_steps": 1, "server_optimizer": optimizer, "min_silos": 3}
+    fed.policies["north"] = policy("north", models=(model,), clients=3, examples_together=allowed)
+    north, theta = fed.silo("north"), {name: tensor + 1e3 for name, tensor in fed.trainer.start.items()}
+    for number in range(3):
+        spec = first_spec(fed, number, theta, **asked)
+        assert isinstance(north.handle(theta, spec), Update)
+    assert (max(sizes) == 1) is alone
+
+
 def test_report_of_the_ledgers(fed):
     fed.coordinator().run()
     report = federated.silo_local([Described.from_ledger(fed.ledger(name)) for name in NAMES])

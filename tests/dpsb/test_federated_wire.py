@@ -105,6 +105,13 @@ def framed(meta):
     return b"dpsbfed2" + len(framing).to_bytes(4, "big") + framing
 
 
+@pytest.mark.parametrize("meta", [b'{"update":{},"sum":[["a",1e999,1]]}', b'{"round":{},"basis":[["a",Infinity,1]]}'])
+def test_a_shape_without_end_is_refused(meta):
+    """It raised OverflowError, which ended a silo's worker or the coordinator."""
+    with pytest.raises(WireError, match="without a shape"):
+        unpack(framed(meta), THETA)
+
+
 def test_framing_that_nests_without_end_is_refused():
     """Python's JSON raises RecursionError there, which ended a silo's worker or the coordinator."""
     with pytest.raises(WireError, match="cannot be read"):

@@ -94,7 +94,7 @@ def test_the_auditors_part_works_without_torch(clean, tmp_path):
 def test_the_trainer_says_in_one_sentence_what_is_missing(clean):
     said = run_failing(clean / "dpsb", "--help")
     assert said.strip() == (
-        "error: dpsb trains with torch, which is not installed: pip install 'dpsb[train]'. "
+        "error: dpsb trains with torch, which is not installed: pip install '.[train]' in a checkout. "
         "(The auditor's package, dpsb_accounting, works without it.)"
     )
 

@@ -62,10 +62,6 @@ def _count(name: str, value: object) -> object:
     return result
 
 
-def _natural(name: str, value: object) -> object:
-    return _checks.whole(at_least=0, **{name: value})
-
-
 def _text(name: str, value: object) -> object:
     if isinstance(value, str) and len(value) > 500:
         raise ValueError(f"{name} must be at most 500 characters long, not {len(value)}")

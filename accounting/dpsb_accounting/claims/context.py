@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -80,22 +80,16 @@ def uncharged(
     claim: Claim,
     found: Range | None,
     unknown: str = "What it costs cannot be computed from the facts that are stated.",
-    evidence: Mapping[str, float] | None = None,
 ) -> Finding:
     """A finding about something that costs privacy: an error unless the claimed epsilon covers it all the same."""
-    evidence = evidence or {}
     if found is not None and covers(claim.epsilon, found):
         message += f" The claimed epsilon covers it: recomputed {found}."
-        return Finding(
-            id=name, severity="info", message=message, claimed=claim.epsilon, recomputed=found, evidence=evidence
-        )
+        return Finding(id=name, severity="info", message=message, claimed=claim.epsilon, recomputed=found)
     if found is not None:
         message += f" Recomputed with it: epsilon {found}."
     else:
         message += f" {unknown}"
-    return Finding(
-        id=name, severity="error", message=message, claimed=claim.epsilon, recomputed=found, evidence=evidence
-    )
+    return Finding(id=name, severity="error", message=message, claimed=claim.epsilon, recomputed=found)
 
 
 def fatal(name: str, message: str, claim: Claim) -> Finding:

@@ -25,3 +25,6 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, LedgerError, ResourceLimit, CalibrationInfeasible) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+    except ArithmeticError as error:
+        typer.echo(f"error: a number is too large or too small to compute with ({error})", err=True)
+        sys.exit(1)

@@ -87,7 +87,8 @@ def read_source(path: Path) -> Question:
 
 def relation(question: Question, asked: str | None) -> str:
     """Returns the relation of the answer: the one asked for, else that of the source, else add_or_remove_one."""
-    return one_of(choices=RELATIONS, neighboring=asked or question.neighboring or "add_or_remove_one")
+    own = question.neighboring or "add_or_remove_one"
+    return one_of(choices=RELATIONS, neighboring=own if asked is None else asked)
 
 
 def _event(path: Path, data: dict[str, object]) -> Event:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dpsb_accounting import auditing
+from dpsb_accounting import _checks, auditing
 from dpsb_accounting.cli._shared import AsJson, Delta, app, fail, plain
 
 
@@ -51,6 +51,9 @@ def audit_command(
     """
     if threshold and split is not None:
         raise ValueError(f"threshold={threshold} and split={split} exclude each other")
+    _checks.probability(open_interval=True, confidence=confidence)
+    if claim is not None:
+        _checks.nonnegative(claim=claim)
     share = auditing.SplitThreshold() if split is None else auditing.SplitThreshold(split)
     rule: auditing.Thresholds = auditing.FixedThresholds(tuple(threshold)) if threshold else share
     read = auditing.read_scores(scores, threat_model)

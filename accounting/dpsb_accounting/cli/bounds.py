@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -128,7 +129,20 @@ def compose_command(
         raise ValueError(
             "neighboring='add_or_remove_one' does not hold here: a ledger's number of examples was not declared"
         )
+    _check_delta(questions, together.delta if delta is None else delta)
     show_bound(_epsilon(together, delta, neighboring), as_json, {})
+
+
+def _check_delta(questions: Sequence[Question], delta: float | None) -> None:
+    """Refuses a delta at which a run could publish one of its units at random and keep to the bound."""
+    for question in questions:
+        if isinstance(question.schedule, LedgerRecord) and delta is not None:
+            size = question.schedule.plan.num_examples
+            if delta * size >= 1:
+                raise ValueError(
+                    f"delta={delta:g} is not below 1/N of run {question.schedule.run_id} (N = {size:,}), for which it "
+                    "would promise nothing: give a smaller --delta"
+                )
 
 
 @app.command("noise-multiplier")

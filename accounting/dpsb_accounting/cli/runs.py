@@ -13,7 +13,8 @@ from rich.table import Table
 
 from dpsb_accounting import signature, strict
 from dpsb_accounting.cli._shared import AsJson, LedgerPath, app, bound_json, fail, plain
-from dpsb_accounting.ledger import Ledger, in_use
+from dpsb_accounting.files import write_whole
+from dpsb_accounting.ledger import LEDGER_NAME, Ledger, in_use
 from dpsb_accounting.record import LedgerRecord
 from dpsb_accounting.report import make_report
 from dpsb_accounting.report.words import up
@@ -115,9 +116,9 @@ def report_command(
     if html is not None:
         from dpsb_accounting.report.html import to_html
 
-        _write(html, to_html(made, record))
+        _write(html, to_html(made, record), ledger, sign)
     if out is not None:
-        _write(out, json.dumps(made.to_json(), indent=2) + "\n" if as_json else made.to_text())
+        _write(out, json.dumps(made.to_json(), indent=2) + "\n" if as_json else made.to_text(), ledger, sign)
     elif html is None or as_json:
         typer.echo(json.dumps(made.to_json(), indent=2) if as_json else made.to_text(), nl=as_json)
     if sign is not None:
@@ -171,13 +172,21 @@ def _sign(ledger: Path, key: Path, out: Path | None) -> None:
     report = None if outcome.report is None else strict.mapping(strict.load(outcome.report))
     content = signature.sign(Ledger.read(ledger), report, key)
     target = out or ledger.parent / signature.SIGNATURE_NAME
-    _write(target, json.dumps(content, indent=2) + "\n")
+    _write(target, json.dumps(content, indent=2) + "\n", ledger, key)
     what = "the ledger" if report is None else f"the ledger and {REPORT_NAME}"
     typer.echo(f"signed {what}: {target}", err=True)
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, *read: Path | None) -> None:
+    """Writes a file whole or not at all, and over none of those that the command has read: a ledger is the budget."""
     try:
-        path.write_text(text, encoding="utf-8")
+        if any(source is not None and path.exists() and path.samefile(source) for source in read):
+            fail(f"{path} is what this command reads; name another file to write")
+        if path.name == LEDGER_NAME:
+            fail(f"{path} has the name of a ledger; name another file to write")
+        if path.exists() and not path.is_file():  # a pipe or a terminal
+            path.write_text(text, encoding="utf-8")
+        else:
+            write_whole(path, text.encode())
     except OSError as error:
         fail(f"cannot write {path}: {error.strerror}")

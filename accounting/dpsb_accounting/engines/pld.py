@@ -174,7 +174,8 @@ def _self_composed(part: Any, count: int) -> Any:
         found = fft.irfft(fft.rfft(masses, size) ** count, size)
         found = np.roll(found, -(low % size))[: high - low + 1]
         # What lies outside the window may have wrapped around into it, and is counted as an infinite loss as well.
-        lost = _TAIL - math.expm1(count * math.log1p(-cells._infinity_mass))
+        infinite = cells._infinity_mass
+        lost = 1.0 if infinite >= 1 else _TAIL - math.expm1(count * math.log1p(-infinite))
         composed.append(
             pld_pmf.DensePLDPmf(cells._discretization, cells._lower_loss * count + low, found, min(lost, 1.0), True)
         )

@@ -1,7 +1,8 @@
 """The report's content: every number from one ledger, one JSON object.
 
-Schema "dpsb-report/1" has revisions. A later one only adds keys, and says so in `revision` (absent means 1); the
-words of a revision never change. `verify` makes a report again under the revision that it states.
+Schema "dpsb-report/1" has revisions. A later one only adds (2: keys; 3: the assumption that names the files declared
+public), and says so in `revision` (absent means 1); the words of a revision never change. `verify` makes a report
+again under the revision that it states.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dpsb_accounting.record import LedgerRecord
 from dpsb_accounting.report import page, words
 
 SCHEMA = "dpsb-report/1"
-REVISION = 2
+REVISION = 3
 HELD_OUT_NOTE = "outside the guarantee"
 _FIRST_REASON = (  # of revision 1, which knew no second engine
     "one rigorous engine computes the upper bound; the lower bound is computed by separate code, and the two were "
@@ -108,7 +109,7 @@ def report_content(ledger: LedgerRecord, revision: int = REVISION) -> tuple[dict
     ends = second.to_json()
     content: dict[str, object] = {
         "schema": SCHEMA,
-        "revision": REVISION,
+        "revision": revision,
         "epsilon": _ends(whole),
         "delta": plan.delta,
         "unit": plan.unit,
@@ -129,7 +130,7 @@ def report_content(ledger: LedgerRecord, revision: int = REVISION) -> tuple[dict
         "cross_check_engine": second.engine,
         "cross_check_epsilon": ends["epsilon"],
         "statement": words.statement(ledger, whole.upper, claim),
-        "assumptions": [line.format(unit=plan.unit) for line in _assumptions(plan, revision)],
+        "assumptions": [line.replace("{unit}", plan.unit) for line in _assumptions(plan, revision)],
         "not_covered": list(words.NOT_COVERED),
         "disclosure": words.disclosure(plan),
         "noise_on_weights": _noise_on_weights(plan),
@@ -184,7 +185,19 @@ def _assumptions(plan: Plan, revision: int) -> tuple[str, ...]:
     moving = (words.MOVING_CLIP,) if plan.clipping == "adaptive" else ()
     half = (words.HALF_PRECISION,) if plan.details.get("dtype") == "bfloat16" and revision > 1 else ()
     sweep = (words.PART_OF_SWEEP,) if plan.details.get("part_of_sweep") is True and revision > 1 else ()
-    return (*words.ASSUMPTIONS, *moving, *half, *sweep)
+    files = _declared_public(plan) if revision > 2 else ()
+    public = (words.DECLARED_PUBLIC.format(files=", ".join(files)),) if files else ()
+    return (*words.ASSUMPTIONS, *moving, *half, *sweep, *public)
+
+
+def _declared_public(plan: Plan) -> tuple[str, ...]:
+    """The files that the plan says were read as public: for the basis, the head's start, the scale of rows."""
+    basis = plan.basis
+    from_file = basis["access"] == "public" or "source_sha256" in basis
+    named = [plan.details.get("warm_start"), plan.details.get("precondition")]
+    if basis["access"] != "non_private":
+        named += [basis.get("source") if from_file else None, basis.get("candidates")]
+    return tuple(dict.fromkeys(name for name in named if isinstance(name, str) and name))
 
 
 def _mechanism(plan: Plan) -> dict[str, object]:

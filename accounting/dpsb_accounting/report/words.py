@@ -39,6 +39,11 @@ PART_OF_SWEEP = (
     "together they cost more than any of them. The page of the sweep states the epsilon of all."
 )
 
+DECLARED_PUBLIC = (
+    "What was read of {files} was declared public: it went in without clipping or noise, and nothing here protects "
+    "whoever is in it."
+)
+
 NOT_COVERED = (
     "Choosing hyper-parameters, or among several runs, by looking at the same data.",
     "Metrics computed on private held-out people, and any other use of the data outside this ledger.",

@@ -36,7 +36,7 @@ def program(name: str) -> str:
     """
     found = shutil.which(name, path=_path())
     if found is None:
-        raise WorkerError(f"{name} is not there: pip install 'dpsb[federated]'.")
+        raise WorkerError(f"{name} is not there: pip install '.[federated]' in a checkout.")
     return found
 
 

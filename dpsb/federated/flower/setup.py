@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsb.data import read_table
-from dpsb.federated.building import build, build_without_data
+from dpsb.federated.building import begun_or_left, build, build_without_data
 from dpsb.federated.calibrate import policy_text, terms_of
 from dpsb.federated.checks import FederatedError, check_whole, checked_fields
 from dpsb.federated.config import SETTINGS_NAME, FederateConfig, settings_in
@@ -101,10 +101,11 @@ def initialize(config: FederateConfig, hosts: Sequence[str], port: int, on_statu
     if config.run.task == "classification" and config.run.labels is None:
         raise FederatedError("Declare labels: each silo would take them from its own file's schema, in its own order.")
     sizes = {name: int(silo.num_examples or 0) for name, silo in config.silos.items()}
-    built = build_without_data(config, out, on_status)
-    on_status("calibrating the silos' noise")
-    dimension = sum(tensor.numel() for tensor in built.trainer.start.values())
-    terms, policies = terms_of(config, sizes, dimension, built.trainer.wide)
+    with begun_or_left(out):
+        built = build_without_data(config, out, on_status)
+        on_status("calibrating the silos' noise")
+        dimension = sum(tensor.numel() for tensor in built.trainer.start.values())
+        terms, policies = terms_of(config, sizes, dimension, built.trainer.wide)
     Coordinator(out, terms, built.trainer.start, built.trainer.basis_sha256, LocalTransport({})).begin()
     make_certificates(out / TLS, list(dict.fromkeys((*hosts, *LOOPBACK))), _DAYS)  # the server asks its own SuperLink
     (out / NODES).mkdir()

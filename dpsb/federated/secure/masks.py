@@ -140,6 +140,7 @@ def _sharing():  # type: ignore[no-untyped-def]
         from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
     except ImportError:
         raise SecureSumError(
-            "Secure sums need the secret sharing of Flower 1.41, which is not there: pip install 'dpsb[federated]'."
+            "Secure sums need the secret sharing of Flower 1.41, which is not there: pip install '.[federated]' in a "
+            "checkout."
         ) from None
     return create_shares, combine_shares
