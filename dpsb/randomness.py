@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
+SEEDED = ("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
+"""Name and reason of the taint in the ledger of a run that a :class:`SeededRandomness` drew for."""
+
 _BLOCK_BYTES = 1 << 20
 _TWO_POW_MINUS_64 = 2.0**-64
 

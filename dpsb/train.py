@@ -31,7 +31,7 @@ from dpsb.probe import (
     without_dropout,
 )
 from dpsb.quantized import check_quantization
-from dpsb.randomness import Randomness, SystemRandomness
+from dpsb.randomness import SEEDED, Randomness, SystemRandomness
 from dpsb.sampling import bucket_of, length_buckets, own_length
 from dpsb.withheld import StepError as StepError
 from dpsb_accounting import Ledger, Plan
@@ -231,7 +231,7 @@ def private_steps(
         with without_dropout(adapter.model):
             probe_batch = probe_every_bucket(adapter, loss_fn, collate, synthetic, buckets, token_budget)
         if randomness.tainted:
-            ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
+            ledger.taint(*SEEDED)
         if canaries is not None:
             ledger.taint("gradient_canaries", "rows that stand for no example were put in to audit the mechanism")
         with nullcontext() if allow_dropout else without_dropout(adapter.model):

@@ -141,7 +141,7 @@ def calibrate(
     delta = _checks.probability(open_interval=True, delta=delta)
     _checks.one_of(choices=_checks.RELATIONS, neighboring=neighboring)
     problem = _Problem(parts_of(before), delta, neighboring)
-    noise = None if noise_multiplier is None else _checks.positive(noise_multiplier=noise_multiplier)
+    noise = None if noise_multiplier is None else _checks.scale(noise_multiplier=noise_multiplier)
     times = None if steps is None else _checks.whole(at_least=1, steps=steps)
     examples = None if num_examples is None else _checks.whole(at_least=1, num_examples=num_examples)
     prob = _sampling(sampling_prob, expected_batch_size, examples)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dpsb.losses import IGNORED
 from dpsb.mechanism import Mechanism
 from dpsb.probe import Collate
-from dpsb.randomness import Randomness, SystemRandomness
+from dpsb.randomness import SEEDED, Randomness, SystemRandomness
 from dpsb.sampling import length_buckets, microbatches, padded_lengths, poisson_draw
 from dpsb_accounting import Ledger
 
@@ -74,7 +74,7 @@ def fit_logistic_regression(
         )
     mechanism = Mechanism.from_plan(plan)
     if randomness.tainted:
-        ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
+        ledger.taint(*SEEDED)
     inputs = F.pad(features, (0, 1), value=1.0)
     weights = torch.zeros(num_classes, inputs.shape[1], requires_grad=True)
     optimizer = torch.optim.Adam([weights], lr=learning_rate)

@@ -23,7 +23,7 @@ from dpsb.mechanism import Mechanism
 from dpsb.models import HEAD_NAMES
 from dpsb.modes import training_mode
 from dpsb.probe import Collate, Example, without_dropout
-from dpsb.randomness import Randomness
+from dpsb.randomness import SEEDED, Randomness
 from dpsb.sampling import bucket_of, length_buckets, microbatches, padded_lengths, poisson_draw
 from dpsb.train import probe_every_bucket
 from dpsb.withheld import StepMemoryError, is_out_of_memory, messages_withheld
@@ -204,7 +204,7 @@ class PrivateExamples:
           Which of ``others`` rows that stand for no example were drawn besides. Sensitive as any draw.
         """
         if self.randomness.tainted:
-            self.ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
+            self.ledger.taint(*SEEDED)
         if others:
             self.ledger.taint("basis_canaries", "gradients that belong to no example were put in to audit the release")
         with training_mode(self.model), without_dropout(self.model):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
@@ -36,8 +36,15 @@ def check_whole(least: int, **values: object) -> None:
 def check_positive(**values: object) -> None:
     """Refuses by name what is no positive finite number."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < sys.float_info.max:
             raise FederatedError(f"Expected {name}={value!r} to be positive and finite.")
+
+
+def check_text(**values: object) -> None:
+    """Refuses by name what is no text, unless it was left out."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, str):
+            raise FederatedError(f"Expected {name}={value!r} to be a text.")
 
 
 def check_choice(choices: tuple[str | None, ...], **values: object) -> None:

@@ -13,7 +13,15 @@ from typing import Any
 
 from dpsb.basis_spec import RELEASED, parse_basis
 from dpsb.config import ConfigError, RunConfig, make_config
-from dpsb.federated.checks import FederatedError, check_choice, check_match, check_positive, check_whole, checked_fields
+from dpsb.federated.checks import (
+    FederatedError,
+    check_choice,
+    check_match,
+    check_positive,
+    check_text,
+    check_whole,
+    checked_fields,
+)
 from dpsb.federated.spec import OPTIMIZERS, SILO_NAME, PrivacyModel, model_named
 from dpsb.federated.terms import SERVER_OPTIMIZERS
 from dpsb.parts import same_data
@@ -62,6 +70,7 @@ class SiloSettings:
     num_examples: int | None = None
 
     def __post_init__(self) -> None:
+        check_text(data=self.data)
         if self.epsilon is not None:
             check_positive(epsilon=self.epsilon)
         for name in ("expected_batch_size", "num_examples"):
@@ -117,6 +126,8 @@ class FederationSettings:
             if getattr(self, name) is not None:
                 check_whole(1, **{name: getattr(self, name)})
         model_named(self.model)
+        check_text(split_by=self.split_by)
+        check_positive(server_learning_rate=self.server_learning_rate)
         if self.server_optimizer not in SERVER_OPTIMIZERS:
             raise FederatedError(
                 f"Expected server_optimizer={self.server_optimizer!r} to be one of {', '.join(SERVER_OPTIMIZERS)}."

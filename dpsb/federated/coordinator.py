@@ -132,13 +132,7 @@ class Coordinator:
 
     def _round(self, state: ServerState) -> ServerState:
         verdict, sent, secure = self._collect(state)
-        if verdict.left:
-            state = replace(state, left={**state.left, **verdict.left})
-        updates = {name: verdict.updates[name] for name in sorted(verdict.updates)}
-        receipts = {**state.receipts, **{name: update.receipt for name, update in updates.items()}}
-        state = replace(state, receipts=receipts)
-        save_state(self.out, state)  # before anything is made of the replies: a silo may not fall back behind them
-        self._need(state, updates, verdict, f"Round {state.round}")
+        state, updates = self._kept(state, verdict, f"Round {state.round}")
         opened = None
         if secure is not None:
             opened = _unmasked(state, updates, secure)
@@ -176,13 +170,7 @@ class Coordinator:
             raise ServerError("The wide public basis here is not the one that the terms of the run name.")
         layout = released_layout(self._shapes, 0 if self._wide is None else self._wide.width)
         verdict, sent = self._asked(state, specs, [name for name in specs if name not in state.left], layout)
-        if verdict.left:
-            state = replace(state, left={**state.left, **verdict.left})
-        updates = {name: verdict.updates[name] for name in sorted(verdict.updates)}
-        receipts = {**state.receipts, **{name: update.receipt for name, update in updates.items()}}
-        state = replace(state, receipts=receipts)
-        save_state(self.out, state)
-        self._need(state, updates, verdict, "The basis")
+        state, updates = self._kept(state, verdict, "The basis")
         mean = fed_sb([update.tensors for update in updates.values()])
         basis = basis_from(mean, self._shapes, self._wide, [paid[name] for name in updates])
         record = RoundRecord(
@@ -194,6 +182,15 @@ class Coordinator:
             notes=tuple(verdict.notes),
         )
         return replace(state, basis=basis, basis_sha256=theta_digest(basis), basis_record=record)
+
+    def _kept(self, state: ServerState, verdict: Verdict, what: str) -> tuple[ServerState, dict[str, Update]]:
+        """The usable replies, by name, once their receipts are on disk: a silo may not fall back behind them."""
+        updates = {name: verdict.updates[name] for name in sorted(verdict.updates)}
+        receipts = {**state.receipts, **{name: update.receipt for name, update in updates.items()}}
+        state = replace(state, left={**state.left, **verdict.left}, receipts=receipts)
+        save_state(self.out, state)
+        self._need(state, updates, verdict, what)
+        return state, updates
 
     def _need(self, state: ServerState, updates: Mapping[str, Update], verdict: Verdict, what: str) -> None:
         if len(updates) < state.terms.min_silos:

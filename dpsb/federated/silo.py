@@ -32,7 +32,7 @@ from dpsb.federated.secure.sessions import Session
 from dpsb.federated.secure.whole_numbers import share_mean
 from dpsb.federated.spec import PaidBasis, PrivacyModel, RoundSpec, SiloPolicy, SpecRefused
 from dpsb.federated.trainer import Trainer
-from dpsb.randomness import Randomness, SystemRandomness
+from dpsb.randomness import SEEDED, Randomness, SystemRandomness
 from dpsb.reasons import STOPS, reason
 from dpsb_accounting import Ledger, LedgerError, Plan
 from dpsb_accounting.files import write_whole
@@ -246,7 +246,7 @@ class Silo:
 
     def _taint(self, ledger: Ledger) -> None:
         if self._randomness.tainted:
-            ledger.taint("seeded_randomness", "noise and sampling came from a seed, so they can be re-created")
+            ledger.taint(*SEEDED)
 
     def _released(self, home: Path, ledger: Ledger, spec: RoundSpec, paid: PaidBasis) -> State:
         """The silo's release for the basis: charged and computed once, the same bytes ever after."""

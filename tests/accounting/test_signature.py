@@ -67,7 +67,7 @@ def test_the_private_key_is_for_its_owner_and_never_overwritten(tmp_path):
         make_keys(tmp_path / "key")
     assert not public.exists()  # it would be of another pair
     (tmp_path / "other.pub").write_text("somebody's")
-    with pytest.raises(SignatureError, match="other.pub"):
+    with pytest.raises(SignatureError, match=r"other\.pub"):
         make_keys(tmp_path / "other")
     assert not (tmp_path / "other").exists()
     assert (tmp_path / "other.pub").read_text() == "somebody's"

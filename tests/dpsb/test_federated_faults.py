@@ -277,6 +277,7 @@ def test_the_local_steps_are_those_of_fit(fed, tmp_path):
             collate=work.collate,
             synthetic=work.synthetic,
             max_length=work.max_length,
+            token_budget=1,  # a silo computes one example at a time
             randomness=SeededRandomness(3),
         )
     for name, value in work.adapter.state().items():

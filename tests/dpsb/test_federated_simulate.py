@@ -48,6 +48,27 @@ def split_file(tmp_path):
 SPLIT = 'silos = 3\nsplit_by = "group"'
 
 
+@pytest.mark.parametrize(
+    ("run", "federation", "match"),
+    [
+        ("delta = 0.5", "", r"delta=0\.5 below one over the \d+ examples"),
+        ("", "min_silos = 9", "min_silos=9"),
+        ("", 'model = "trusted_server"\nlocal_steps = 1', "needs server_optimizer"),
+        ("", 'model = "secagg"\nserver_optimizer = "sgd"\nlocal_steps = 1\ndropouts = 2', "none is left"),
+        ("", 'server_learning_rate = "x"', "server_learning_rate='x'"),
+        ("", "server_learning_rate = -1", "server_learning_rate=-1"),
+    ],
+)
+def test_settings_that_no_round_could_have_leave_nothing(tmp_path, run, federation, match):
+    """The start and the settings they left refused the corrected file."""
+    path = settings(tmp_path, f"{split_file(tmp_path)}\n{run}", f"{SPLIT}\n{federation}")
+    if "local_steps" in federation:
+        path.write_text(path.read_text().replace("local_steps = 2\n", ""))
+    with pytest.raises(FederatedError, match=match):
+        simulate(read_federation(path))
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_file_split_over_three_silos(tmp_path):
     held_out = f'eval_data = "{workbench.data_file(seed=7)}"'
     done = simulate(read_federation(settings(tmp_path, f"{split_file(tmp_path)}\n{held_out}", SPLIT)))
