@@ -259,7 +259,7 @@ def test_a_laxer_specification_is_refused_at_no_cost(fed):
 def test_the_local_steps_are_those_of_fit(fed, tmp_path):
     """A silo's round and ``fit`` with the same draws and noise arrive at the same theta, bit for bit."""
     from dpsb.randomness import SeededRandomness
-    from dpsb.train import fit
+    from dpsb.train import Knobs, fit
 
     fed.randomness = SeededRandomness(3)
     silo, start, spec = fed.silo("north"), fed.trainer.start, first_spec(fed, rounds=1)
@@ -277,7 +277,7 @@ def test_the_local_steps_are_those_of_fit(fed, tmp_path):
             collate=work.collate,
             synthetic=work.synthetic,
             max_length=work.max_length,
-            token_budget=1,  # a silo computes one example at a time
+            knobs=Knobs(token_budget=1),  # a silo computes one example at a time
             randomness=SeededRandomness(3),
         )
     for name, value in work.adapter.state().items():
