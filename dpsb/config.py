@@ -372,9 +372,10 @@ def make_config(settings: Mapping[str, Any]) -> RunConfig:
       ConfigError: If a key is unknown, or ``model``, ``data`` or ``out`` is missing.
     """
     check_keys(settings, "setting")
-    for name in ("model", "data", "out"):
-        if not settings.get(name):
-            raise ConfigError(f"{name} is missing: give --{name}, or {name} = ... in the config file.")
+    missing = [name for name in ("model", "data", "out") if not settings.get(name)]
+    if missing:
+        options, verb = ", ".join(f"--{name}" for name in missing), "is" if len(missing) == 1 else "are"
+        raise ConfigError(f"{', '.join(missing)} {verb} missing: give {options}, or the same in a file for --config.")
     return RunConfig(**settings)
 
 

@@ -295,6 +295,8 @@ def _load(auto_class: Any, path: str, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(path, use_safetensors=True, **options)  # a pickle may run code
     except (OSError, ValueError) as error:
+        if not Path(path).exists() and path.startswith((".", "/", "~")):
+            raise ModelError(f"The model folder {path!r} does not exist.") from None
         kind = "folder" if Path(path).exists() else "model id (is there a network?)"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{path!r} cannot be loaded as a {kind}: {reason}") from None

@@ -77,7 +77,8 @@ def make_plan(
         raise ValueError(f"Expected exactly one of steps={steps!r} and epochs={epochs!r}.")
     if not 1 <= expected_batch_size <= num_examples:
         raise ValueError(
-            f"Expected expected_batch_size={expected_batch_size!r} between 1 and num_examples={num_examples!r}."
+            f"Expected expected_batch_size={expected_batch_size!r} between 1 and num_examples={num_examples!r}: "
+            "it is how many of them a step draws on average (256 unless you say otherwise)."
         )
     if epochs is not None:
         if not epochs > 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from dpsb.data import read_table
@@ -74,6 +75,8 @@ def simulate(
     """
     if engine not in ENGINES:
         raise FederatedError(f"Expected engine={engine!r} to be one of {', '.join(ENGINES)}.")
+    if engine == "flower" and find_spec("flwr") is None:
+        raise FederatedError("engine='flower' needs Flower: pip install '.[federated]' in a checkout.")
     out = Path(config.run.out)
     if (out / REPORT_NAME).exists():
         raise ServerError(f"The federation in {out} is finished; look at it with `dpsb federate report {out}`.")

@@ -259,7 +259,7 @@ def test_train_refuses(tmp_path, name):
 
 
 def test_train_refuses_without_its_main_settings(tmp_path):
-    fails(dpsb("train", "--json"), "model is missing")
+    fails(dpsb("train", "--json"), "model, data, out are missing")
     fails(dpsb("train", "--json", "--resume", "--out", tmp_path), "holds no run to resume")
     fails(dpsb("train", "--config", tmp_path / "none.toml"), "cannot be read as settings")
     out = tmp_path / "file"
