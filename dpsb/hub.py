@@ -78,8 +78,8 @@ def plan_upload(
     for name in _NEEDED:
         if not (folder / name).is_file():
             raise RunError(
-                f"{folder} is no finished run of an adapter: {name} is missing. A run of head-only, bitfit or full holds "
-                "a whole model, which the Hub's own tools push."
+                f"{folder} is no finished run of an adapter: {name} is missing. A run of head-only, bitfit or full "
+                "holds a whole model, which the Hub's own tools push."
             )
     record = Ledger.read(folder / LEDGER_NAME)
     if not without_claim and (record.taints or not record.plan.is_private):
