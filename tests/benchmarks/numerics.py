@@ -6,7 +6,8 @@ other_budget       rows computed in one microbatch against rows computed in smal
 neighbour_removed  rows of a microbatch after one of its examples was taken out: largest change of a clipped row of
                    those that stay, over C. The padded length is the same.
 
-R is random and not zero. C is the median norm of the rows, so that some are clipped and some are not.
+R is random and not zero: Gaussian numbers of the size --scatter, which a server that lies may make large. C is the median
+norm of the rows, so that some are clipped and some are not.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ def neighbour_removed(adapter: Adapter, workload: Workload, examples: list[Any],
     return max(changes)
 
 
-def measure(workload: Workload, dtype: str) -> dict[str, Any]:
+def measure(workload: Workload, dtype: str, scatter: float) -> dict[str, Any]:
     """The three figures for one model in one precision, and what the clip norm is."""
-    adapter = workload.adapter(DTYPES[dtype], scatter=0.3)
+    adapter = workload.adapter(DTYPES[dtype], scatter=scatter)
     lengths = [workload.tokens - index * (workload.tokens // 2) // EXAMPLES for index in range(EXAMPLES)]
     examples = workload.examples(EXAMPLES, lengths)
     rows = rows_of(adapter, workload, examples)
@@ -81,6 +82,7 @@ def measure(workload: Workload, dtype: str) -> dict[str, Any]:
     return {
         "model": workload.name,
         "dtype": dtype,
+        "scatter": scatter,
         "same_rows": same_rows(rows, clip),
         "other_budget": max(others.values()),
         "other_budget_by_examples_per_microbatch": {str(size): change for size, change in others.items()},
@@ -98,12 +100,13 @@ def measure(workload: Workload, dtype: str) -> dict[str, Any]:
 def main() -> None:
     parser = common.arguments(__doc__, threads=2)
     parser.formatter_class = RawDescriptionHelpFormatter
+    parser.add_argument("--scatter", type=float, default=0.3, help="size of the numbers in R (default: 0.3)")
     options = parser.parse_args()
     common.quiet()
     torch.set_num_threads(options.threads)
     for workload in (common.MINILM, common.SMALL_LLAMA):
         for dtype in DTYPES:
-            common.show(measure(workload, dtype), options.json)
+            common.show(measure(workload, dtype, options.scatter), options.json)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ def test_time_left_is_that_of_what_this_start_has_done(clock):
             watch.end(ended(name))
         assert watch._left() == ""
     lines = screen.getvalue().splitlines()
-    assert lines[0] == "2 of 12 cells are finished already and stay as they are"
-    assert "3/12 sb:weight, epsilon 3, learning rate 0.02, curve run 1: accuracy 0.5" in lines[1]
-    assert "failed: no [room]" in lines[2]
+    assert lines[0] == "12 runs, each of which adds to the epsilon of all"
+    assert lines[1] == "2 of 12 cells are finished already and stay as they are"
+    assert "3/12 sb:weight, epsilon 3, learning rate 0.02, curve run 1: accuracy 0.5" in lines[2]
+    assert "b: step 4/40  about" in lines[3], "a line a minute where there is no bar"
+    assert "failed: no [room]" in lines[4]
