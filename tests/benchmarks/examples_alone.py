@@ -1,7 +1,7 @@
 """What it costs a silo to put one example through the model at a time, instead of as many as a token budget holds.
 
-The clipped sum of one draw on MiniLM, adapters on every linear layer, all examples of one length. A silo works so unless
-its policy says `examples_together` (docs/federated.md). Ratios are taken within each round.
+The clipped sum of one draw on MiniLM, adapters on every linear layer, all examples of one length. A silo works so
+unless its policy says `examples_together` (docs/federated.md). Ratios are taken within each round.
 """
 
 from __future__ import annotations

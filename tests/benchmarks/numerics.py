@@ -6,8 +6,8 @@ other_budget       rows computed in one microbatch against rows computed in smal
 neighbour_removed  rows of a microbatch after one of its examples was taken out: largest change of a clipped row of
                    those that stay, over C. The padded length is the same.
 
-R is random and not zero: Gaussian numbers of the size --scatter, which a server that lies may make large. C is the median
-norm of the rows, so that some are clipped and some are not.
+R is random and not zero: Gaussian numbers of the size --scatter, which a server that lies may make large. C is the
+median norm of the rows, so that some are clipped and some are not.
 """
 
 from __future__ import annotations
