@@ -233,7 +233,7 @@ REFUSED = {
     "rank too large": ({"rank": 33}, "rank=33 exceeds"),
     "unknown target": ({"targets": "nowhere"}, "targets=['nowhere']"),
     "bad pattern": ({"targets": "re:("}, "is no regular expression"),
-    "no model": ({"model": "./nowhere"}, "'./nowhere' cannot be loaded"),
+    "no model": ({"model": "./nowhere"}, "The model folder './nowhere' does not exist"),
     "a folder without a model": ({"model": lambda p: p}, "cannot be loaded"),
     "batch too large": ({"expected_batch_size": 61}, "expected_batch_size=61"),
     "no steps": ({"steps": 0}, "steps=0"),
