@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,15 +131,17 @@ def begun_or_left(out: Path) -> Iterator[None]:
 
     They would refuse the corrected settings.
     """
-    new = not (out / SETTINGS_NAME).exists()
+    new, made = not (out / SETTINGS_NAME).exists(), not out.exists()
     try:
         yield
     except BaseException:
-        if new:
-            for name in (SETTINGS_NAME, START_NAME, FRAMES_NAME):
+        names = {SETTINGS_NAME, START_NAME, FRAMES_NAME}
+        if new and out.is_dir() and {each.name for each in out.iterdir()} <= names:  # nobody else has begun here
+            for name in names:
                 (out / name).unlink(missing_ok=True)
-            if out.exists() and not any(out.iterdir()):
-                out.rmdir()
+            if made:
+                with suppress(OSError):
+                    out.rmdir()
         raise
 
 

@@ -225,6 +225,8 @@ def policy_text(policy: SiloPolicy) -> str:
     content = policy.to_json()
     peers = content.pop("peers", {})
     lines += [f"{name} = {json.dumps(value)}" for name, value in content.items()]
+    if policy.examples_together:
+        lines.append("# above: only where the server's theta is trusted, as in a simulation; a real silo leaves it out")
     if peers:
         lines += ["", "[peers]", *(f"{name} = {json.dumps(key)}" for name, key in peers.items())]
     return "\n".join(lines) + "\n"

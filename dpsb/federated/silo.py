@@ -233,7 +233,7 @@ class Silo:
             spec,
             self._randomness,
             self._canaries,
-            together=self.policy.lets_examples_together(spec),
+            together=self.policy.lets_examples_together,
         )
         if secure is None:
             store(home, ledger, spec, tensors)
@@ -255,7 +255,9 @@ class Silo:
             if not ledger.remaining(PHASE):
                 raise _Refused("state", "The release for the basis was charged and is lost; it is not drawn again.")
             self._taint(ledger)
-            tensors = self._trainer.release_gradients(self._dataset, ledger, paid, self._randomness)
+            tensors = self._trainer.release_gradients(
+                self._dataset, ledger, paid, self._randomness, together=self.policy.lets_examples_together
+            )
             store(home, ledger, spec, tensors, PHASE)
         return tensors
 

@@ -317,10 +317,10 @@ class SiloPolicy:
         """The relation of the silo's guarantee."""
         return self.neighboring or ("zero_out" if self.num_examples is None else "add_or_remove_one")
 
-    def lets_examples_together(self, spec: RoundSpec) -> bool:
-        """Whether a round may put several examples through the model at once: always where the server sees raw sums."""
-        trusted = spec.model in (PrivacyModel.TRUSTED_SERVER, PrivacyModel.CLIENT_LEVEL)
-        return trusted or self.examples_together
+    @property
+    def lets_examples_together(self) -> bool:
+        """Whether several examples may go through the model at once: always where the server sees raw sums anyway."""
+        return self.examples_together or set(self.models) <= {PrivacyModel.TRUSTED_SERVER, PrivacyModel.CLIENT_LEVEL}
 
     def check(self, spec: RoundSpec) -> None:
         """Refuses a round that is laxer than the policy. What the round would cost is checked by the silo's ledgers.

@@ -140,9 +140,17 @@ class Trainer:
             return {name: tensor.cpu() for name, tensor in adapter.state().items()}
 
     def release_gradients(
-        self, dataset: Sequence[Example], ledger: Ledger, paid: PaidBasis, randomness: Randomness
+        self,
+        dataset: Sequence[Example],
+        ledger: Ledger,
+        paid: PaidBasis,
+        randomness: Randomness,
+        *,
+        together: bool = False,
     ) -> dict[str, torch.Tensor]:
         """The one charged release for a paid basis, of the weights' gradients at the public start; float32.
+
+        ``together`` as for :meth:`work`: the start, whose head the gradients go through, comes from the server.
 
         Raises:
           FederatedError: If it is for another wide basis than the silo has; nothing is charged.
@@ -161,7 +169,7 @@ class Trainer:
                     collate=self.collate,
                     synthetic=self.synthetic,
                     max_length=self.max_length,
-                    token_budget=self.token_budget,
+                    token_budget=self.token_budget if together else 1,
                     ledger=ledger,
                     randomness=randomness,
                 )

@@ -18,7 +18,7 @@ from dpsb.basis.private import factors_of
 from dpsb.federated.checks import FederatedError
 from dpsb.federated.config import read_federation
 from dpsb.federated.coordinator import Coordinator, TooFewSilos
-from dpsb.federated.messages import RoundMessage, theta_digest
+from dpsb.federated.messages import RoundMessage, Update, theta_digest
 from dpsb.federated.paid_layout import GRADIENT
 from dpsb.federated.report import federation_report
 from dpsb.federated.server import load_state
@@ -116,6 +116,19 @@ def test_the_charge_is_on_disk_before_an_example_is_read(fed, monkeypatch):
     monkeypatch.setattr(release_module, "poisson_draw", watched)
     coordinator(fed).run()
     assert charged == [1, 1, 1]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_release_takes_one_example_at_a_time(fed, monkeypatch, together):
+    """The head that its gradients go through is the server's: blown up, neighbours moved each other's rows by C."""
+    sizes, plain, draw = [], fed.trainer.collate, release_module.poisson_draw
+    fed.trainer.collate = lambda rows, padded_length: sizes.append(len(rows)) or plain(rows, padded_length)
+    monkeypatch.setattr(release_module, "poisson_draw", lambda *given: sizes.clear() or draw(*given))
+    fed.policies["north"] = policy("north", examples_together=together)
+    spec = asked().specs("a" * 32, 0, fed.trainer.start, fed.trainer.basis_sha256, "basis")["north"]
+    assert isinstance(fed.silo("north").handle(fed.trainer.start, spec), Update)
+    assert sizes
+    assert (max(sizes) == 1) is not together
 
 
 def test_what_is_released_is_the_clipped_sum_and_its_noise(tiny, fed, monkeypatch):

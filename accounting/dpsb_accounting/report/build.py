@@ -193,11 +193,10 @@ def _assumptions(plan: Plan, revision: int) -> tuple[str, ...]:
 def _declared_public(plan: Plan) -> tuple[str, ...]:
     """The files that the plan says were read as public: for the basis, the head's start, the scale of rows."""
     basis = plan.basis
-    from_file = basis["access"] == "public" or "source_sha256" in basis
     named = [plan.details.get("warm_start"), plan.details.get("precondition")]
     if basis["access"] != "non_private":
-        named += [basis.get("source") if from_file else None, basis.get("candidates")]
-    return tuple(dict.fromkeys(name for name in named if isinstance(name, str) and name))
+        named += [basis.get("source"), basis.get("candidates")]
+    return tuple(dict.fromkeys(name for name in named if isinstance(name, str) and name not in ("", "weight")))
 
 
 def _mechanism(plan: Plan) -> dict[str, object]:
