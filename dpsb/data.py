@@ -208,7 +208,8 @@ def check_columns(table: Table, columns: Columns, task: str) -> tuple[str, str |
     Raises:
       DataError: If a column that the task needs is missing; the message lists those that exist.
     """
-    text = table.pick(columns.text, _TEXT)
+    found = chosen_columns(table, columns, task)
+    text, pair, label = found["text"], found.get("text_pair"), found.get("label")
     if task != "classification":
         if text is None and prompts_and_completions(table, columns) is None:
             raise DataError(
@@ -218,10 +219,9 @@ def check_columns(table: Table, columns: Columns, task: str) -> tuple[str, str |
         return text or "", None, ""
     if text is None:
         raise DataError(f"{table.source} has no text column; name it with --text-column ({table.described()}).")
-    label = table.pick(columns.label, USUAL_LABEL)
     if label is None:
         raise DataError(f"{table.source} has no label column; name it with --label-column ({table.described()}).")
-    return text, table.pick(columns.text_pair, _PAIR), label
+    return text, pair, label
 
 
 def tokenize_classification(
