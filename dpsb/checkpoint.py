@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dpsb.folders import replacing
 from dpsb_accounting import Ledger, LedgerError
-from dpsb_accounting.files import flush
 
 if TYPE_CHECKING:
     from dpsb.adapter import Adapter
@@ -29,31 +27,6 @@ _SCHEMA = "dpsb-checkpoint/1"
 _CURRENT, _OLD = "checkpoint", "checkpoint.old"
 CHECKPOINT_NAMES = (_CURRENT, _OLD, f"{_CURRENT}.new")
 THETA_NAME, STATE_NAME = "theta.safetensors", "checkpoint.json"
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """Yields an empty sibling folder that takes the place of ``folder`` when the block ends well.
-
-    Files are flushed to disk before the swap. A crash leaves the old folder, the new one, or for an instant the old
-    one under ``NAME.old``; never a half-written one.
-    """
-    new, old = folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new
-        for path in [*new.rglob("*"), new]:
-            flush(path)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
-    flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def save_checkpoint(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,18 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError(f"{file} must hold one table of settings.")
     settings.pop(DATA_AT, None)
-    settings = {_SHORT.get(name, name): value for name, value in settings.items()}
+    settings = long_names(settings, str(file))
     check_keys(settings, str(file))
     return {name: math.inf if value == "inf" else value for name, value in settings.items()}
+
+
+def long_names(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings with ``lr`` as ``learning_rate``, and so on.
+
+    Raises:
+      ConfigError: If one is there under both names.
+    """
+    for short, name in _SHORT.items():
+        if short in settings and name in settings:
+            raise ConfigError(f"{where} has both {short!r} and {name!r}, which are one setting; leave one out.")
+    return {_SHORT.get(name, name): value for name, value in settings.items()}

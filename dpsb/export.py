@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dpsb.adapter_files import adapter_settings, with_adapter
-from dpsb.checkpoint import replacing
+from dpsb.folders import check_new, new_folder
 from dpsb.models import HEAD_FILE
 from dpsb.run import RunError
 from dpsb_accounting.ledger import LEDGER_NAME
@@ -33,7 +33,8 @@ def export_merged(folder: Path, merged: Path) -> float:
       more in bf16, and the step of the grid on a quantized base.
 
     Raises:
-      RunError: If ``folder`` holds no finished adapter or ``merged`` exists.
+      RunError: If ``folder`` holds no finished adapter.
+      FileExistsError: If ``merged`` holds something.
     """
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -41,8 +42,7 @@ def export_merged(folder: Path, merged: Path) -> float:
         raise RunError(f"{folder} holds a whole model already: its method trained the model's own tensors.")
     if not (folder / _ADAPTER).exists():
         raise RunError(f"{folder} holds no finished adapter ({_ADAPTER} is missing).")
-    if merged.exists():
-        raise RunError(f"{merged} exists already; choose another folder.")
+    check_new(merged)
     settings = adapter_settings(folder)
     path = settings["base_model_name_or_path"]
     if settings.get("task_type") == "SEQ_CLS":
@@ -62,8 +62,7 @@ def export_merged(folder: Path, merged: Path) -> float:
     before = _output(adapted)
     model = adapted.merge_and_unload()
     moved = float((_output(model) - before).norm() / before.norm().clamp(min=1e-30))
-    merged.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(merged) as new:
+    with new_folder(merged) as new:
         model.save_pretrained(new)
         AutoTokenizer.from_pretrained(folder).save_pretrained(new)
         if (folder / HEAD_FILE).exists():

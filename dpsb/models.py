@@ -242,7 +242,10 @@ def add_lora(
             warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks transformers 5 by old names
             adapted = get_peft_model(base.encoder if isinstance(base, MeanPooledClassifier) else base, config)
     except ValueError as error:
-        raise ModelError(f"targets={names!r} do not fit this model: {error}") from None
+        linear = sorted({name.rpartition(".")[2] for name, part in base.named_modules() if isinstance(part, nn.Linear)})
+        raise ModelError(
+            f"targets={names!r} do not fit this model ({error}); its linear layers are called {', '.join(linear)}."
+        ) from None
     for name, module in adapted.named_modules():
         if hasattr(module, "lora_A") and rank > min(module.in_features, module.out_features):
             raise ModelError(

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from dpsb.checkpoint import replacing
+from dpsb.folders import replacing
 
 MINILM, SMOLLM2 = "minilm", "smollm2"
 

@@ -113,10 +113,13 @@ def prepare(
     public = {source: read_table(source) for source in public_files(config)}
     held_out = None if config.eval_data is None else read_table(config.eval_data)
     check_public_rows(config, table, [] if held_out is None else [held_out], public)
+    judged_on = tokenized(held_out, columns)
+    if config.task == "classification":
+        check_judgeable(config, [example["labels"] for example in judged_on or ()], labels)
     return Prepared(
         examples=examples,
         units=units,
-        held_out=_judgeable(config, tokenized(held_out, columns), labels),
+        held_out=judged_on,
         public=tuple(
             read_public(public[source], config.task, columns, tokenizer, labels, max_length)
             for source in config.public_sources
@@ -130,15 +133,23 @@ def prepare(
     )
 
 
-def _judgeable(config: RunConfig, held_out: list[dict[str, Any]] | None, labels: Sequence[str]) -> Any:
-    """The held-out examples; refused where none counts, before any budget is spent. Outside the guarantee."""
-    if held_out and config.task == "classification" and all(example["labels"] == IGNORED for example in held_out):
+def check_judgeable(config: RunConfig, targets: Sequence[int], labels: Sequence[str]) -> None:
+    """Refuses held-out rows of which none counts, before any budget is spent. Outside the guarantee.
+
+    Args:
+      config: Of the run.
+      targets: Each row's place among the labels.
+      labels: Of the run.
+
+    Raises:
+      DataError: If no row has one of the labels.
+    """
+    if targets and all(target == IGNORED for target in targets):
         raise DataError(
             f"No row of eval_data={config.eval_data!r} has one of the labels {', '.join(map(repr, labels[:9]))}: "
             "check how they are spelt there. The same goes for the training rows, where a row with another label "
             "counts for nothing and nobody is told."
         )
-    return held_out
 
 
 def _check_room(max_length: int, tokenizer: Any, pair: bool, task: str) -> None:

@@ -67,6 +67,18 @@ def probability(*, open_interval: bool = False, **named: object) -> float:
     return result
 
 
+def delta_below(num_examples: int, whose: str = "", **named: object) -> float:
+    """Returns the one named value, a delta at which nobody may release the whole record of a unit drawn at random."""
+    name, value = _only(named)
+    result = probability(open_interval=True, **named)
+    if result >= 1 / num_examples:
+        raise ValueError(
+            f"{name}={value!r} must be less than 1 / num_examples = {1 / num_examples:.3g}{whose}: "
+            "with a larger delta, releasing the whole record of one person at random would be allowed"
+        )
+    return result
+
+
 def whole(*, at_least: int, **named: object) -> int:
     """Returns the one named value as an int of at least `at_least`; 3.0 counts as 3."""
     name, value = _only(named)

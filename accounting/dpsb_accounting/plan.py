@@ -133,11 +133,7 @@ class Plan:
     def _check_together(self) -> None:
         non_private = [contains_non_private(phase.event) for phase in self.phases]
         if not all(non_private):
-            if self.delta >= 1 / self.num_examples:
-                raise ValueError(
-                    f"delta={self.delta!r} must be less than 1 / num_examples = {1 / self.num_examples:.3g}: "
-                    "with a larger delta, releasing the whole record of one person at random would be allowed"
-                )
+            self.check_delta(self.delta)
             if math.isinf(self.l2_clip_norm) or self.clipping == "none":
                 raise ValueError(
                     f"l2_clip_norm={self.l2_clip_norm!r} with clipping={self.clipping!r} bounds nothing; a plan "
@@ -208,6 +204,15 @@ class Plan:
     def is_private(self) -> bool:
         """Whether no phase is NonPrivate, so that a finite epsilon can be claimed."""
         return not any(contains_non_private(phase.event) for phase in self.phases)
+
+    def check_delta(self, delta: float, whose: str = "") -> None:
+        """Raises ValueError for a delta at which a run could publish one of its units at random: 1/N or more.
+
+        Args:
+            delta: In (0, 1). Public.
+            whose: Words for the message, such as " of silo 'north'".
+        """
+        _checks.delta_below(self.num_examples, whose, delta=delta)
 
     def phase(self, name: str) -> Phase:
         """Returns the phase of that name; ValueError names those there are."""

@@ -15,10 +15,10 @@ from dpsb.config import RunConfig
 from dpsb.curves.cells import pairs
 from dpsb.curves.entries import CurveError, Entry
 from dpsb.curves.settings import CurveSettings
-from dpsb.data import check_columns, read_table
+from dpsb.data import check_columns, class_indices, read_table
 from dpsb.models import QuantizedConfigError, add_lora, empty_base
 from dpsb.parts import part_of
-from dpsb.prepare import check_public_rows, columns_of, labels_of, public_files, targets_of
+from dpsb.prepare import check_judgeable, check_public_rows, columns_of, labels_of, public_files, targets_of
 
 _SOME_LABELS = 2
 """Stands in for what only the data tell; nothing that is checked here depends on it."""
@@ -49,7 +49,7 @@ def check_methods(settings: CurveSettings) -> None:
 
 
 def check_data(settings: CurveSettings) -> None:
-    """Refuses a sweep whose file has no text or label column, or whose labels nobody declared.
+    """Refuses a sweep whose files have no text or label column, whose labels nobody declared, or no held-out row has.
 
     Raises:
       DataError: With one sentence; nothing has been written.
@@ -57,8 +57,15 @@ def check_data(settings: CurveSettings) -> None:
     entry, epsilon = next(iter(pairs(settings)))
     config = settings.run(entry, epsilon, settings.rates[entry.text][0], Path("cell"))
     table = read_table(config.data)
-    labels_of(config, table)
-    check_columns(table, columns_of(config), config.task)
+    labels, _ = labels_of(config, table)
+    columns = columns_of(config)
+    check_columns(table, columns, config.task)
+    for tuning in {False, settings.tunes}:
+        config = settings.run(entry, epsilon, settings.rates[entry.text][0], Path("cell"), tuning=tuning)
+        held_out = read_table(str(config.eval_data))
+        _, _, label = check_columns(held_out, columns, config.task)
+        if label:
+            check_judgeable(config, class_indices(held_out.labels(label), labels), labels)
 
 
 def check_public_files(settings: CurveSettings) -> None:

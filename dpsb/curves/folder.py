@@ -36,6 +36,10 @@ def sweep_folder(out: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     """
     if (out / LEDGER_NAME).exists():
         raise FolderError(f"out={str(out)!r} holds a single run; choose another folder for the curve.")
+    if out.is_dir() and not (out / SETTINGS_NAME).exists():
+        other = sorted({path.name for path in out.iterdir()} - {CELLS, LOCK_NAME})
+        if other:
+            raise FolderError(f"out={str(out)!r} is not empty and holds no curve ({other[0]}); choose another folder.")
     try:
         (out / CELLS).mkdir(parents=True, exist_ok=True)
         lock = os.open(out / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

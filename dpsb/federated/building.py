@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from dpsb.basis.private import rounds_for
 from dpsb.basis.setup import Setup
 from dpsb.basis.stage import plan_basis, wide_frames
 from dpsb.basis_spec import RELEASED, parse_basis
-from dpsb.checkpoint import replacing
 from dpsb.config import RunConfig
 from dpsb.data import Collator, Table, read_table
 from dpsb.evaluate import evaluate
@@ -31,6 +29,7 @@ from dpsb.federated.paid_layout import FRAMES_NAME, Wide, read_wide
 from dpsb.federated.report import Federation, write_report
 from dpsb.federated.spec import SOURCE_LENGTH, PaidBasis
 from dpsb.federated.trainer import Trainer
+from dpsb.folders import replacing
 from dpsb.models import HEAD_NAMES, add_lora, load_base
 from dpsb.prepare import Prepared, columns_of, labels_of, loss_of, prepare, synthetic_of, targets_of
 from dpsb.run import run_details
@@ -123,26 +122,6 @@ def build(
         wide=read_wide(out),
     )
     return Built(trainer=trainer, prepared=prepared, tokenizer=tokenizer)
-
-
-@contextmanager
-def begun_or_left(out: Path) -> Iterator[None]:
-    """Takes the start and the settings of a new federation away again if what follows fails, as nothing is charged yet.
-
-    They would refuse the corrected settings.
-    """
-    new, made = not (out / SETTINGS_NAME).exists(), not out.exists()
-    try:
-        yield
-    except BaseException:
-        names = {SETTINGS_NAME, START_NAME, FRAMES_NAME}
-        if new and out.is_dir() and {each.name for each in out.iterdir()} <= names:  # nobody else has begun here
-            for name in names:
-                (out / name).unlink(missing_ok=True)
-            if made:
-                with suppress(OSError):
-                    out.rmdir()
-        raise
 
 
 def build_without_data(config: FederateConfig, out: Path, on_status: Status) -> Built:

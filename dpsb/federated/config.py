@@ -13,6 +13,7 @@ from typing import Any
 
 from dpsb.basis_spec import RELEASED, parse_basis
 from dpsb.config import ConfigError, RunConfig, make_config
+from dpsb.config_file import long_names
 from dpsb.federated.checks import (
     FederatedError,
     check_choice,
@@ -278,7 +279,7 @@ def read_federation(path: Path, out: str | None = None, *, needs_data: bool = Tr
     if content.get("basis") == "trained":
         raise FederatedError(f"{path}: basis='trained' is not there for federations yet; use 'public:FILE'.")
     try:
-        run = make_config(_with_embedded(content))
+        run = make_config(_with_embedded(long_names(content, str(path))))
     except ConfigError as error:
         raise FederatedError(f"{path}: {error}") from None
     return FederateConfig(run=run, federation=federation, silos=silos)

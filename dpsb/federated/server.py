@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dpsb.checkpoint import replacing
 from dpsb.federated.messages import Receipt
 from dpsb.federated.terms import Terms
+from dpsb.folders import replacing
 from dpsb.heads import in_head
 
 SERVER = "server"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dpsb.data import read_table
-from dpsb.federated.building import Built, begun_or_left, build, finish
+from dpsb.federated.building import Built, build, finish
 from dpsb.federated.calibrate import policy_text, terms_of
 from dpsb.federated.canaries import FederationCanaries
 from dpsb.federated.checks import FederatedError
@@ -24,6 +25,8 @@ from dpsb.federated.silo import Silo
 from dpsb.federated.spec import POLICY_NAME, SiloPolicy
 from dpsb.federated.split import split_table
 from dpsb.federated.terms import Terms
+from dpsb.federated.trainer import Trainer
+from dpsb.folders import new_folder
 from dpsb.frozen_prefix import remember_frozen_prefix
 from dpsb.run import randomness_of
 from dpsb_accounting.files import write_whole
@@ -81,19 +84,11 @@ def simulate(
     if (out / REPORT_NAME).exists():
         raise ServerError(f"The federation in {out} is finished; look at it with `dpsb federate report {out}`.")
     resumed = (out / SETTINGS_NAME).exists()
-    if not resumed and out.exists() and any(out.iterdir()):
-        raise ServerError(f"{out} is not empty and holds no federation; choose another folder.")
     if resumed and settings_in(out).to_json() != config.to_json():
         raise ServerError(f"The settings differ from those of the federation in {out}; they cannot change on resume.")
-    with begun_or_left(out):
-        built = _built(config, out, callbacks)
-        trainer = built.trainer
-        data = {name: prepared.examples for name, prepared in built.prepared.items()}
-        callbacks.on_status("calibrating the silos' noise")
-        dimension = sum(tensor.numel() for tensor in trainer.start.values())
-        terms, policies = terms_of(
-            config, {name: len(examples) for name, examples in data.items()}, dimension, trainer.wide
-        )
+    with nullcontext(out) if resumed else new_folder(out) as folder:  # what fails here leaves nothing behind
+        built, terms, policies = _checked(config, folder, callbacks)
+    trainer = built.trainer
     policies = {name: replace(policy, examples_together=True) for name, policy in policies.items()}  # theta is our own
     if terms.clip_steps:
         policies = _acquainted(policies, out)
@@ -108,14 +103,12 @@ def simulate(
             folder,
             policy,
             trainer,
-            data[name],
+            built.prepared[name].examples,
             randomness=randomness,
             canaries=None if canaries is None else canaries.at(name),
             on_problem=callbacks.on_problem,
         )
-    callbacks.on_status("checking the model on synthetic examples")
-    with remember_frozen_prefix(trainer.adapter.model) if config.run.remember_frozen_blocks else nullcontext():
-        trainer.check()
+    with _remembering(config, trainer):
         coordinator = Coordinator(
             out,
             terms,
@@ -135,6 +128,26 @@ def simulate(
     callbacks.on_status("writing the adapter")
     federation = federation_report(out)
     return Simulated(out, federation, finish(out, built, config, federation))
+
+
+def _checked(
+    config: FederateConfig, folder: Path, callbacks: Callbacks
+) -> tuple[Built, Terms, Mapping[str, SiloPolicy]]:
+    """All that can fail before anything is charged: the data, the start, the noise, the model's self-test."""
+    built = _built(config, folder, callbacks)
+    trainer = built.trainer
+    callbacks.on_status("calibrating the silos' noise")
+    dimension = sum(tensor.numel() for tensor in trainer.start.values())
+    sizes = {name: len(prepared.examples) for name, prepared in built.prepared.items()}
+    terms, policies = terms_of(config, sizes, dimension, trainer.wide)
+    callbacks.on_status("checking the model on synthetic examples")
+    with _remembering(config, trainer):
+        trainer.check()
+    return built, terms, policies
+
+
+def _remembering(config: FederateConfig, trainer: Trainer) -> AbstractContextManager[Any]:
+    return remember_frozen_prefix(trainer.adapter.model) if config.run.remember_frozen_blocks else nullcontext()
 
 
 def _built(config: FederateConfig, out: Path, callbacks: Callbacks) -> Built:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dpsb.checkpoint import replacing
+from dpsb.folders import check_new, new_folder
 from dpsb.run import RunError
 from dpsb.serving.adapters import TOKENIZER_FILES, copy_plain_files, read_core_adapter, write_plain_adapter
 from dpsb_accounting import Bound, Ledger, LedgerRecord, epsilon, make_report
@@ -31,8 +31,8 @@ def combined_bound(records: Sequence[LedgerRecord], *, disjoint_people: bool) ->
       disjoint_people: That no person has data in two of the runs; **the caller vouches for that**.
 
     Raises:
-      RunError: If a run is named twice, makes no claim, the runs protect different units or relations, or their largest
-        delta is not below 1/N of each.
+      RunError: If a run is named twice, makes no claim, or the runs protect different units or relations.
+      ValueError: If the largest delta of the runs is not below 1/N of each.
 
     References:
       McSherry (2009), Theorem 4 (parallel composition).
@@ -49,11 +49,7 @@ def combined_bound(records: Sequence[LedgerRecord], *, disjoint_people: bool) ->
             raise RunError(f"Run {record.run_id} makes no claim, so no sum that holds it does.")
     delta = max(plan.delta for plan in plans)
     for record in records:
-        if delta * record.plan.num_examples >= 1:
-            raise RunError(
-                f"The largest delta of the runs, {delta:g}, is not below 1/N of run {record.run_id} "
-                f"(N = {record.plan.num_examples:,}), for which it would promise nothing."
-            )
+        record.plan.check_delta(delta, f" of run {record.run_id}")
     if not disjoint_people:
         parts = [(phase.event, phase.count) for plan in plans for phase in plan.phases]
         return replace(epsilon(parts, delta, plans[0].neighboring), unit=plans[0].unit)
@@ -79,11 +75,11 @@ def combine(
 
     Raises:
       RunError: If runs are not finished, have different bases, or their epsilons cannot be combined.
+      FileExistsError: If ``out`` holds something.
     """
     if len(runs) < 2:
         raise RunError(f"Expected at least two runs to combine, got {len(runs)}.")
-    if out.exists():
-        raise RunError(f"{out} exists already; choose another folder.")
+    check_new(out)
     shares = [1.0 / len(runs)] * len(runs) if weights is None else list(weights)
     if len(shares) != len(runs):
         raise RunError(f"Expected one weight for each of {len(runs)} runs, got {len(shares)}.")
@@ -104,8 +100,7 @@ def combine(
             {"run_id": r.run_id, "ledger_head": r.head, "weight": w} for r, w in zip(records, shares, strict=True)
         ],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as new:
+    with new_folder(out) as new:
         parts = {
             name: _sum([getattr(adapter, name) for adapter in adapters], shares) for name in ("R", "direct", "head")
         }

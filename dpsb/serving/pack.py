@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from dpsb.checkpoint import replacing
+from dpsb.folders import check_new, new_folder
 from dpsb.run import SETTINGS_NAME, RunError
 from dpsb.serving.adapters import TOKENIZER_FILES, CoreAdapter, copy_plain_files, read_core_adapter, write_plain_adapter
 from dpsb_accounting import Ledger, LedgerError, make_report
@@ -79,13 +79,12 @@ class Pack:
         """Writes a tenant's adapter as a plain LoRA adapter with its tokenizer and its claim (``claim.json``).
 
         Raises:
-          RunError: If there is no such tenant or ``out`` exists.
+          RunError: If there is no such tenant.
+          FileExistsError: If ``out`` holds something.
         """
-        if out.exists():
-            raise RunError(f"{out} exists already; choose another folder.")
+        check_new(out)
         adapter = self.read(tenant)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as new:
+        with new_folder(out) as new:
             write_plain_adapter(adapter, new)
             (new / "claim.json").write_text(json.dumps(self.claim(tenant), indent=1) + "\n")
             copy_plain_files(self.folder / "tokenizer", "*", new)

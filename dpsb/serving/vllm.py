@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dpsb.checkpoint import replacing
+from dpsb.folders import check_new, new_folder
 from dpsb.run import RunError
 from dpsb.serving.adapters import CONFIG, LORA_A, LORA_B, TOKENIZER_FILES, WEIGHTS, copy_plain_files
 from dpsb_accounting.ledger import LEDGER_NAME
@@ -94,9 +94,9 @@ def export_for_vllm(folder: Path, out: Path) -> int:
 
     Raises:
       RunError: If the adapter cannot be made to fit; the message names every reason.
+      FileExistsError: If ``out`` holds something.
     """
-    if out.exists():
-        raise RunError(f"{out} exists already; choose another folder.")
+    check_new(out)
     config, weights = _read(folder)
     rank = max((value.shape[0] for name, value in weights.items() if name.endswith(LORA_A)), default=0)
     wide = next((allowed for allowed in RANKS if allowed >= rank), rank)
@@ -104,8 +104,7 @@ def export_for_vllm(folder: Path, out: Path) -> int:
     padded = {name: _padded(name, value, wide, scales.get(name, 1.0)) for name, value in weights.items()}
     leaves = sorted({name.removesuffix(LORA_A).rpartition(".")[2] for name in weights if name.endswith(LORA_A)})
     fixed = {"r": wide, "lora_alpha": wide, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as new:
+    with new_folder(out) as new:
         save_file(padded, new / WEIGHTS, metadata={"format": "pt"})
         (new / CONFIG).write_text(json.dumps({**config, **fixed, "target_modules": leaves}, indent=2) + "\n")
         if found := problems_for_vllm(new):

@@ -25,7 +25,8 @@ import torch
 
 from dpsb.adapter import Adapter
 from dpsb.artifacts import write_results
-from dpsb.checkpoint import replacing, write_state
+from dpsb.checkpoint import write_state
+from dpsb.folders import replacing
 from dpsb.start import START_NAME, digest, start_of
 from dpsb_accounting import Ledger, LedgerError, LedgerRecord, Plan
 from dpsb_accounting.files import write_whole

@@ -113,8 +113,11 @@ def test_a_delta_at_which_a_run_promises_nothing_is_refused(call, tmp_path):
     many = make_ledger(tmp_path, "many", num_examples=20000, delta=1e-6)
     code, _, err = call("compose", few, many)
     assert code == 1
-    assert "delta=0.002 is not below 1/N of run" in err
+    assert "delta=0.002 must be less than 1 / num_examples = 5e-05 of run" in err
     assert call("compose", few, many, "--delta", "1e-5")[0] == 0
+    code, out, err = call("epsilon", many, "--delta", "0.01")
+    assert (code, out) == (1, "")
+    assert "delta=0.01 must be less than 1 / num_examples = 5e-05 of run" in err
 
 
 def test_an_empty_relation_is_not_the_default(call):

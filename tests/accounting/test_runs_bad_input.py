@@ -104,11 +104,15 @@ def test_a_ledger_behind_its_report(tmp_path, capsys):
 def test_a_ledger_is_never_written_over(tmp_path, capsys):
     path, key = write_run(tmp_path), tmp_path / "own.key"
     make_keys(key)
-    kept = {file: file.read_bytes() for file in (path, key)}
+    kept = {file: file.read_bytes() for file in (path, key, path.parent / "report.json")}
     other = tmp_path / "copy" / "ledger.jsonl"
     other.parent.mkdir()
     other.write_bytes(kept[path])
+    named = tmp_path / "march.jsonl"
+    named.write_bytes(kept[path] + b"damaged")
     for command in (
+        ("report", path, "--out", named),
+        ("report", path, "--out", path.parent / "report.json"),
         ("report", path, "--out", path),
         ("report", path, "--html", path),
         ("report", path, "--out", other),
@@ -119,9 +123,21 @@ def test_a_ledger_is_never_written_over(tmp_path, capsys):
         code, printed = call(capsys, *command)
         assert (code, printed.err.count("\n")) == (1, 1)
         assert "name another file to write" in printed.err
-    assert {file: file.read_bytes() for file in (path, key)} == kept
+    assert {file: file.read_bytes() for file in kept} == kept
     assert other.read_bytes() == kept[path]
+    assert named.read_bytes() == kept[path] + b"damaged"
     assert call(capsys, "report", path, "--out", tmp_path / "new.txt")[0] == 0
+
+
+def test_a_report_that_is_written_again_keeps_its_mode_and_its_link(tmp_path, capsys):
+    path, mine, link = write_run(tmp_path), tmp_path / "mine.txt", tmp_path / "link.txt"
+    mine.write_text("old")
+    mine.chmod(0o600)
+    link.symlink_to(mine)
+    assert call(capsys, "report", path, "--out", link)[0] == 0
+    assert link.is_symlink()
+    assert "epsilon" in mine.read_text()
+    assert mine.stat().st_mode & 0o777 == 0o600
 
 
 def test_numbers_that_no_engine_can_compute_with_fail_a_check(tmp_path, capsys):

@@ -100,7 +100,7 @@ def test_targets_mean_what_they_mean_in_training(targets, weights):
     ("options", "sentence"),
     [
         (["--task", "foo"], "task='foo' to be one of classification, causal-lm"),
-        (["--targets", "nothing"], "targets=['nothing'] do not fit this model"),
+        (["--targets", "nothing"], "its linear layers are called"),
         (["--targets", "re:(query"], "targets='re:(query' is no regular expression"),
         (["--methods", "lorra"], "method='lorra' to be one of those that exist: sb, lora-xs"),
         (["--methods", "peft:IA3"], "is refused: it trains bare tensors"),

@@ -6,7 +6,8 @@ import pytest
 import torch
 import workbench
 
-from dpsb.checkpoint import load_checkpoint, remove_checkpoint, replacing, save_checkpoint
+from dpsb.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
+from dpsb.folders import replacing
 from dpsb_accounting import Ledger, LedgerError
 
 

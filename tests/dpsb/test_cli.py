@@ -9,6 +9,7 @@ import workbench
 from typer.testing import CliRunner
 
 from dpsb.cli import app
+from dpsb.config import ConfigError
 from dpsb_accounting import cli as accounting
 from dpsb_accounting import verify
 
@@ -288,6 +289,9 @@ def test_held_out_rows_without_a_declared_label_stop_a_run_before_it_costs(tmp_p
 def test_a_settings_file_takes_the_short_names_of_the_command_line(tmp_path):
     from dpsb.config_file import read_config
 
+    (tmp_path / "run.toml").write_text("lr = 0.1\nlearning_rate = 0.2\n")
+    with pytest.raises(ConfigError, match=r"run.toml has both 'lr' and 'learning_rate'"):
+        read_config(tmp_path / "run.toml")
     (tmp_path / "run.toml").write_text("lr = 0.1\nhead_lr = 0.2\nwarm_start_lr = 0.3\n")
     read = read_config(tmp_path / "run.toml")
     assert read == {"learning_rate": 0.1, "head_learning_rate": 0.2, "warm_start_learning_rate": 0.3}

@@ -321,6 +321,9 @@ def test_folders_of_something_else_are_refused(swept, tmp_path):
     (tmp_path / "cells" / "x").mkdir(parents=True)
     with pytest.raises(FolderError, match=r"curve.json is gone"):
         run_sweep(settings_of(), tmp_path, Silent())
+    (tmp_path / "mine.csv").write_text("x")
+    with pytest.raises(FolderError, match=r"is not empty and holds no curve \(mine.csv\)"):
+        run_sweep(settings_of(), tmp_path, Silent())
 
 
 # --- cut off

@@ -8,6 +8,7 @@ from dpsb.baselines.methods import METHODS, PEFT_INITS
 from dpsb.curves.entries import CurveError
 from dpsb.curves.fits import check_methods
 from dpsb.curves.sweep import run_sweep
+from dpsb.data import DataError
 
 ALL = [*METHODS, "sb:random", "sb:hybrid", "sb:private", *(f"peft:{name}" for name in PEFT_INITS), "peft:LNTuning"]
 
@@ -33,6 +34,24 @@ def test_nothing_is_charged_where_a_method_cannot_run(given, methods, match, tmp
     settings = settings_of(shared(**given), methods=methods, epsilons="8")
     with pytest.raises(CurveError, match=match):
         run_sweep(settings, tmp_path / "out", Silent())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"text_column": "body"}, "body"),
+        ({"labels": None}, "The set of labels must be public"),
+        ({"eval_data": "others.jsonl"}, "No row of eval_data='.*others.jsonl' has one of the labels 'ham', 'spam'"),
+        ({"eval_data": "bare.jsonl"}, "bare.jsonl has no label column"),
+    ],
+)
+def test_nothing_is_written_where_no_run_could_read_its_data(given, match, tmp_path):
+    (tmp_path / "others.jsonl").write_text('{"text": "a", "label": "HAM"}\n{"text": "b", "label": "SPAM"}\n')
+    (tmp_path / "bare.jsonl").write_text('{"text": "a"}\n')
+    named = {name: str(tmp_path / value) if name == "eval_data" else value for name, value in given.items()}
+    with pytest.raises(DataError, match=match):
+        run_sweep(settings_of(shared(**named), methods="sb", epsilons="8"), tmp_path / "out", Silent())
     assert not (tmp_path / "out").exists()
 
 

@@ -19,6 +19,7 @@ from dpsb.federated.server import load_state
 from dpsb.federated.simulate import simulate
 from dpsb.federated.spec import read_policy
 from dpsb.federated.split import split_table
+from dpsb.probe import ProbeError
 from dpsb_accounting import Ledger, PoissonGaussian, epsilon, verify
 
 
@@ -67,6 +68,16 @@ def test_settings_that_no_round_could_have_leave_nothing(tmp_path, run, federati
     with pytest.raises(FederatedError, match=match):
         simulate(read_federation(path))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_fails_its_test_leaves_nothing(tmp_path, monkeypatch):
+    def fails(*_args):
+        raise ProbeError("a layer is not captured")
+
+    monkeypatch.setattr("dpsb.federated.trainer.check_before_run", fails)
+    with pytest.raises(ProbeError, match="a layer is not captured"):
+        simulate(read_federation(settings(tmp_path, split_file(tmp_path), SPLIT)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fed.toml", "rows.jsonl"]
 
 
 def test_one_file_split_over_three_silos(tmp_path):

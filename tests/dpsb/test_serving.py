@@ -197,7 +197,7 @@ def test_a_delta_that_promises_nothing_to_one_of_the_runs_is_refused(runs):
     plans = {record.run_id: record.plan, other.run_id: many}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(other), "plan", property(lambda self: plans[self.run_id]))
-        with pytest.raises(RunError, match="is not below 1/N of run"):
+        with pytest.raises(ValueError, match="must be less than 1 / num_examples = 1e-06 of run"):
             combined_bound([record, other], disjoint_people=True)
 
 

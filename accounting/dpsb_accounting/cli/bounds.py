@@ -66,6 +66,7 @@ def epsilon_command(
     Example:  dpsb-accounting epsilon --event event.json --delta 1e-5 --neighboring zero_out --json
     """
     question = ask(ledger, event, noise_multiplier, sampling_prob, steps)
+    _check_delta([question], delta)
     show_bound(_epsilon(question, delta, neighboring), as_json, {})
 
 
@@ -137,12 +138,7 @@ def _check_delta(questions: Sequence[Question], delta: float | None) -> None:
     """Refuses a delta at which a run could publish one of its units at random and keep to the bound."""
     for question in questions:
         if isinstance(question.schedule, LedgerRecord) and delta is not None:
-            size = question.schedule.plan.num_examples
-            if delta * size >= 1:
-                raise ValueError(
-                    f"delta={delta:g} is not below 1/N of run {question.schedule.run_id} (N = {size:,}), for which it "
-                    "would promise nothing: give a smaller --delta"
-                )
+            question.schedule.plan.check_delta(delta, f" of run {question.schedule.run_id}")
 
 
 @app.command("noise-multiplier")

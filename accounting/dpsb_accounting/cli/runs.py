@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpsb_accounting import signature, strict
+from dpsb_accounting.chain import SCHEMA
 from dpsb_accounting.cli._shared import AsJson, LedgerPath, app, bound_json, fail, plain
 from dpsb_accounting.files import write_whole
 from dpsb_accounting.ledger import LEDGER_NAME, Ledger, in_use
@@ -111,6 +113,8 @@ def report_command(
 
     Example:  dpsb-accounting report run/ledger.jsonl --json --out run/report.json --sign hospital.key
     """
+    if out is not None and out.name == REPORT_NAME and not as_json:
+        fail(f"{out} is where `verify` looks for JSON; give --json too, or name another file to write")
     record = _ended(ledger)
     made = make_report(record)
     if html is not None:
@@ -178,15 +182,23 @@ def _sign(ledger: Path, key: Path, out: Path | None) -> None:
 
 
 def _write(path: Path, text: str, *read: Path | None) -> None:
-    """Writes a file whole or not at all, and over none of those that the command has read: a ledger is the budget."""
+    """Writes a file whole or not at all, over none that the command has read and over no ledger: that is a budget."""
     try:
         if any(source is not None and path.exists() and path.samefile(source) for source in read):
             fail(f"{path} is what this command reads; name another file to write")
-        if path.name == LEDGER_NAME:
-            fail(f"{path} has the name of a ledger; name another file to write")
+        if path.name == LEDGER_NAME or (path.is_file() and _is_ledger(path)):
+            fail(f"{path} is a ledger, or has the name of one; name another file to write")
         if path.exists() and not path.is_file():  # a pipe or a terminal
             path.write_text(text, encoding="utf-8")
         else:
-            write_whole(path, text.encode())
+            target = path.resolve()  # a link stays one
+            mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o644
+            write_whole(target, text.encode(), mode)
     except OSError as error:
         fail(f"cannot write {path}: {error.strerror}")
+
+
+def _is_ledger(path: Path) -> bool:
+    """Whether a file says of itself that it is a ledger, be it one that is damaged further down."""
+    with path.open("rb") as file:
+        return f'"schema":"{SCHEMA}"'.encode() in file.readline(1 << 20)

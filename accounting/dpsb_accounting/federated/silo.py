@@ -184,11 +184,8 @@ def common_terms(silos: Sequence[Silo], model: str, delta: float | None) -> Term
         delta = first.delta
     delta = _checks.probability(open_interval=True, delta=delta)
     for silo in silos:
-        if silo.num_examples is not None and delta >= 1 / silo.num_examples:
-            raise ValueError(
-                f"delta={delta!r} must be less than 1 / num_examples = {1 / silo.num_examples:.3g} "
-                f"of silo {silo.name!r}"
-            )
+        if silo.num_examples is not None:
+            _checks.delta_below(silo.num_examples, f" of silo {silo.name!r}", delta=delta)
     return Terms(delta=delta, neighboring=first.neighboring, unit=first.unit)
 
 

@@ -6,14 +6,14 @@ import json
 import shutil
 import threading
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dpsb.data import read_table
-from dpsb.federated.building import begun_or_left, build, build_without_data
+from dpsb.federated.building import build, build_without_data
 from dpsb.federated.calibrate import policy_text, terms_of
 from dpsb.federated.checks import FederatedError, check_whole, checked_fields
 from dpsb.federated.config import SETTINGS_NAME, FederateConfig, settings_in
@@ -25,11 +25,11 @@ from dpsb.federated.messages import Reply
 from dpsb.federated.paid_layout import FRAMES_NAME
 from dpsb.federated.secure.keys import check_peers, known_key
 from dpsb.federated.secure.masks import public_of
-from dpsb.federated.server import ServerError
 from dpsb.federated.silo import Silo
 from dpsb.federated.spec import POLICY_NAME, read_policy
 from dpsb.federated.trainer import Trainer
 from dpsb.federated.worker import serve
+from dpsb.folders import check_new, new_folder
 from dpsb.frozen_prefix import remember_frozen_prefix
 from dpsb.start import START_NAME
 from dpsb_accounting.files import write_whole
@@ -90,22 +90,28 @@ def initialize(config: FederateConfig, hosts: Sequence[str], port: int, on_statu
       The server's folder.
 
     Raises:
-      FederatedError, ServerError, ModelError, DataError: With one sentence.
+      FederatedError, ModelError, DataError, FileExistsError: With one sentence.
     """
     out = Path(config.run.out)
-    if out.exists() and any(out.iterdir()):
-        raise ServerError(f"{out} is not empty; choose another folder.")
+    check_new(out)
     undeclared = [name for name, silo in config.silos.items() if silo.num_examples is None]
     if undeclared:
         raise FederatedError(f"Declare num_examples under [silos.{undeclared[0]}]: the server reads no silo's data.")
     if config.run.task == "classification" and config.run.labels is None:
         raise FederatedError("Declare labels: each silo would take them from its own file's schema, in its own order.")
     sizes = {name: int(silo.num_examples or 0) for name, silo in config.silos.items()}
-    with begun_or_left(out):
-        built = build_without_data(config, out, on_status)
-        on_status("calibrating the silos' noise")
-        dimension = sum(tensor.numel() for tensor in built.trainer.start.values())
-        terms, policies = terms_of(config, sizes, dimension, built.trainer.wide)
+    with new_folder(out) as folder:
+        _write_deployment(config, folder, hosts, port, sizes, on_status)
+    return out
+
+
+def _write_deployment(
+    config: FederateConfig, out: Path, hosts: Sequence[str], port: int, sizes: Mapping[str, int], on_status: Status
+) -> None:
+    built = build_without_data(config, out, on_status)
+    on_status("calibrating the silos' noise")
+    dimension = sum(tensor.numel() for tensor in built.trainer.start.values())
+    terms, policies = terms_of(config, sizes, dimension, built.trainer.wide)
     Coordinator(out, terms, built.trainer.start, built.trainer.basis_sha256, LocalTransport({})).begin()
     make_certificates(out / TLS, list(dict.fromkeys((*hosts, *LOOPBACK))), _DAYS)  # the server asks its own SuperLink
     (out / NODES).mkdir()
@@ -122,7 +128,6 @@ def initialize(config: FederateConfig, hosts: Sequence[str], port: int, on_statu
         node = _NODE_TOML.format(server=f"{hosts[0]}:{port}", port=_NODE_PORT + number)
         write_whole(folder / NODE / NODE_FILE, node.encode())
         write_whole(out / NODES / f"{name}.pub", make_node_key(folder / NODE))
-    return out
 
 
 def open_silo(
