@@ -17,6 +17,9 @@ KINDS = {
     "lora-sb": "LoRA-SB's start as published, from a public file; from the private data only with epsilon inf",
     "leak": "raw gradient of the private data, as a reference: every epsilon is infinite",
 }
+DATA_FREE_KINDS = ("weight", "random", "complementary", "hadamard")
+"""Kinds that need nothing but the weights."""
+
 RELEASED = ("private", "hybrid")
 """Kinds that always pay for a private release."""
 

@@ -168,15 +168,10 @@ def measured_energies(adapter: Adapter, mechanism: Mechanism, randomness: Random
     return found
 
 
-def measured_energy(adapter: Adapter, mechanism: Mechanism, randomness: Randomness, draws: int) -> float:
-    """The mean of :func:`measured_energies`."""
-    return math.fsum(measured_energies(adapter, mechanism, randomness, draws)) / draws
-
-
 def measured_federated_energy(
     clients: Sequence[Adapter], mechanism: Mechanism, randomness: Randomness, draws: int, *, average: str
 ) -> float:
-    """Like :func:`measured_energy` for a server that averages clients of equal weight, each with its own noise.
+    """The mean of :func:`measured_energies` for a server that averages clients of equal weight, each with own noise.
 
     Args:
       average: ``"factors"`` (FedIT: A and B apart) or ``"products"`` (FedEx-LoRA and FLoRA; the same as averaging

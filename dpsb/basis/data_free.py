@@ -11,10 +11,8 @@ from dpsb.basis.complementary import complementary
 from dpsb.basis.hadamard import hadamard
 from dpsb.basis.random import random
 from dpsb.basis.weight_svd import weight_svd
+from dpsb.basis_spec import DATA_FREE_KINDS
 
-DATA_FREE: dict[str, Callable[[nn.Module], Basis]] = {
-    "weight": weight_svd,
-    "random": random,
-    "complementary": complementary,
-    "hadamard": hadamard,
-}
+DATA_FREE: dict[str, Callable[[nn.Module], Basis]] = dict(
+    zip(DATA_FREE_KINDS, (weight_svd, random, complementary, hadamard), strict=True)
+)

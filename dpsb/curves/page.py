@@ -12,9 +12,10 @@ from dpsb import __version__
 from dpsb.curves import words
 from dpsb.curves.plot import draw
 from dpsb.curves.settings import DEMO, MACHINE
-from dpsb.curves.style import POLICY, STYLE
+from dpsb.curves.style import STYLE
 from dpsb.curves.sweep import Curve
 from dpsb.curves.table import FAILED, Point
+from dpsb_accounting.document import document
 from dpsb_accounting.files import write_whole
 from dpsb_accounting.report.words import up
 
@@ -57,16 +58,7 @@ def page(curve: Curve) -> str:
         f'<p class="small">Made by dpsb {__version__}. To check a run: <code>dpsb-accounting verify '
         "cells/NAME/ledger.jsonl</code>.</p>",
     ]
-    return "\n".join(
-        [
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{_text(title)}: {_text(_data(curve))}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
-            *body,
-            "</body>\n</html>\n",
-        ]
-    )
+    return document(f"{title}: {_data(curve)}", STYLE, body)
 
 
 def _subtitle(curve: Curve) -> str:

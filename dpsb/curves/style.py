@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15.5px/1.55 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1c1f24; background: #fff;

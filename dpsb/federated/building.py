@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,8 +148,6 @@ def finish(out: Path, built: Built, config: FederateConfig, federation: Federati
         write_whole(start, start_of(trainer.adapter))
     adapter = trainer.adapter
     adapter.load_state(federation.state.theta)
-    for stale in out.glob(f"{ADAPTER}.new"):
-        shutil.rmtree(stale)
     with replacing(out / ADAPTER) as folder:
         write_adapter(folder, adapter, federation.state.run_id, built.tokenizer, start)
         (folder / "README.md").write_text(federation_card(config, federation))

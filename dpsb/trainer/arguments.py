@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-DATA_FREE_BASES = ("weight", "random", "complementary", "hadamard")
+from dpsb.basis_spec import DATA_FREE_KINDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +86,9 @@ class PrivacyArguments:
                 f"Expected head_share={self.head_share!r} between 0 and 1, and adaptive_clip={self.adaptive_clip!r} to "
                 "be left out beside it."
             )
-        if self.basis not in DATA_FREE_BASES:
+        if self.basis not in DATA_FREE_KINDS:
             raise ValueError(
-                f"Expected basis={self.basis!r} to be one of {', '.join(DATA_FREE_BASES)}; one from public data is the "
+                f"Expected basis={self.basis!r} to be one of {', '.join(DATA_FREE_KINDS)}; one from public data is the "
                 "Trainer's argument basis, and `dpsb train` has those that read private data and pay for it."
             )
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import workbench
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 
@@ -52,6 +53,18 @@ CONFIGS = {
         {**_DECODER, "head_dim": 8, "final_logit_softcapping": 0.5},
     ),
 }
+
+
+@pytest.fixture
+def quick_calibration(monkeypatch):
+    """Noise by a table instead of a search that takes seconds."""
+    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
+
+
+@pytest.fixture
+def wide_terminal(monkeypatch):
+    """Sentences on the screen stay on one line."""
+    monkeypatch.setenv("COLUMNS", "160")
 
 
 @pytest.fixture(autouse=True)

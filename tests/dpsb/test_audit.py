@@ -23,11 +23,12 @@ from dpsb_accounting.auditing.page import Attack, to_html, to_json
 METHODS = {"clopper-pearson", "gdp", "one-run", "one-run-fdp"}
 
 
+pytestmark = pytest.mark.usefixtures("quick_calibration", "wide_terminal")
+
+
 @pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
+def few_scores(monkeypatch):
     monkeypatch.setattr(auditor, "_MANY", 8000)
-    monkeypatch.setenv("COLUMNS", "160")
 
 
 def config(out, **changes):

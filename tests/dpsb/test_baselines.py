@@ -188,9 +188,7 @@ def test_a_start_is_found_again_bit_for_bit(tiny, name):
 # --- whole runs
 
 
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
+pytestmark = pytest.mark.usefixtures("quick_calibration")
 
 
 def loaded(out, kind):

@@ -242,11 +242,6 @@ def test_schedules(tiny, tmp_path, name, halfway):
     assert schedule(0.5) == pytest.approx(halfway)
 
 
-@pytest.fixture
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
-
-
 @pytest.mark.usefixtures("quick_calibration")
 @pytest.mark.parametrize(
     "changes",

@@ -32,13 +32,11 @@ from dpsb.start import attach_again, digest, start_of
 from dpsb_accounting import Ledger, verify
 
 RANK = 4
-pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+pytestmark = [
+    pytest.mark.usefixtures("quick_calibration"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
+]
 TASK = {"bert": "classification", "pooled": "classification", "llama": "causal-lm", "gpt2": "causal-lm"}
-
-
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
 
 
 def base_of(tiny, kind):

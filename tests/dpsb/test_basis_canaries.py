@@ -29,9 +29,11 @@ def mechanism(**changes):
     return Mechanism(**{"l2_clip_norm": C, "noise_multiplier": 1.0, "clipping": "flat", **changes})
 
 
+pytestmark = pytest.mark.usefixtures("quick_calibration")
+
+
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
+def few_scores(monkeypatch):
     monkeypatch.setattr(auditor, "_MANY", 8000)
 
 

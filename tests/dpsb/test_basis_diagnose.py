@@ -27,9 +27,7 @@ BUDGET = Budget(epsilon=8.0, delta=1e-5, num_examples=5000, expected_batch_size=
 CLIP = Clip(l2_clip_norm=1.0, clipping="automatic", share=0.1)
 
 
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
+pytestmark = pytest.mark.usefixtures("quick_calibration")
 
 
 def public_set(name="near", count=24, seed=1, own_labels=0, run_labels=False):

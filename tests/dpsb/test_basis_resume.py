@@ -21,9 +21,7 @@ class CutOff(KeyboardInterrupt):
     """Stands for a machine that went down."""
 
 
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
+pytestmark = pytest.mark.usefixtures("quick_calibration")
 
 
 KINDS = {"private": {"basis": "private"}, "hybrid": {"basis": "hybrid", "basis_width": 8}}

@@ -16,10 +16,7 @@ from dpsb_accounting import verify
 COMMANDS = ("plan", "train", "report", "export", "demo")
 
 
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
-    monkeypatch.setenv("COLUMNS", "160")
+pytestmark = pytest.mark.usefixtures("quick_calibration", "wide_terminal")
 
 
 def dpsb(*arguments):

@@ -24,11 +24,7 @@ from dpsb.frozen_prefix import _Memory
 from dpsb_accounting import Ledger, epsilon
 from dpsb_accounting.report.words import up
 
-
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
-    monkeypatch.setenv("COLUMNS", "160")
+pytestmark = pytest.mark.usefixtures("quick_calibration", "wide_terminal")
 
 
 def kill_after(count, place, name, settings, out):

@@ -18,11 +18,7 @@ from dpsb.data import DataError, read_table
 from dpsb_accounting import Ledger, epsilon
 from dpsb_accounting.engines import ResourceLimit
 
-
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
-    monkeypatch.setenv("COLUMNS", "160")
+pytestmark = pytest.mark.usefixtures("quick_calibration", "wide_terminal")
 
 
 # --- what it costs

@@ -19,9 +19,7 @@ from dpsb_accounting import Ledger, verify
 NUMBER = st.one_of(st.floats(width=32), st.sampled_from([0.0, math.nan, math.inf, 3e38, 1e-45]), st.floats(-10, 10))
 
 
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
+pytestmark = pytest.mark.usefixtures("quick_calibration")
 
 
 @given(

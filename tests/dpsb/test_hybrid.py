@@ -20,10 +20,7 @@ from dpsb.data import Columns, DataError
 from dpsb.models import ModelError
 from dpsb_accounting import Gaussian, Ledger, LedgerError, PoissonGaussian, epsilon, verify
 
-
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
+pytestmark = pytest.mark.usefixtures("quick_calibration")
 
 
 # --- turning

@@ -19,10 +19,7 @@ from dpsb.train import fit
 from dpsb.warm_start import warm_start
 from dpsb_accounting import Ledger, verify
 
-
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
+pytestmark = pytest.mark.usefixtures("quick_calibration")
 
 
 # --- warm start

@@ -39,9 +39,7 @@ HOW = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
+pytestmark = pytest.mark.usefixtures("quick_calibration")
 
 
 def settings(out, how, **changes):

@@ -25,9 +25,11 @@ from dpsb_accounting import Ledger, LedgerError, Report, verify
 STEPS = 3
 
 
+pytestmark = pytest.mark.usefixtures("quick_calibration")
+
+
 @pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
+def no_selftest(monkeypatch):
     monkeypatch.setattr(run, "check_before_run", lambda *_args: None)  # it releases and draws; these tests count that
 
 

@@ -12,10 +12,7 @@ from dpsb import run
 from dpsb.evaluate import evaluate
 from dpsb_accounting import Ledger, verify
 
-
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
+pytestmark = pytest.mark.usefixtures("quick_calibration")
 
 
 def no_canary(*found):

@@ -26,10 +26,7 @@ from dpsb_accounting import Ledger
 LENGTH = 16
 
 
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
-    monkeypatch.setenv("COLUMNS", "160")
+pytestmark = pytest.mark.usefixtures("quick_calibration", "wide_terminal")
 
 
 def selftested(tiny, kind="bert", *, full=False, loss_fn=None, prepare=lambda adapter: None, **options):

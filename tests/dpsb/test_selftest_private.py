@@ -11,11 +11,7 @@ from dpsb.data import Collator, DataError, synthetic_examples
 from dpsb.selftest import Check, SelfTest, selftest_model
 from dpsb.selftest.command import Subject, selftest_subject
 
-
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
-    monkeypatch.setenv("COLUMNS", "160")
+pytestmark = pytest.mark.usefixtures("quick_calibration", "wide_terminal")
 
 
 def subject():

@@ -11,10 +11,7 @@ from dpsb.basis.sources import columns_read, read_public
 from dpsb.data import Columns, DataError, Table
 from dpsb.shared_rows import PublicRows, check_not_shared, public_rows, stated_rows
 
-
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
+pytestmark = pytest.mark.usefixtures("quick_calibration")
 
 
 def shared_with_private(tmp_path, kind, name):

@@ -22,13 +22,11 @@ from dpsb.train import Knobs, fit
 from dpsb.trainer.examples import TokenExamples
 from dpsb_accounting import Ledger, make_report
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in trainers.IGNORED_WARNINGS]
+pytestmark = [
+    pytest.mark.usefixtures("quick_calibration"),
+    *(pytest.mark.filterwarnings(line) for line in trainers.IGNORED_WARNINGS),
+]
 SCRIPTS = Path(__file__).parent / "scripts"
-
-
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
 
 
 def fitted(path, plan, model, examples, task, optimizer, schedule):

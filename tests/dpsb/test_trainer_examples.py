@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import trainers
-import workbench
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,16 +14,14 @@ from dpsb.trainer.examples import Form, TokenExamples, example_of, form_of
 from dpsb.trainer.refusals import TrainerArgumentError
 from dpsb_accounting import Ledger
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in trainers.IGNORED_WARNINGS]
+pytestmark = [
+    pytest.mark.usefixtures("quick_calibration"),
+    *(pytest.mark.filterwarnings(line) for line in trainers.IGNORED_WARNINGS),
+]
 CLASSES = Form(task="classification", vocab_size=50, num_labels=3, max_length=6, token_types=2, pad_token_id=0)
 WORDS = Form(task="causal-lm", vocab_size=50, num_labels=0, max_length=6, token_types=0, pad_token_id=0)
 EMPTY_CLASS = {"input_ids": [0], "labels": IGNORED, "token_type_ids": [0]}
 EMPTY_WORDS = {"input_ids": [0], "labels": [IGNORED]}
-
-
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
 
 
 @pytest.mark.parametrize("container", [list, np.array, torch.tensor])

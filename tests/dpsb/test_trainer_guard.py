@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import trainers
-import workbench
 from torch import nn
 from transformers import TrainerCallback
 
@@ -19,12 +18,10 @@ from dpsb.trainer.guard import check_no_listeners, check_reload, check_unchanged
 from dpsb.trainer.refusals import TrainerArgumentError
 from dpsb_accounting import Ledger
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in trainers.IGNORED_WARNINGS]
-
-
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
+pytestmark = [
+    pytest.mark.usefixtures("quick_calibration"),
+    *(pytest.mark.filterwarnings(line) for line in trainers.IGNORED_WARNINGS),
+]
 
 
 class Does(TrainerCallback):

@@ -7,7 +7,6 @@ import signal
 import pytest
 import torch
 import trainers
-import workbench
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -19,13 +18,11 @@ from dpsb.trainer.files import TrainerRunError, remove_old
 from dpsb_accounting import Ledger, LedgerError, make_report, verify
 from dpsb_accounting.record import in_use
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in trainers.IGNORED_WARNINGS]
+pytestmark = [
+    pytest.mark.usefixtures("quick_calibration"),
+    *(pytest.mark.filterwarnings(line) for line in trainers.IGNORED_WARNINGS),
+]
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
-
-
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
 
 
 class Stop(TrainerCallback):

@@ -21,15 +21,13 @@ from dpsb.randomness import SeededRandomness
 from dpsb.trainer.refusals import TrainerArgumentError
 from dpsb_accounting import Ledger, make_report, verify
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in trainers.IGNORED_WARNINGS]
+pytestmark = [
+    pytest.mark.usefixtures("quick_calibration"),
+    *(pytest.mark.filterwarnings(line) for line in trainers.IGNORED_WARNINGS),
+]
 FORBIDDEN_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "training_args.bin")
 FORBIDDEN_KEYS = ("loss", "train_loss", "grad_norm", "num_tokens", "mean_token_accuracy", "entropy", "total_flos")
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
-
-
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
 
 
 class Notes(TrainerCallback):

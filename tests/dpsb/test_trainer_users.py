@@ -15,13 +15,11 @@ from dpsb.trainer.hf import DPTrainer
 from dpsb.trainer.refusals import TrainerArgumentError
 from dpsb_accounting import Ledger
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in trainers.IGNORED_WARNINGS]
+pytestmark = [
+    pytest.mark.usefixtures("quick_calibration"),
+    *(pytest.mark.filterwarnings(line) for line in trainers.IGNORED_WARNINGS),
+]
 RARE = {"num_examples": 10**6, "expected_batch_size": 1, "delta": 1e-8}
-
-
-@pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch):
-    monkeypatch.setattr("dpsb.plan.noise_multiplier_for", workbench.calibrated)
 
 
 class TorchData(torch.utils.data.Dataset):

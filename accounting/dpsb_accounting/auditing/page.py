@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from dpsb_accounting.auditing.bounds import LowerBound
 from dpsb_accounting.auditing.roc import Roc
+from dpsb_accounting.document import document
 from dpsb_accounting.report.svg import Axis, Line, interval_plot, line_plot
 
 _STYLE = """
@@ -43,7 +44,6 @@ _METHODS = {
     "one-run": "counts guesses about one run whose canaries may influence each other; assumes nothing about the noise.",
     "one-run-fdp": "the same, if the trade-off is that of Gaussian noise.",
 }
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,10 +126,6 @@ def to_html(
             "and a small figure may only mean that they were weak."
         )
     parts = [
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
         f"<h1>{html.escape(title)}</h1>",
         f'<div class="{kind}"><b>{headline}</b>{html.escape(verdict)}</div>',
         f"<p>{_EPSILON}</p>",
@@ -156,9 +152,8 @@ def to_html(
         ),
         "<h2>How this was made</h2>",
         _list(notes),
-        "</body>\n</html>\n",
     ]
-    return "\n".join(parts)
+    return document(title, _STYLE, parts)
 
 
 def _bounds_plot(attacks: Sequence[Attack], claimed: float) -> str:

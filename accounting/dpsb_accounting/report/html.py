@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 
+from dpsb_accounting.document import document
 from dpsb_accounting.plan import Plan
 from dpsb_accounting.record import LedgerRecord
 from dpsb_accounting.report.build import HELD_OUT_NOTE, Report
@@ -38,7 +39,6 @@ svg .grid { stroke: #e8e8e8; } svg .frame { fill: none; stroke: #999; }
 pre { background: #f6f6f6; padding: 10px; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
 @media print { .page + .page { break-before: page; border: 0; margin: 0; padding: 0; } details { display: none; } }
 """
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def to_html(report: Report, ledger: LedgerRecord) -> str:
@@ -54,17 +54,7 @@ def to_html(report: Report, ledger: LedgerRecord) -> str:
     content = report.to_json()
     drawn = curves(ledger.plan, report.epsilon.upper) if report.claim and report.epsilon.upper else None
     title = f"Privacy report of run {content_text(mapping(content['ledger'])['run_id'])[:16]}"
-    return "\n".join(
-        [
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
-            *_first_page(title, content),
-            *_second_page(content, ledger.plan, drawn),
-            "</body>\n</html>\n",
-        ]
-    )
+    return document(title, _STYLE, [*_first_page(title, content), *_second_page(content, ledger.plan, drawn)])
 
 
 def content_text(value: object) -> str:
