@@ -94,7 +94,7 @@ class FederationSettings:
         ``"client_level"``: whole silos are hidden, epsilon is then for a silo.
       server_optimizer: ``"none"`` (Fed-SB's mean), ``"sgd"`` or ``"adam"``; models with sums need one of the latter.
       server_learning_rate: Of the server's optimizer on the difference to the mean.
-      min_silos: With fewer replies the run stops; all silos if left out.
+      min_silos: With fewer replies the run stops; all silos less ``dropouts`` if left out.
       spare_rounds: Rounds' worth of steps that each silo pays for besides, for what crashes waste.
       dropouts: ``secagg``: how many silos may be missing in a sum that is opened.
       colluders: ``secagg``: how many silos may help the server, at least 1.
