@@ -201,6 +201,7 @@ def test_a_killed_simulation_goes_on(tmp_path):
         ("basis_share = 0.1", SPLIT, "basis_share=0.1 is for a basis that is paid for"),
         ('basis = "leak"\nallow_non_private_basis = true', SPLIT, "is computed from private data"),
         ("epsilon_ = 3", SPLIT, "unknown key 'epsilon_'"),
+        ("lr = 0.1\nlearning_rate = 0.2", SPLIT, "has both 'lr' and 'learning_rate'"),
         ("", "silos = 1", "Say who takes part"),
         ("", SPLIT + "\nround = 2", "unknown key 'round'"),
         ("", SPLIT + '\nmodel = "trust"', "Expected model='trust'"),
