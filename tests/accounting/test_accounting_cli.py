@@ -5,23 +5,10 @@ import sys
 import pytest
 from plans import make_plan
 
-from dpsb_accounting import Ledger, __version__, cli, epsilon, make_report
+from dpsb_accounting import Ledger, __version__, epsilon, make_report
 from dpsb_accounting.events import PoissonGaussian
 
 QUESTION = ["--sampling-prob", "0.01", "--steps", "100", "--delta", "1e-5"]
-
-
-@pytest.fixture
-def call(capsys):
-    """Runs the command line; returns its exit code, stdout and stderr."""
-
-    def _call(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return _call
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import json
 import pytest
 from plans import make_plan
 
-from dpsb_accounting import ApproximateDP, Ledger, ResourceLimit, cli, epsilon
+from dpsb_accounting import ApproximateDP, Ledger, ResourceLimit, epsilon
 
 GAUSSIAN = {"type": "GaussianDpEvent", "noise_multiplier": 4}
 STEP = {
@@ -12,19 +12,6 @@ STEP = {
     "event": {"type": "GaussianDpEvent", "noise_multiplier": 1},
 }
 RUN = {"type": "SelfComposedDpEvent", "count": 1000, "event": STEP}
-
-
-@pytest.fixture
-def call(capsys):
-    """Runs the command line; returns its exit code, stdout and stderr."""
-
-    def _call(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return _call
 
 
 @pytest.fixture

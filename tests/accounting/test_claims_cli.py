@@ -1,27 +1,19 @@
 """The command `lint`: exit codes, one sentence for bad input, JSON for programs, and what it teaches."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from dpsb_accounting import cli
 from dpsb_accounting.claims import CATALOG, example
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 @pytest.fixture
-def call(capsys):
-    """Runs the command line; returns its exit code, stdout and stderr."""
-
-    def _call(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in ("lint", *arguments)])
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return _call
+def call(call):
+    return partial(call, "lint")
 
 
 @pytest.fixture

@@ -2,12 +2,13 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 from federations import silo, silos, step, write_ledger
 from plans import BASIS
 
-from dpsb_accounting import Gaussian, NonPrivate, Phase, PoissonSkellam, cli, epsilon
+from dpsb_accounting import Gaussian, NonPrivate, Phase, PoissonSkellam, epsilon
 from dpsb_accounting.events import SampledWithoutReplacementGaussian
 from dpsb_accounting.federated import client_level, secagg, silo_local, trusted_server
 from dpsb_accounting.federated.persons import drawn_records
@@ -165,14 +166,8 @@ def test_sampled_records_of_one_person_lie_between_one_and_everything():
 
 
 @pytest.fixture
-def call(capsys):
-    def _call(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["federated", *(str(argument) for argument in arguments)])
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return _call
+def call(call):
+    return partial(call, "federated")
 
 
 @pytest.fixture

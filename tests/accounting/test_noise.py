@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import make_plan
 
-from dpsb_accounting import cli
 from dpsb_accounting.noise import CENTRAL, FEDERATED, amplification, compare, comparison_for
 from dpsb_accounting.shapes import Layer, layers_from_json
 
@@ -238,17 +237,6 @@ def test_layers_of_json_are_checked():
         layers_from_json("nonsense")
     with pytest.raises(ValueError, match="must be a JSON object"):
         layers_from_json([3])
-
-
-@pytest.fixture
-def call(capsys):
-    def _call(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return _call
 
 
 def test_compare_command(call, tmp_path):

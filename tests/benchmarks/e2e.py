@@ -87,6 +87,7 @@ ARMS = {
     "sb-leak": Arm("sb", 16, GRADIENT_RATES, "leak"),
     "lora": Arm("lora", 4, (0.001, 0.003, 0.01, 0.03)),
     "ffa-lora": Arm("ffa-lora", 4, (0.003, 0.01, 0.03, 0.1)),
+    "lora-xs": Arm("lora-xs", 16, (0.003, 0.01, 0.03, 0.1)),
     "eva-near": Arm("peft:eva:{near}", 4, (0.001, 0.003, 0.01, 0.03)),
     "lora-ga-near": Arm("peft:lora_ga:{near}", 4, (0.001, 0.003, 0.01, 0.03)),
     "sb-trained": Arm("sb", 16, GRADIENT_RATES, "trained", warm=0.005),

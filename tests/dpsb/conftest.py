@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import federation
 import pytest
 import torch
 import workbench
@@ -53,6 +54,12 @@ CONFIGS = {
         {**_DECODER, "head_dim": 8, "final_logit_softcapping": 0.5},
     ),
 }
+
+
+@pytest.fixture
+def fed(tiny, tmp_path):
+    """A federation of three silos on a tiny model."""
+    return federation.Federation(tmp_path / "fed", federation.trainer(tiny))
 
 
 @pytest.fixture

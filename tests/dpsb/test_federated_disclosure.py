@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from hashlib import sha256
 
-import federation
 import pytest
 import torch
 from federation import NAMES, Federation, policy, terms
@@ -21,11 +20,6 @@ SUMMED = {
     "trusted_server": {"local_steps": 1, "learning_rate": 0.1, "head_learning_rate": 0.1},
     "client_level": {"optimizer": "sgd"},
 }
-
-
-@pytest.fixture
-def fed(tiny, tmp_path):
-    return Federation(tmp_path / "fed", federation.trainer(tiny))
 
 
 def asked(fed, model, **changes):

@@ -2,10 +2,9 @@
 
 from dataclasses import replace
 
-import federation
 import pytest
 import torch
-from federation import NAMES, Faulty, Federation, Killed, first_spec, only, policy, terms
+from federation import NAMES, Faulty, Killed, first_spec, only, policy, terms
 
 from dpsb import clipped_sums
 from dpsb.federated import silo as silo_module
@@ -14,12 +13,6 @@ from dpsb.federated.messages import Update, theta_digest
 from dpsb.federated.server import load_state
 from dpsb.mechanism import Mechanism
 from dpsb_accounting import Ledger
-
-
-@pytest.fixture
-def fed(tiny, tmp_path):
-    return Federation(tmp_path / "fed", federation.trainer(tiny))
-
 
 KILLED = {
     "after the charge": (Ledger, "charge", 2),

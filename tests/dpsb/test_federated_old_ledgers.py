@@ -5,14 +5,9 @@ from dataclasses import replace
 
 import federation
 import pytest
-from federation import Faulty, Federation, Killed, first_spec, only
+from federation import Faulty, Killed, first_spec, only
 
 from dpsb.federated.messages import Update
-
-
-@pytest.fixture
-def fed(tiny, tmp_path):
-    return Federation(tmp_path / "fed", federation.trainer(tiny))
 
 
 def put_back(fed, name, keep, *, replies=True):

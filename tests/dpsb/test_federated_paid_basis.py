@@ -7,7 +7,7 @@ import federation
 import pytest
 import torch
 import workbench
-from federation import DELTA, NAMES, NOISE, PROB, STEP, Faulty, Federation, Killed, check_ledger, policy, terms
+from federation import DELTA, NAMES, NOISE, PROB, STEP, Faulty, Killed, check_ledger, policy, terms
 from safetensors.torch import load_file
 from test_federated_simulate import SPLIT, settings, split_file
 
@@ -32,11 +32,6 @@ from dpsb_accounting import epsilon as epsilon_of
 
 PAID = PaidBasis(noise_multiplier=2.0, l2_clip_norm=1.0, clipping="flat", share=0.1)
 RELEASE = Gaussian(noise_multiplier=PAID.noise_multiplier)
-
-
-@pytest.fixture
-def fed(tiny, tmp_path):
-    return Federation(tmp_path / "fed", federation.trainer(tiny))
 
 
 def asked(paid=PAID, **changes):

@@ -27,11 +27,6 @@ from dpsb_accounting import federated, verify
 from dpsb_accounting.federated import Silo as Described
 
 
-@pytest.fixture
-def fed(tiny, tmp_path):
-    return Federation(tmp_path / "fed", federation.trainer(tiny))
-
-
 def test_a_run_averages_what_the_silos_release(fed):
     seen = []
     transport = federation.Faulty(fed.silos(), after=lambda _m, reply: seen.append(reply) or [reply])

@@ -23,11 +23,6 @@ from dpsb_accounting.federated import secagg as secagg_report
 ROUNDS, CLIP = 2, 0.001
 
 
-@pytest.fixture
-def fed(tiny, tmp_path):
-    return Federation(tmp_path / "fed", federation.trainer(tiny))
-
-
 def allow(fed, model, **changes):
     fed.policies = {name: policy(name, models=[model], **{"clients": 3, **changes}) for name in NAMES}
 
