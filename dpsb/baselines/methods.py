@@ -47,8 +47,8 @@ REFUSED = {
     **dict.fromkeys(_BARE_METHODS.split(), _BARE),
     **dict.fromkeys(_PROMPT_METHODS.split(), _NO_ROWS),
     "OFT": "it keeps its factor orthogonal, and noise on every coordinate leaves that set",
-    "Psoft": "it keeps its factor orthogonal, and noise on every coordinate leaves that set; the free r x r matrix "
-    "between frozen factors is 'sb', so use sb",
+    "Psoft": "it trains a bare matrix, which is orthogonal unless psoft_orth is False, and noise on every coordinate "
+    "leaves that set; the free one between the weight's singular directions is 'sb' on basis 'weight', so use sb",
     "Lily": "it routes by an average over the whole batch, so that one example moves the gradients of the others",
     "XLora": "it weighs adapters that were trained before, by a second pass through the model; train one adapter here",
     **dict.fromkeys(("Arrow", "BdLora", "Kasa", "Monteclora", "Velora"), _VARIANT),

@@ -13,7 +13,8 @@ import csv
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ RESULTS = ROOT / "tests" / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- tables: tests/benchmarks/published.py -->\n", "<!-- end of tables -->\n"
 AIM_BEGIN, AIM_END = "<!-- aim: tests/benchmarks/published.py -->\n", "<!-- end of aim -->\n"
+FIXED_BEGIN, FIXED_END = "<!-- fixed: tests/benchmarks/published.py -->\n", "<!-- end of fixed -->\n"
+TRIED_BEGIN, TRIED_END = "<!-- tried: tests/benchmarks/published.py -->\n", "<!-- end of tried -->\n"
 EPSILONS = (1.0, 3.0, 8.0)
 USUAL_RUNS = 3
 ARMS = {
@@ -177,8 +180,9 @@ def table(published: Published) -> str:
 
 
 def _best(metric: str, summary: Iterable[Point], epsilon: float) -> Point | None:
-    """The best mean at an epsilon; the reference does not count."""
-    compared = [point for point in summary if point.epsilon == epsilon and not point.unbounded]
+    """The best mean at an epsilon; the reference does not count, nor does an arm with too few runs."""
+    enough = [point for point in summary if point.n >= USUAL_RUNS]
+    compared = [point for point in enough if point.epsilon == epsilon and not point.unbounded]
     return _best_of(metric)(compared, key=lambda point: point.mean, default=None)
 
 
@@ -236,6 +240,40 @@ def verdict(metric: str, ours: Point, other: Point) -> str:
     return "ahead" if is_better(metric, ours.mean, other.mean) else "behind"
 
 
+def won(found: Mapping[tuple[str, float], Point], metric: str, arm: str, epsilon: float) -> bool:
+    """Whether an arm is ahead of DP-LoRA and of FFA-LoRA at an epsilon."""
+    others = [found.get((other, epsilon)) for other in AGAINST]
+    ours = found.get((arm, epsilon))
+    return ours is not None and all(other and verdict(metric, ours, other) == "ahead" for other in others)
+
+
+def fixed() -> str:
+    """Markdown: where each R-only arm is ahead of both, had it been chosen beforehand, with its own rates alone."""
+    names = [one.title.partition(":")[0] for one in SETS]
+    lines = ["| R-only, fixed beforehand | " + " | ".join(names) + " | cells |", "|" + "---|" * (2 + len(SETS))]
+    tables = [(one, {(point.method, point.epsilon): point for point in points(runs_of(one))}) for one in SETS]
+    for arm in R_ONLY:
+        cells, ahead, run = [], 0, 0
+        for one, found in tables:
+            here = [epsilon for epsilon in EPSILONS if (arm, epsilon) in found]
+            good = [epsilon for epsilon in here if won(found, one.metric, arm, epsilon)]
+            ahead, run = ahead + len(good), run + len(here)
+            cells.append(", ".join(f"{epsilon:g}" for epsilon in good) or ("none" if here else "–"))
+        lines.append(f"| {ARMS[arm].removeprefix('R-only, ')} | {' | '.join(cells)} | {ahead} of {run} |")
+    return "\n" + "\n".join(lines) + "\n\n"
+
+
+def tried() -> str:
+    """Markdown: how many tuning runs the choice of the R-only arm read, and each baseline's."""
+    columns = " | ".join(ARMS[arm] for arm in AGAINST)
+    lines = [f"| tuning runs | R-only, all arms | {columns} |", "|" + "---|" * (2 + len(AGAINST))]
+    for one in SETS:
+        tuned = Counter(run.arm for run in runs_of(one) if run.tuning)
+        counts = [sum(tuned[arm] for arm in R_ONLY), *(tuned[arm] for arm in AGAINST)]
+        lines.append(f"| {one.title.partition(':')[0]} | {' | '.join(map(str, counts))} |")
+    return "\n" + "\n".join(lines) + "\n\n"
+
+
 def aim() -> str:
     """Markdown: the chosen R-only arm of each cell against DP-LoRA, FFA-LoRA and a baseline with the same rows."""
     columns = (*AGAINST, WITH_THE_SAME_ROWS)
@@ -248,8 +286,8 @@ def aim() -> str:
         for epsilon in EPSILONS:
             ours = found.get((arm, epsilon))
             said = {other: _against(one, ours, found.get((other, epsilon))) for other in columns}
-            won = all(said[other].startswith("ahead") for other in AGAINST)
-            named = f"{ARMS[arm].removeprefix('R-only, ')} {_cell(ours, one.decimals, won)}"
+            bold = won(found, one.metric, arm, epsilon)
+            named = f"{ARMS[arm].removeprefix('R-only, ')} {_cell(ours, one.decimals, bold)}"
             lines.append(f"| {one.title.partition(':')[0]}, {epsilon:g} | {named} | {' | '.join(said.values())} |")
     return "\n" + "\n".join(lines) + "\n\n"
 
@@ -265,7 +303,12 @@ def replaced(page: str) -> str:
     Raises:
       ValueError: If a mark is missing or stands there twice.
     """
-    for begin, end, made in ((BEGIN, END, block()), (AIM_BEGIN, AIM_END, aim())):
+    for begin, end, made in (
+        (BEGIN, END, block()),
+        (AIM_BEGIN, AIM_END, aim()),
+        (FIXED_BEGIN, FIXED_END, fixed()),
+        (TRIED_BEGIN, TRIED_END, tried()),
+    ):
         if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
             raise ValueError(f"Expected the lines {begin.strip()} and {end.strip()} once each, in this order.")
         before, _, rest = page.partition(begin)

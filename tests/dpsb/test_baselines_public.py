@@ -330,7 +330,7 @@ def test_a_method_is_found_however_it_is_spelt(name):
         ("peft:pissa:a.csv", "'peft:pissa:a.csv' takes no file; those that do are peft:eva:FILE, peft:lora_ga:FILE"),
         ("peft:corda:a.csv", "is refused: its start reads data; from public data start only 'peft:eva:FILE'"),
         ("peft:loftq:a.csv", "is refused: it quantizes"),
-        ("peft:psoft", "is refused: it keeps its factor orthogonal.*use sb"),
+        ("peft:psoft", "is refused: it trains a bare matrix.*use sb"),
         ("peft:", "peft:mica, peft:eva:FILE, peft:lora_ga:FILE, peft:<name"),
     ],
 )

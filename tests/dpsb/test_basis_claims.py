@@ -6,6 +6,7 @@ import torch
 import workbench
 
 from dpsb import run
+from dpsb.basis.budget import default_share
 from dpsb.basis.setup import Setup
 from dpsb.basis.stage import plan_basis
 from dpsb.data import Collator
@@ -61,6 +62,22 @@ def leaked(tiny, examples):
     )
     planned = plan_basis(setup)
     return planned.basis.factors, planned.phases
+
+
+@pytest.mark.parametrize(
+    ("kind", "epsilon", "share"),
+    [
+        ("private", 1.0, 0.10),
+        ("private", 2.99, 0.10),
+        ("private", 3.0, 0.05),
+        ("private", 8.0, 0.05),
+        ("hybrid", 1.0, 0.02),
+        ("hybrid", 8.0, 0.02),
+        ("choice", 1.0, 0.01),
+    ],
+)
+def test_the_share_that_a_release_takes_if_nobody_says(kind, epsilon, share):
+    assert default_share(kind, epsilon) == share
 
 
 def test_a_leaking_basis_fails_the_test_that_a_private_one_passes(tiny):

@@ -37,12 +37,18 @@ def test_every_set_has_each_required_arm_and_one_best_mean_a_column(published):
 
 def test_a_page_without_its_marks_is_left_alone(published):
     begin, end = published.BEGIN, published.END
-    aims = f"{published.AIM_BEGIN}old\n{published.AIM_END}"
+    marks = [
+        (published.AIM_BEGIN, published.AIM_END),
+        (published.FIXED_BEGIN, published.FIXED_END),
+        (published.TRIED_BEGIN, published.TRIED_END),
+    ]
+    aims = "".join(f"{first}old\n{last}" for first, last in marks)
     for page in (aims, begin + aims, end + begin + aims, begin + 2 * end + aims, begin + end):
         with pytest.raises(ValueError, match="once each"):
             published.replaced(page)
     changed = published.replaced(f"before\n{begin}old\n{end}after\n{aims}")
-    made = f"{published.AIM_BEGIN}{published.aim()}{published.AIM_END}"
+    tables = (published.aim(), published.fixed(), published.tried())
+    made = "".join(f"{first}{table}{last}" for (first, last), table in zip(marks, tables, strict=True))
     assert changed == f"before\n{begin}{published.block()}{end}after\n{made}"
 
 
@@ -78,7 +84,7 @@ def test_an_arms_runs_are_those_of_the_last_file_that_has_any(published, tmp_pat
         ("public-near", True, 4.0),
         ("public-near", True, 9.0),
     ]
-    near = "| R-only, `public` near | <u>0.1</u>: 4.00, 0.3: 9.00 | – | – | **6.50 ± 0.71** (2) |"
+    near = "| R-only, `public` near | <u>0.1</u>: 4.00, 0.3: 9.00 | – | – | 6.50 ± 0.71 (2) |"
     assert near in published.table(one)
     assert "| R-only, `leak` (epsilon ∞) |  | – | – | 2.00 (1) |" in published.table(one)
     assert "| DP-LoRA |  | – | – | 9.00 (1) |" in published.table(one)
