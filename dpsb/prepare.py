@@ -115,7 +115,7 @@ def prepare(
     check_public_rows(config, table, [] if held_out is None else [held_out], public)
     judged_on = tokenized(held_out, columns)
     if config.task == "classification":
-        check_judgeable(config, [example["labels"] for example in judged_on or ()], labels)
+        check_judgeable(f"eval_data={config.eval_data!r}", [example["labels"] for example in judged_on or ()], labels)
     return Prepared(
         examples=examples,
         units=units,
@@ -133,11 +133,11 @@ def prepare(
     )
 
 
-def check_judgeable(config: RunConfig, targets: Sequence[int], labels: Sequence[str]) -> None:
+def check_judgeable(source: str, targets: Sequence[int], labels: Sequence[str]) -> None:
     """Refuses held-out rows of which none counts, before any budget is spent. Outside the guarantee.
 
     Args:
-      config: Of the run.
+      source: Where the rows are from, as the user named it.
       targets: Each row's place among the labels.
       labels: Of the run.
 
@@ -146,7 +146,7 @@ def check_judgeable(config: RunConfig, targets: Sequence[int], labels: Sequence[
     """
     if targets and all(target == IGNORED for target in targets):
         raise DataError(
-            f"No row of eval_data={config.eval_data!r} has one of the labels {', '.join(map(repr, labels[:9]))}: "
+            f"{source}: no row has one of the labels {', '.join(map(repr, labels[:9]))}: "
             "check how they are spelt there. The same goes for the training rows, where a row with another label "
             "counts for nothing and nobody is told."
         )

@@ -47,6 +47,7 @@ def simulate(
     """
 
     def run() -> None:
+        _end_like_an_interrupt()
         from dpsb.federated.config import read_federation
         from dpsb.federated.simulate import Callbacks
         from dpsb.federated.simulate import simulate as run_simulation
@@ -155,6 +156,7 @@ def init(
     """
 
     def run() -> None:
+        _end_like_an_interrupt()
         from dpsb.federated.config import read_federation
         from dpsb.federated.flower.setup import FOR_SILOS, initialize
 

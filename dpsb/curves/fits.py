@@ -15,7 +15,7 @@ from dpsb.config import RunConfig
 from dpsb.curves.cells import pairs
 from dpsb.curves.entries import CurveError, Entry
 from dpsb.curves.settings import CurveSettings
-from dpsb.data import check_columns, class_indices, read_table
+from dpsb.data import DataError, check_columns, class_indices, read_table
 from dpsb.models import QuantizedConfigError, add_lora, empty_base
 from dpsb.parts import part_of
 from dpsb.prepare import check_judgeable, check_public_rows, columns_of, labels_of, public_files, targets_of
@@ -62,10 +62,22 @@ def check_data(settings: CurveSettings) -> None:
     check_columns(table, columns, config.task)
     for tuning in {False, settings.tunes}:
         config = settings.run(entry, epsilon, settings.rates[entry.text][0], Path("cell"), tuning=tuning)
-        held_out = read_table(str(config.eval_data))
+        held_out, source = read_table(str(config.eval_data)), _judged_on(settings, config, tuning)
+        if not len(held_out):
+            raise DataError(f"{source} holds no rows to judge runs on.")
         _, _, label = check_columns(held_out, columns, config.task)
         if label:
-            check_judgeable(config, class_indices(held_out.labels(label), labels), labels)
+            check_judgeable(source, class_indices(held_out.labels(label), labels), labels)
+
+
+def _judged_on(settings: CurveSettings, config: RunConfig, tuning: bool) -> str:
+    """What a user gave for the rows that a cell is judged on."""
+    part = part_of(str(config.eval_data))
+    if part is not None:
+        share = "validation_share" if tuning else "test_share"
+        return f"The part of {part.source} that {share}={getattr(settings, share)!r} holds out"
+    name = "validation_data" if tuning and settings.validation_data else "eval_data"
+    return f"{name}={config.eval_data!r}"
 
 
 def check_public_files(settings: CurveSettings) -> None:

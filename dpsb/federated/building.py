@@ -102,7 +102,6 @@ def build(
         adapter = attach_saved(model, (out / START_NAME).read_bytes(), begun["basis"])
     else:
         on_status(f"computing the basis ({run.basis})")
-        out.mkdir(parents=True, exist_ok=True)
         if parse_basis(run.basis).kind == "hybrid":
             write_whole(out / FRAMES_NAME, _wide(run, model, prepared[first], collate).content())
         adapter = _new_adapter(run, model, prepared[first], collate)

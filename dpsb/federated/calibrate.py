@@ -116,7 +116,7 @@ def _delta(config: FederateConfig, sizes: Mapping[str, int], model: PrivacyModel
     """One delta for all: below one over the number of units, which are silos in ``client_level``."""
     units = len(sizes) if model is PrivacyModel.CLIENT_LEVEL else max(sizes.values())
     delta = config.run.delta
-    if delta is not None and delta * units >= 1:
+    if delta is not None and delta >= 1 / units:
         whose = "silos" if model is PrivacyModel.CLIENT_LEVEL else "examples of the largest silo"
         raise FederatedError(f"Expected delta={delta!r} below one over the {units} {whose}; more promises nothing.")
     return 0.1 / units if delta is None else delta

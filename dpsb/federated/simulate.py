@@ -75,6 +75,7 @@ def simulate(
 
     Raises:
       FederatedError, ServerError, DataError, ModelError, ProbeError, LedgerError: With one sentence each.
+      FileExistsError: If ``config.run.out`` holds something else.
     """
     if engine not in ENGINES:
         raise FederatedError(f"Expected engine={engine!r} to be one of {', '.join(ENGINES)}.")
@@ -86,7 +87,7 @@ def simulate(
     resumed = (out / SETTINGS_NAME).exists()
     if resumed and settings_in(out).to_json() != config.to_json():
         raise ServerError(f"The settings differ from those of the federation in {out}; they cannot change on resume.")
-    with nullcontext(out) if resumed else new_folder(out) as folder:  # what fails here leaves nothing behind
+    with nullcontext(out) if resumed else new_folder(out, last=SETTINGS_NAME) as folder:  # what fails leaves nothing
         built, terms, policies = _checked(config, folder, callbacks)
     trainer = built.trainer
     policies = {name: replace(policy, examples_together=True) for name, policy in policies.items()}  # theta is our own

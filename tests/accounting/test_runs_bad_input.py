@@ -110,7 +110,13 @@ def test_a_ledger_is_never_written_over(tmp_path, capsys):
     other.write_bytes(kept[path])
     named = tmp_path / "march.jsonl"
     named.write_bytes(kept[path] + b"damaged")
+    ahead = tmp_path / "ahead.txt"
+    ahead.symlink_to(tmp_path / "later" / "ledger.jsonl")
+    (tmp_path / "later").mkdir()
     for command in (
+        ("report", path, "--out", ahead),
+        ("report", path, "--html", path.parent / "report.json"),
+        ("sign", path, "--key", key, "--out", path.parent / "report.json"),
         ("report", path, "--out", named),
         ("report", path, "--out", path.parent / "report.json"),
         ("report", path, "--out", path),

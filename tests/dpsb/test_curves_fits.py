@@ -42,12 +42,14 @@ def test_nothing_is_charged_where_a_method_cannot_run(given, methods, match, tmp
     [
         ({"text_column": "body"}, "body"),
         ({"labels": None}, "The set of labels must be public"),
-        ({"eval_data": "others.jsonl"}, "No row of eval_data='.*others.jsonl' has one of the labels 'ham', 'spam'"),
+        ({"eval_data": "others.jsonl"}, "eval_data='.*others.jsonl': no row has one of the labels 'ham', 'spam'"),
         ({"eval_data": "bare.jsonl"}, "bare.jsonl has no label column"),
+        ({"eval_data": "none.csv"}, "eval_data='.*none.csv' holds no rows to judge runs on"),
     ],
 )
 def test_nothing_is_written_where_no_run_could_read_its_data(given, match, tmp_path):
     (tmp_path / "others.jsonl").write_text('{"text": "a", "label": "HAM"}\n{"text": "b", "label": "SPAM"}\n')
+    (tmp_path / "none.csv").write_text("text,label\n")
     (tmp_path / "bare.jsonl").write_text('{"text": "a"}\n')
     named = {name: str(tmp_path / value) if name == "eval_data" else value for name, value in given.items()}
     with pytest.raises(DataError, match=match):

@@ -1,5 +1,6 @@
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,33 @@ def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path, there):
     umask = os.umask(0)
     os.umask(umask)
     assert stat.S_IMODE((out / "b").stat().st_mode) == 0o777 & ~umask
+
+
+def test_what_a_killed_start_left_is_passed_over(tmp_path):
+    out = tmp_path / "out"
+    (out / ".dpsb-new-x" / "new").mkdir(parents=True)
+    with new_folder(out) as new:
+        (new / "a").write_text("x")
+    assert sorted(os.listdir(out)) == [".dpsb-new-x", "a"]
+
+
+def test_a_link_to_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with new_folder(tmp_path / "out") as new:
+        (new / "a").write_text("x")
+    assert os.listdir(tmp_path / "disk") == ["a"]
+
+
+def test_the_file_that_says_that_all_is_there_comes_last(tmp_path, monkeypatch):
+    moved, rename = [], Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: (moved.append(self.name), rename(self, to))[1])
+    (tmp_path / "out").mkdir()
+    with new_folder(tmp_path / "out", last="b") as new:
+        for name in "abc":
+            (new / name).write_text("x")
+    assert moved[-1] == "b"
+    assert sorted(moved) == ["a", "b", "c"]
 
 
 def test_what_is_beside_a_new_folder_stays(tmp_path):

@@ -113,8 +113,9 @@ def report_command(
 
     Example:  dpsb-accounting report run/ledger.jsonl --json --out run/report.json --sign hospital.key
     """
-    if out is not None and out.name == REPORT_NAME and not as_json:
-        fail(f"{out} is where `verify` looks for JSON; give --json too, or name another file to write")
+    for path in (html, None if as_json else out):
+        if path is not None and path.resolve().name == REPORT_NAME:
+            fail(f"{path} is where `verify` looks for JSON (--json --out); name another file to write")
     record = _ended(ledger)
     made = make_report(record)
     if html is not None:
@@ -176,7 +177,7 @@ def _sign(ledger: Path, key: Path, out: Path | None) -> None:
     report = None if outcome.report is None else strict.mapping(strict.load(outcome.report))
     content = signature.sign(Ledger.read(ledger), report, key)
     target = out or ledger.parent / signature.SIGNATURE_NAME
-    _write(target, json.dumps(content, indent=2) + "\n", ledger, key)
+    _write(target, json.dumps(content, indent=2) + "\n", ledger, key, outcome.report)
     what = "the ledger" if report is None else f"the ledger and {REPORT_NAME}"
     typer.echo(f"signed {what}: {target}", err=True)
 
@@ -184,14 +185,14 @@ def _sign(ledger: Path, key: Path, out: Path | None) -> None:
 def _write(path: Path, text: str, *read: Path | None) -> None:
     """Writes a file whole or not at all, over none that the command has read and over no ledger: that is a budget."""
     try:
-        if any(source is not None and path.exists() and path.samefile(source) for source in read):
+        target = path.resolve()  # a link stays one
+        if any(source is not None and target.exists() and target.samefile(source) for source in read):
             fail(f"{path} is what this command reads; name another file to write")
-        if path.name == LEDGER_NAME or (path.is_file() and _is_ledger(path)):
+        if LEDGER_NAME in (path.name, target.name) or (target.is_file() and _is_ledger(target)):
             fail(f"{path} is a ledger, or has the name of one; name another file to write")
-        if path.exists() and not path.is_file():  # a pipe or a terminal
+        if target.exists() and not target.is_file():  # a pipe or a terminal
             path.write_text(text, encoding="utf-8")
         else:
-            target = path.resolve()  # a link stays one
             mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o644
             write_whole(target, text.encode(), mode)
     except OSError as error:

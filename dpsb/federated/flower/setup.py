@@ -100,7 +100,7 @@ def initialize(config: FederateConfig, hosts: Sequence[str], port: int, on_statu
     if config.run.task == "classification" and config.run.labels is None:
         raise FederatedError("Declare labels: each silo would take them from its own file's schema, in its own order.")
     sizes = {name: int(silo.num_examples or 0) for name, silo in config.silos.items()}
-    with new_folder(out) as folder:
+    with new_folder(out, last=SETTINGS_NAME) as folder:
         _write_deployment(config, folder, hosts, port, sizes, on_status)
     return out
 
