@@ -193,6 +193,7 @@ def test_the_auditor_verifies_and_notices_tampering(finished, tmp_path, capsys):
 
 def test_export_refuses(finished, tmp_path):
     fails(dpsb("export", tmp_path, "--merged", tmp_path / "m"), "holds no finished adapter")
+    (tmp_path / "mine").write_text("x")
     fails(dpsb("export", finished[0], "--merged", tmp_path), "exists already")
 
 

@@ -253,11 +253,12 @@ def test_a_public_file_that_changes_during_a_sweep_tells_no_number_either(tmp_pa
     public = tmp_path / "public.jsonl"
     public.write_bytes(workbench.data_file().read_bytes().splitlines(keepends=True)[0])
     monkeypatch.setattr("dpsb.curves.sweep.check_public_files", lambda _settings: None)
-    (failed,) = run_sweep(settings_of(methods=f"sb:public:{public}", epsilons="8"), tmp_path, Silent()).failures
+    out = tmp_path / "out"
+    (failed,) = run_sweep(settings_of(methods=f"sb:public:{public}", epsilons="8"), out, Silent()).failures
     assert "1 of the 1 rows" in failed.failure, "for the screen"
     for file in ("curve.csv", "curve.parquet", "summary.csv"):
-        assert b"private data" not in (tmp_path / file).read_bytes()
-        assert b"1 of the 1" not in (tmp_path / file).read_bytes()
+        assert b"private data" not in (out / file).read_bytes()
+        assert b"1 of the 1" not in (out / file).read_bytes()
 
 
 def test_the_page_says_whom_its_epsilon_covers(tmp_path):

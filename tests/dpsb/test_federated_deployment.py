@@ -99,7 +99,7 @@ def test_init_reads_no_data_and_keeps_secrets_to_their_owner(tmp_path):
     addresses = [str(address) for address in names.get_values_for_type(x509.IPAddress)]
     assert addresses == ["10.0.0.1", "127.0.0.1"], "the server asks its own SuperLink there"
     again = invoke("init", "--config", config(tmp_path), "--out", fed)
-    assert "is not empty" in again.stderr
+    assert "fed exists already; choose another folder" in again.stderr
     undeclared = invoke("init", "--config", config(tmp_path, south=0), "--out", tmp_path / "other")
     assert undeclared.exit_code == 1
     text = SETTINGS.replace('labels = "ham,spam"\n', "")
