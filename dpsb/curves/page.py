@@ -154,7 +154,7 @@ def _setting(curve: Curve) -> dict[str, Any]:
     split = settings.split()
     first = {"data": _data(curve), "model": settings.shared["model"]}
     shared = {name: value for name, value in settings.shared.items() if value is not None and name not in first}
-    facts = {name.replace("_", " "): value for name, value in (first | shared).items() if name not in MACHINE}
+    facts = {name.replace("_", " "): _file(value) for name, value in (first | shared).items() if name not in MACHINE}
     if split is not None:
         facts["split"] = (
             f"by a public seed ({split.seed}) and each row's own hash: test {split.test:g}, validation "
@@ -165,6 +165,11 @@ def _setting(curve: Curve) -> dict[str, Any]:
         facts |= {"neighbouring relation": bound.neighboring, "protected unit": bound.unit}
         facts["number of units"] = curve.price.num_examples
     return facts
+
+
+def _file(value: Any) -> Any:
+    """A setting as the page shows it: of a whole path the name, as where it lies is nobody's business."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _failures(curve: Curve) -> list[str]:

@@ -257,6 +257,9 @@ def test_the_page_is_whole_and_loads_nothing(swept):
     assert "ε = ∞" in text
     assert "outside the guarantee" in text
     assert "no tuning runs in this sweep" in text
+    held_out = workbench.data_file(seed=5)
+    assert held_out.name in text
+    assert str(held_out.parent) not in text
     for name in ("curve.svg", "curve.png"):
         assert (out / name).stat().st_size > 5000
 
