@@ -54,7 +54,6 @@ def _smollm2() -> str:
     folder = cache / name
     if not (folder / "config.json").exists():
         try:
-            cache.mkdir(parents=True, exist_ok=True)
             with new_folder(folder) as new:
                 _unpack(new)
         except FileExistsError:

@@ -77,6 +77,11 @@ class Published:
     decimals: int
     files: tuple[str, ...]
 
+    @property
+    def short(self) -> str:
+        """The title up to its colon."""
+        return self.title.partition(":")[0]
+
 
 SETS = (
     Published(
@@ -240,6 +245,11 @@ def verdict(metric: str, ours: Point, other: Point) -> str:
     return "ahead" if is_better(metric, ours.mean, other.mean) else "behind"
 
 
+def by_cell(runs: Sequence[Run]) -> dict[tuple[str, float], Point]:
+    """Each point by its arm and epsilon."""
+    return {(point.method, point.epsilon): point for point in points(runs)}
+
+
 def won(found: Mapping[tuple[str, float], Point], metric: str, arm: str, epsilon: float) -> bool:
     """Whether an arm is ahead of DP-LoRA and of FFA-LoRA at an epsilon."""
     others = [found.get((other, epsilon)) for other in AGAINST]
@@ -249,9 +259,9 @@ def won(found: Mapping[tuple[str, float], Point], metric: str, arm: str, epsilon
 
 def fixed() -> str:
     """Markdown: where each R-only arm is ahead of both, had it been chosen beforehand, with its own rates alone."""
-    names = [one.title.partition(":")[0] for one in SETS]
-    lines = ["| R-only, fixed beforehand | " + " | ".join(names) + " | cells |", "|" + "---|" * (2 + len(SETS))]
-    tables = [(one, {(point.method, point.epsilon): point for point in points(runs_of(one))}) for one in SETS]
+    names = " | ".join(one.short for one in SETS)
+    lines = [f"| R-only, fixed beforehand | {names} | cells |", "|" + "---|" * (2 + len(SETS))]
+    tables = [(one, by_cell(runs_of(one))) for one in SETS]
     for arm in R_ONLY:
         cells, ahead, run = [], 0, 0
         for one, found in tables:
@@ -270,7 +280,7 @@ def tried() -> str:
     for one in SETS:
         tuned = Counter(run.arm for run in runs_of(one) if run.tuning)
         counts = [sum(tuned[arm] for arm in R_ONLY), *(tuned[arm] for arm in AGAINST)]
-        lines.append(f"| {one.title.partition(':')[0]} | {' | '.join(map(str, counts))} |")
+        lines.append(f"| {one.short} | {' | '.join(map(str, counts))} |")
     return "\n" + "\n".join(lines) + "\n\n"
 
 
@@ -281,14 +291,14 @@ def aim() -> str:
     lines.append("|" + "---|" * (2 + len(columns)))
     for one in SETS:
         runs = runs_of(one)
-        found = {(point.method, point.epsilon): point for point in points(runs)}
+        found = by_cell(runs)
         arm = chosen(one, runs)
         for epsilon in EPSILONS:
             ours = found.get((arm, epsilon))
             said = {other: _against(one, ours, found.get((other, epsilon))) for other in columns}
             bold = won(found, one.metric, arm, epsilon)
             named = f"{ARMS[arm].removeprefix('R-only, ')} {_cell(ours, one.decimals, bold)}"
-            lines.append(f"| {one.title.partition(':')[0]}, {epsilon:g} | {named} | {' | '.join(said.values())} |")
+            lines.append(f"| {one.short}, {epsilon:g} | {named} | {' | '.join(said.values())} |")
     return "\n" + "\n".join(lines) + "\n\n"
 
 
